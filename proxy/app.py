@@ -1,0 +1,470 @@
+"""The application: the routes, and the way of a request through the house.
+
+    edge -> session -> request limits -> policy -> leases and tokens -> upstream -> relay -> settle
+
+`ChatProxy.chat` is that way, top to bottom. The order in which faults are told is part of the contract, so the order
+of its lines is too. `Resource` is what all addresses have in common: refusals, headers, the log line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import msgspec
+from starlette.routing import Mount, Route, Router
+from starlette.types import Receive, Scope, Send
+
+from proxy import __version__, policy
+from proxy.edge import Edge, cookies_named, gather
+from proxy.errors import (
+    Draining,
+    GatewayTimeout,
+    Headers,
+    InternalError,
+    Interruption,
+    MethodNotAllowed,
+    NotFound,
+    Refusal,
+    StreamDrained,
+    StreamFailed,
+    TooMany,
+    UpstreamAuth,
+)
+from proxy.events import Ending, Events, Usage, usage_of
+from proxy.exchange import Event, Exchange, State
+from proxy.limits import Standing, Subject, limit_headers
+from proxy.limits.leases import Leases
+from proxy.limits.requests import RequestLimits, ask, mint, refuse
+from proxy.limits.tokens import Tokens
+from proxy.logs import Logs
+from proxy.metrics import Metrics
+from proxy.page import Page, Probe, page_folder
+from proxy.relay import ClientGone, Leash, Relay
+from proxy.session import ID_BYTES, Revocations, Session, Sessions, set_cookie
+from proxy.settings import Settings
+from proxy.upstream import Attempts, Upstream
+from proxy.visit import Visit
+
+Handler = Callable[[Visit], Awaitable[None]]
+
+STREAM_HEADERS: Headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
+HSTS = (b"strict-transport-security", b"max-age=31536000; includeSubDomains")
+BYTES_PER_TOKEN = 4  # of an answer whose upstream counted nothing, as in the policy's estimate
+
+
+encode = msgspec.json.Encoder().encode
+
+
+class Resource:
+    """One address: its methods, and what all answers have in common."""
+
+    def __init__(self, proxy: ChatProxy, **methods: Handler) -> None:
+        self.proxy = proxy
+        self.methods = methods
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        proxy = self.proxy
+        visit = proxy.visit(scope, receive, send)
+        proxy.busy += 1
+        try:
+            try:
+                await self.handler(visit)(visit)
+            except Refusal as refusal:
+                proxy.alarm_if_due(visit, refusal)
+                await visit.refuse(proxy.limited(visit, refusal))
+        except ClientGone:
+            visit.ending = "aborted"
+        except Exception as error:  # noqa: BLE001  # the one place where a bug becomes an answer
+            proxy.logs.bug(error, request_id=visit.request_id)
+            visit.ending = visit.ending or "error"
+            visit.code = InternalError.code
+            if not visit.began:
+                await visit.refuse(InternalError())
+        finally:
+            proxy.busy -= 1
+            proxy.settle(visit)
+
+    def handler(self, visit: Visit) -> Handler:
+        if self.proxy.draining:
+            raise Draining(headers=[(b"connection", b"close")])
+        if not self.methods:
+            raise NotFound
+        if visit.method not in self.methods:
+            raise MethodNotAllowed(headers=[(b"allow", ", ".join(self.methods).encode())])
+        self.proxy.edge.check_host(visit.found)
+        return self.methods[visit.method]
+
+
+class ChatProxy:
+    """The ASGI application of one server. Everything it counts and remembers is its own."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        transport: httpx.AsyncBaseTransport,
+        logs: Logs,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+        randomness: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        server, session = settings.server, settings.session
+        self.settings = settings
+        self.logs = logs
+        self.wall = wall
+        self.randomness = randomness
+        self.edge = Edge(server)
+        self.cookie = "__Host-chat" if server.is_https else "chat"
+        keys = session.secret.lines() if session.secret else [secrets.token_urlsafe(32)]
+        self.sessions = Sessions(keys, lifetime=session.lifetime, idle=session.idle)
+        self.revocations = Revocations()
+        self.requests = RequestLimits(settings.limits, clock)
+        self.leases = Leases(settings.limits, server.max_streams)
+        self.tokens = Tokens(settings.limits, clock)
+        self.upstream = Upstream(
+            settings.upstream, transport, user_agent=f"chat-proxy/{__version__}", random=secrets.SystemRandom().random
+        )
+        self.transport = transport
+        self.metrics = Metrics(settings.policy.models)
+        self.base_headers: Headers = [HSTS] if server.is_https else []
+        self.draining = False
+        self.busy = 0  # requests being answered
+        self.live: set[Leash] = set()  # those among them that the drain lets go on for a while
+        self.router = self.build_router()
+
+    def build_router(self) -> Router:
+        chat = Resource(self, POST=self.chat)
+        session = Resource(self, GET=self.show_session, DELETE=self.end_session)
+        nothing = Resource(self)
+        page = page_folder(self.settings.server.static_dir)
+        return Router(
+            [
+                Route("/api/chat", chat),
+                Route("/api/v1/chat/completions", chat),
+                Route("/api/v1/models", Resource(self, GET=self.list_models)),
+                Route("/api/session", session),
+                Route("/healthz", Probe(lambda: True)),
+                Route("/readyz", Probe(lambda: not self.draining)),
+                Mount("/api", nothing),
+                *([Mount("/", Page(page, self.base_headers, nothing))] if page else []),
+            ],
+            redirect_slashes=False,
+            default=nothing,
+            lifespan=self.lifespan,
+        )
+
+    @asynccontextmanager
+    async def lifespan(self, app: Any) -> AsyncIterator[None]:
+        yield
+        await self.transport.aclose()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.router(scope, receive, send)
+
+    # ---- the way of a request -------------------------------------------------------------------------------------
+
+    async def chat(self, visit: Visit) -> None:
+        self.edge.check_origin(visit.found)
+        self.edge.check_body(visit.found)
+        body = await visit.body(self.settings.server.max_body_bytes)
+        session = self.session_of(visit)
+        subject = Subject(session.id, visit.caller.key)
+        visit.standings = self.requests.charge(ask, subject)
+        order = policy.apply(body, self.settings.policy)
+        visit.log["model"] = order.model
+        with (
+            self.tokens.reserve(subject, order.prompt_tokens + order.choices * order.output_tokens) as reservation,
+            self.leases.acquire(subject),
+        ):
+            attempts = Attempts()
+            used = Usage()
+            try:
+                if order.stream:
+                    used = await self.stream(visit, order, attempts)
+                else:
+                    used = await self.complete(visit, order, attempts)
+            except Refusal as refusal:
+                used = Usage(order.prompt_tokens if refusal.billed else 0)
+                raise
+            except ClientGone:
+                used = Usage(order.prompt_tokens if attempts.sent else 0)
+                raise
+            finally:
+                reservation.settle(used.prompt_tokens + used.completion_tokens)
+                self.count(visit, order, attempts, used)
+
+    async def stream(self, visit: Visit, order: policy.Order, attempts: Attempts) -> Usage:
+        """Relays one stream to its end, whatever the end. Returns what it cost; raises before it has begun."""
+        exchange = Exchange()
+        relay: Relay | None = None
+        broke: Interruption | None = None
+        visit.ending = "error"
+        try:
+            async with Leash(visit.receive) as leash, self.living(leash):
+                source = await self.upstream.stream(order.body, visit.request_id, attempts)
+                events = Events(self.upstream.key.value().encode(), order.choices)
+                deadlines = self.settings.upstream
+                relay = Relay(
+                    source, visit.send, events, leash, idle=deadlines.idle_timeout, total=deadlines.total_timeout
+                )
+                exchange.on(Event.BEGIN)
+                self.metrics.streams.inc()
+                await relay.run(visit.head(200, [*STREAM_HEADERS, *limit_headers(visit.standings)]))
+        except ClientGone:
+            visit.ending = "aborted"
+            exchange.on(Event.LEAVE)
+            self.metrics.abort.observe(asyncio.get_running_loop().time() - leash.pulled_at)
+            if relay is None:
+                raise
+        except Interruption as interruption:
+            if relay is None:
+                raise refusal_before_start(interruption) from None
+            broke = interruption
+        except Refusal:
+            raise
+        except Exception as error:  # a bug of ours in mid-stream: the browser must not take it for the end
+            if relay is None:
+                raise
+            self.logs.bug(error, request_id=visit.request_id)
+            broke = StreamFailed()
+        if exchange.state is State.STREAMING:
+            told = await relay.finish(broke)
+            exchange.on(Event.BREAK if told else Event.COMPLETE)
+            visit.ending, visit.code, visit.reason = ending_of(told, relay.events)
+        self.note_stream(visit, relay)
+        return relay.events.usage or Usage(order.prompt_tokens, relay.events.count)
+
+    async def complete(self, visit: Visit, order: policy.Order, attempts: Attempts) -> Usage:
+        """Passes on one whole answer. Returns what it cost."""
+        visit.ending = "error"
+        try:
+            async with Leash(visit.receive) as leash, self.living(leash):
+                answer = await self.upstream.complete(order.body, visit.request_id, attempts)
+        except ClientGone:
+            visit.ending = "aborted"
+            raise
+        except Interruption as interruption:
+            raise refusal_before_start(interruption) from None
+        await visit.answer(200, answer, limit_headers(visit.standings))
+        visit.ending = "complete"
+        return usage_of(answer) or Usage(order.prompt_tokens, len(answer) // BYTES_PER_TOKEN)
+
+    # ---- who is asking --------------------------------------------------------------------------------------------
+
+    def session_of(self, visit: Visit) -> Session:
+        """The session of the request's cookie, or a new one. Raises Unauthenticated and clears a cookie that is bad."""
+        cookies = cookies_named(visit.found, self.cookie.encode())
+        if cookies:
+            try:
+                return self.open_session(visit, cookies)
+            except Refusal as refusal:
+                if refusal.code != "session_expired":
+                    visit.cookies = [set_cookie(self.cookie, "", 0, secure=self.settings.server.is_https)]
+                    raise
+        return self.mint_session(visit)
+
+    def open_session(self, visit: Visit, cookies: list[bytes]) -> Session:
+        opened = self.sessions.open(cookies, self.wall(), self.revocations)
+        session = opened.session
+        if opened.stale:
+            session = self.sessions.renew(session, self.wall())
+            self.give_cookie(visit, session)
+        self.name_in_log(visit, session)
+        return session
+
+    def mint_session(self, visit: Visit) -> Session:
+        """A new session: a browser's own, or the one that all programs at this address share."""
+        if self.edge.is_browser(visit.found):
+            self.requests.charge(mint, Subject("new", visit.caller.key))
+            session = self.sessions.mint(self.wall(), self.randomness(ID_BYTES))
+        else:
+            session = self.sessions.mint_for_address(self.wall(), visit.caller.key, self.revocations)
+        self.give_cookie(visit, session)
+        self.name_in_log(visit, session)
+        return session
+
+    def give_cookie(self, visit: Visit, session: Session) -> None:
+        lives = self.sessions.expires_at(session) - int(self.wall())
+        value = self.sessions.seal(session)
+        visit.cookies = [set_cookie(self.cookie, value, lives, secure=self.settings.server.is_https)]
+
+    def name_in_log(self, visit: Visit, session: Session) -> None:
+        visit.log["session"] = hashlib.blake2b(
+            session.id.encode(), key=self.sessions.derive_key, digest_size=6
+        ).hexdigest()
+
+    # ---- the small routes -----------------------------------------------------------------------------------------
+
+    async def show_session(self, visit: Visit) -> None:
+        session = self.session_for_page(visit)
+        subject = Subject(session.id, visit.caller.key)
+        standings = [*self.requests.standings(ask, subject), *self.tokens.standings(subject)]
+        shown = {
+            "session": {
+                "mode": session.mode,
+                "user": session.subject,
+                "expires_at": self.sessions.expires_at(session),
+            },
+            "models": self.settings.policy.models,
+            "limits": [self.shown(standing) for standing in standings],
+        }
+        await visit.answer(200, encode(shown), [])
+
+    def session_for_page(self, visit: Visit) -> Session:
+        """The session of the cookie; a missing or bad one is replaced, for our own page only."""
+        cookies = cookies_named(visit.found, self.cookie.encode())
+        if cookies:
+            try:
+                return self.open_session(visit, cookies)
+            except Refusal:
+                self.requests.charge(refuse, Subject("refused", visit.caller.key))
+        self.edge.check_origin(visit.found)
+        return self.mint_session(visit)
+
+    def shown(self, standing: Standing) -> dict[str, Any]:
+        return {
+            "name": f"{standing.name} {standing.text}",
+            "limit": standing.limit,
+            "remaining": standing.remaining,
+            "reset_at": int(self.wall() + standing.resets_in) + 1,
+        }
+
+    async def end_session(self, visit: Visit) -> None:
+        """Logs out. Always succeeds: a cookie that is bad already is as dead as one can be."""
+        self.edge.check_origin(visit.found)
+        now = self.wall()
+        try:
+            opened = self.sessions.open(cookies_named(visit.found, self.cookie.encode()), now, self.revocations)
+        except Refusal:
+            pass  # nothing to revoke; the cookie is cleared below
+        else:
+            self.revocations.revoke(opened.session, now, now + self.settings.session.lifetime)
+            self.name_in_log(visit, opened.session)
+            self.logs.line("logout", session=visit.log["session"], request_id=visit.request_id)
+        visit.cookies = [set_cookie(self.cookie, "", 0, secure=self.settings.server.is_https)]
+        await visit.answer(200, b'{"logout_url":null}', [])
+
+    async def list_models(self, visit: Visit) -> None:
+        models = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "chat-proxy"}
+            for name in self.settings.policy.models
+        ]
+        await visit.answer(200, encode({"object": "list", "data": models}), [])
+
+    # ---- what all requests share ----------------------------------------------------------------------------------
+
+    def visit(self, scope: Scope, receive: Receive, send: Send) -> Visit:
+        found = gather(scope["headers"])
+        peer = scope["client"]
+        caller = self.edge.caller(peer[0] if peer else None, found)
+        request_id = self.edge.request_id(caller, found) or self.randomness(12).hex()
+        return Visit(
+            scope, receive, send, caller=caller, found=found, base_headers=self.base_headers, request_id=request_id
+        )
+
+    def limited(self, visit: Visit, refusal: Refusal) -> Refusal:
+        """Refusing costs something too: who is refused too often is told to wait instead."""
+        if refusal.status not in (401, 403):
+            return refusal
+        try:
+            self.requests.charge(refuse, Subject("refused", visit.caller.key))
+        except TooMany as too_many:
+            return too_many
+        return refusal
+
+    @asynccontextmanager
+    async def living(self, leash: Leash) -> AsyncIterator[None]:
+        """Within it the drain can find the request."""
+        self.live.add(leash)
+        try:
+            yield
+        finally:
+            self.live.discard(leash)
+
+    def cut(self) -> None:
+        """Ends every live answer with an event, or a refusal where none has begun: the drain's time is over."""
+        for leash in list(self.live):
+            leash.pull(StreamDrained())
+
+    # ---- settling -------------------------------------------------------------------------------------------------
+
+    def count(self, visit: Visit, order: policy.Order, attempts: Attempts, used: Usage) -> None:
+        visit.log["tokens"] = used.prompt_tokens + used.completion_tokens
+        visit.log["retries"] = attempts.retries
+        self.metrics.retries.inc(attempts.retries)
+        self.metrics.tokens_in[order.model].inc(used.prompt_tokens)
+        self.metrics.tokens_out[order.model].inc(used.completion_tokens)
+
+    def note_stream(self, visit: Visit, relay: Relay) -> None:
+        metrics, now = self.metrics, asyncio.get_running_loop().time()
+        metrics.streams.dec()
+        metrics.gaps.add(relay.gaps.counts, relay.gaps.total)
+        visit.log["events"] = relay.events.count
+        visit.log["bytes"] = relay.bytes_sent
+        if relay.leaked:
+            self.alarm(visit, "the upstream sent our key inside a stream")
+        if relay.first_at is None:
+            return
+        ttft = relay.first_at - visit.started
+        visit.log["ttft_ms"] = round(ttft * 1000, 1)
+        metrics.first_token.observe(ttft)
+        if now > relay.first_at and relay.events.count > 1:
+            metrics.rate.observe(relay.events.count / (now - relay.first_at))
+
+    def settle(self, visit: Visit) -> None:
+        """The request's one log line and its place in the metrics."""
+        self.metrics.requests.labels(str(visit.status)).inc()
+        if visit.ending is not None:
+            self.metrics.endings.labels(visit.ending).inc()
+        if visit.code is not None:
+            by_upstream = visit.code.startswith("upstream")
+            (self.metrics.upstream_errors if by_upstream else self.metrics.refusals).labels(visit.code).inc()
+        self.logs.line(
+            "request",
+            request_id=visit.request_id,
+            address=visit.caller.shown,
+            route=f"{visit.method} {visit.path}" if visit.status not in (404, 405) else visit.status,
+            status=visit.status,
+            code=visit.code,
+            ending=visit.ending,
+            duration_ms=round((time.monotonic() - visit.started) * 1000, 1),
+            reason=visit.reason,
+            **visit.log,
+        )
+
+    def alarm_if_due(self, visit: Visit, refusal: Refusal) -> None:
+        """The key does not work, or comes back: both want the operator, not the visitor."""
+        if isinstance(refusal, UpstreamAuth) or refusal.leaked:
+            self.alarm(visit, refusal.reason or refusal.code)
+
+    def alarm(self, visit: Visit, what: str) -> None:
+        self.logs.line("key_alarm", "error", what=what, request_id=visit.request_id)
+
+    def reload_secrets(self) -> None:
+        """Reads the secrets' files again. Live streams keep the key they began with; nobody is logged out."""
+        self.upstream.key.reload()
+        if self.settings.session.secret is not None:
+            keys = self.settings.session.secret.again().lines()
+            self.sessions = Sessions(keys, lifetime=self.sessions.lifetime, idle=self.sessions.idle)
+
+
+def refusal_before_start(interruption: Interruption) -> Refusal:
+    """What an interruption is while the answer can still be a status."""
+    if isinstance(interruption, StreamDrained):
+        return Draining(headers=[(b"connection", b"close")])
+    return GatewayTimeout(should_retry=False, reason=interruption.reason)
+
+
+def ending_of(told: Interruption | None, events: Events) -> tuple[str, str | None, str | None]:
+    """Ending, code and reason for the log, by what the browser was told."""
+    if told is not None:
+        return told.ending, told.code, told.reason
+    return ("error" if events.ending is Ending.ERROR else "complete"), None, None

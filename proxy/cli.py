@@ -1,0 +1,191 @@
+"""The commands. Exit codes: 0, 1 (check found faults), 2 (usage or settings)."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import secrets
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import uvloop
+
+from proxy import __version__, demo, settings
+from proxy.errors import Refusal
+from proxy.logs import Logs
+from proxy.server import Service, as_bound, listen, ssl_context, uvicorn_for
+from proxy.transport import Transport
+from proxy.upstream import Upstream
+
+TEMPLATE = """\
+# chat-proxy: every setting is described in README.md. Secrets do not belong in this file:
+#   CHAT_PROXY_UPSTREAM_API_KEY     the key of the model's API (or ..._API_KEY_FILE: a file that holds it)
+#   CHAT_PROXY_SESSION_SECRET       `chat-proxy new-secret` makes one; needed once public_url is not loopback
+
+[server]
+host = "127.0.0.1"
+port = 8000
+# public_url = "https://chat.example.org"   # what people type; https switches on __Host- cookies and HSTS
+
+[upstream]
+base_url = "https://api.selamgpt.com/v1"
+
+[policy]
+models = ["selam-turbo"]        # the first is the default
+max_output_tokens = 4096        # the most one answer may be asked for
+# system_prompt = "You are a helpful assistant."
+
+[limits]
+per_session = "20/minute;500/day"
+per_address = "60/minute;2000/day"
+tokens_per_session = "200000/day"
+tokens_per_address = "1000000/day"
+# tokens_total = "5000000/month"            # the most this server may spend, whoever asks
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    try:
+        return int(options.run(options))
+    except settings.SettingsError as error:
+        print(f"chat-proxy: {len(error.faults)} fault(s) in the settings:", file=sys.stderr)
+        for fault in error.faults:
+            print(f"  {fault}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"chat-proxy: {error.strerror or error}", file=sys.stderr)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="chat-proxy", description="Holds the API key between a chat page and a language model."
+    )
+    top.add_argument("--version", action="version", version=f"chat-proxy {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("demo", help="everything on this machine, with no key and no settings")
+    command.add_argument("--port", type=int, default=8000)
+    command.set_defaults(run=run_demo)
+    command = commands.add_parser("serve", help="the proxy")
+    command.add_argument("--config", metavar="FILE", help="default: chat-proxy.toml, if there is one")
+    command.set_defaults(run=run_serve)
+    command = commands.add_parser("check", help="validates the settings and tries the upstream")
+    command.add_argument("--config", metavar="FILE", help="default: chat-proxy.toml, if there is one")
+    command.set_defaults(run=run_check)
+    command = commands.add_parser("upstream", help="the demo model alone, an OpenAI-compatible server")
+    command.add_argument("--port", type=int, default=9000)
+    command.add_argument("--delay-ms", type=float, default=20.0)
+    command.set_defaults(run=run_upstream)
+    command = commands.add_parser("new-secret", help="prints a fresh session secret")
+    command.set_defaults(run=run_new_secret)
+    command = commands.add_parser("init", help="writes a commented chat-proxy.toml")
+    command.set_defaults(run=run_init)
+    return top
+
+
+# ---- serving ---------------------------------------------------------------------------------------------------------
+
+
+def run_serve(options: argparse.Namespace) -> int:
+    chosen = settings.load(options.config, os.environ)
+    listener = listen(chosen.server)
+    uvloop.run(Service(as_bound(chosen, listener), listener, Logs(chosen.log)).run())
+    return 0
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    key = f"sk-demo-{secrets.token_urlsafe(24)}"
+    upstream = loopback(0)
+    variables = {
+        "SERVER_PORT": str(options.port),
+        "UPSTREAM_BASE_URL": f"http://127.0.0.1:{upstream.getsockname()[1]}/v1",
+        "UPSTREAM_API_KEY": key,
+        "POLICY_MODELS": ",".join(demo.MODELS),
+        "LOG_FORMAT": "text",
+    }
+    chosen = settings.from_variables({f"{settings.PREFIX}{name}": value for name, value in variables.items()})
+    listener = listen(chosen.server)
+    chosen = as_bound(chosen, listener)
+
+    async def both() -> None:
+        model = uvicorn_for(demo.build(api_key=key), 75, lifespan="off")
+        serving = asyncio.create_task(model.serve(sockets=[upstream]))
+        print(f"Open {chosen.server.public_url} - the chat page, answered by a demo model. Ctrl-C ends it.", flush=True)
+        await Service(chosen, listener, Logs(chosen.log, sys.stderr.buffer)).run()
+        model.end()
+        await serving
+
+    uvloop.run(both())
+    return 0
+
+
+def run_upstream(options: argparse.Namespace) -> int:
+    key = os.environ.get(f"{settings.PREFIX}UPSTREAM_API_KEY")
+    listener = loopback(options.port)
+
+    async def serve() -> None:
+        model = uvicorn_for(demo.build(api_key=key, delay_seconds=options.delay_ms / 1000), 75, lifespan="off")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, model.end)
+        port = listener.getsockname()[1]
+        wanted = "the key in CHAT_PROXY_UPSTREAM_API_KEY" if key else "any key"
+        print(f"The demo model answers at http://127.0.0.1:{port}/v1 to {wanted}. Ctrl-C ends it.", flush=True)
+        await model.serve(sockets=[listener])
+
+    uvloop.run(serve())
+    return 0
+
+
+def loopback(port: int) -> socket.socket:
+    return listen(settings.Server(port=port))
+
+
+# ---- looking ---------------------------------------------------------------------------------------------------------
+
+
+def run_check(options: argparse.Namespace) -> int:
+    chosen = settings.load(options.config, os.environ)
+    print("ok       settings: every value is valid")
+    if not chosen.limits.tokens_total:
+        print("warning  limits.tokens_total is not set: nothing bounds what all visitors together may spend")
+    return asyncio.run(check_upstream(chosen))
+
+
+async def check_upstream(chosen: settings.Settings) -> int:
+    transport = Transport(ssl_context=ssl_context(chosen))
+    upstream = Upstream(
+        chosen.upstream, transport, user_agent=f"chat-proxy/{__version__}", random=secrets.SystemRandom().random
+    )
+    try:
+        await upstream.probe()
+    except Refusal as refusal:
+        print(f"fault    upstream: {refusal.code} ({refusal.reason}); check upstream.base_url and the key")
+        return 1
+    finally:
+        await transport.aclose()
+    print("ok       upstream: it answers, and accepts the key")
+    return 0
+
+
+# ---- making ----------------------------------------------------------------------------------------------------------
+
+
+def run_new_secret(options: argparse.Namespace) -> int:
+    print(secrets.token_urlsafe(32))
+    return 0
+
+
+def run_init(options: argparse.Namespace) -> int:
+    path = Path(settings.DEFAULT_FILE)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(TEMPLATE)
+    except FileExistsError:
+        print(f"chat-proxy: {path} is there already; it was left as it is", file=sys.stderr)
+        return 2
+    print(f"Wrote {path}. Next: put the key into CHAT_PROXY_UPSTREAM_API_KEY, then `chat-proxy check`.")
+    return 0

@@ -1,0 +1,215 @@
+"""Server-sent events as they pass: where an event ends, and what the stream says about its own end. Pure.
+
+Rules:
+1. No byte is ever altered, added or reordered. What goes in comes out, up to the last complete event.
+2. An event is complete at its blank line; a line ends with LF, CRLF or CR (WHATWG HTML, section 9.2.5).
+3. An event that does not end is held for `HOLD` bytes, then passed on as it comes: memory is bounded, bytes are not.
+4. Ordinary chunks are only searched, never parsed: this runs for every token of every user. What a search cannot
+   rule out is parsed.
+5. Our own key never passes: not even in pieces of an event that was passed on early (rule 3).
+"""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from typing import Any
+
+import msgspec
+
+HOLD = 64 * 1024  # bytes of an incomplete event: far above any token, far below what would hurt a thousand streams
+
+BLANK_LINE = re.compile(rb"(?:\r\n|\n|\r)(?:\r\n|\n|\r)")
+LINE = re.compile(rb"\r\n|\n|\r")
+BOM = b"\xef\xbb\xbf"
+
+
+class Ending(Enum):
+    """What the stream has said about its end so far."""
+
+    OPEN = "open"
+    COMPLETE = "complete"
+    ERROR = "error"
+
+
+class Choice(msgspec.Struct):
+    index: int = 0
+    finish_reason: Any = None
+
+
+class Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Chunk(msgspec.Struct):
+    """What the proxy reads of a chat.completion.chunk, or of a whole chat.completion."""
+
+    choices: list[Choice] = []
+    usage: Usage | None = None
+    error: Any = None
+
+
+decode_chunk = msgspec.json.Decoder(Chunk).decode
+
+
+class KeyEcho(Exception):
+    """The upstream sent our own key. `safe` holds the whole events before it."""
+
+    def __init__(self, safe: bytes) -> None:
+        self.safe = safe
+        super().__init__("the upstream sent our key inside the stream")
+
+
+class Events:
+    """One stream. Feed it what the socket gave; pass on what it returns."""
+
+    __slots__ = ("_keep", "_key", "_tail", "choices", "count", "done", "failed", "finished", "partial", "usage")
+
+    def __init__(self, key: bytes, choices: int = 1) -> None:
+        self._key = key
+        self._keep = max(1, len(key) - 1)  # bytes of a passed-on tail that could still become a boundary or the key
+        self._tail = bytearray()
+        self.choices = choices
+        self.count = 0
+        self.done = False
+        self.failed = False
+        self.finished: set[int] = set()
+        self.partial = False  # a part of the event at hand has gone out already (rule 3)
+        self.usage: Usage | None = None
+
+    def feed(self, data: bytes) -> bytes:
+        """The bytes that may go out now. Raises KeyEcho."""
+        if not self._tail and data.endswith(b"\n\n"):
+            self.note(data)
+            return data
+        return self.feed_split(data)
+
+    def feed_split(self, data: bytes) -> bytes:
+        """`feed` for a chunk that does not end with an event, or that continues one."""
+        tail = self._tail
+        start = max(0, len(tail) - 1)  # a boundary may begin with the last byte that was held
+        tail += data
+        cut = last_boundary(tail, start)
+        if cut:
+            out = bytes(tail[:cut])
+            del tail[:cut]
+            self.note(out)
+            return out
+        if len(tail) > HOLD:
+            return self.pass_on()
+        return b""
+
+    def pass_on(self) -> bytes:
+        """Gives up holding an event that is longer than HOLD."""
+        if self._key in self._tail:
+            raise KeyEcho(b"")
+        out = bytes(self._tail[: -self._keep])
+        del self._tail[: -self._keep]
+        self.partial = True
+        return out
+
+    def rest(self) -> bytes:
+        """What is held after the last whole event; for a stream that ended well it belongs to it. Raises KeyEcho."""
+        out = bytes(self._tail)
+        self._tail.clear()
+        if self._key in out:
+            raise KeyEcho(b"")
+        return out
+
+    @property
+    def ending(self) -> Ending:
+        if self.failed:
+            return Ending.ERROR
+        if self.done or (self.finished and len(self.finished) >= self.choices):
+            return Ending.COMPLETE
+        return Ending.OPEN
+
+    # ---- reading what passes --------------------------------------------------------------------------------------
+
+    def note(self, out: bytes) -> None:
+        """Takes note of whole events that are about to pass. Raises KeyEcho."""
+        if self._key in out:
+            raise KeyEcho(self.whole_events_before(out, out.index(self._key)))
+        continues, self.partial = self.partial, False
+        if is_plain(out) and not continues:
+            self.count += out.count(b"\n\n")
+        else:
+            self.read(out)
+
+    def whole_events_before(self, out: bytes, place: int) -> bytes:
+        safe = out[: last_boundary(out[:place], 0)]
+        if safe:
+            self.note(safe)
+        return safe
+
+    def read(self, out: bytes) -> None:
+        for event in BLANK_LINE.split(out):
+            data = data_of(event)
+            if data is None:
+                continue
+            self.count += 1
+            if data.strip() == b"[DONE]":
+                self.done = True
+            else:
+                self.read_chunk(data)
+
+    def read_chunk(self, data: bytes) -> None:
+        try:
+            chunk = decode_chunk(data)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return  # not ours to judge: it passes as it is, and it says nothing about the end
+        if chunk.error is not None:
+            self.failed = True
+        for choice in chunk.choices:
+            if choice.finish_reason is not None:
+                self.finished.add(choice.index)
+        if chunk.usage is not None:
+            self.usage = chunk.usage
+
+
+def last_boundary(data: bytes | bytearray, start: int) -> int:
+    """The place after the last blank line that begins at or after `start`; 0 when there is none.
+
+    Two line ends in a row make a blank line, and CR LF is one line end: so LF LF, LF CR, CR CR, and the LF that may
+    follow belongs to the second.
+    """
+    place = max(data.rfind(b"\n\n", start), data.rfind(b"\n\r", start), data.rfind(b"\r\r", start))
+    if place < 0:
+        return 0
+    cut = place + 2
+    return cut + 1 if data[cut - 1] == 13 and data[cut : cut + 1] == b"\n" else cut
+
+
+def is_plain(out: bytes) -> bool:
+    """No event in here can say anything about the end, and each ends with LF LF.
+
+    `"finish_reason"` cannot stand inside a JSON string (its quotes would be escaped), so counting it is enough.
+    """
+    return (
+        b"[DONE]" not in out
+        and b'"error"' not in out
+        and b'"usage"' not in out
+        and out.count(b'"finish_reason"') == out.count(b'"finish_reason":null') + out.count(b'"finish_reason": null')
+        and b"\r" not in out
+        and b"\n:" not in out
+        and out.startswith(b"data:")
+    )
+
+
+def data_of(event: bytes) -> bytes | None:
+    """The data of one event: its data lines, joined with LF; None when there is none."""
+    lines = []
+    for line in LINE.split(event.removeprefix(BOM)):
+        field, _, value = line.partition(b":")
+        if field == b"data":
+            lines.append(value.removeprefix(b" "))
+    return b"\n".join(lines) if lines else None
+
+
+def usage_of(body: bytes) -> Usage | None:
+    """The usage in a whole chat.completion; None when it says none."""
+    try:
+        return decode_chunk(body).usage
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None

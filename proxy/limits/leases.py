@@ -1,0 +1,70 @@
+"""Live streams: how many answers a session, an address and this process may be writing at one time.
+
+A lease is taken before the upstream is called and given back by the stream's end, whatever the end.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from proxy.errors import Busy, TooManyStreams
+from proxy.limits import Standing, Subject, limit_headers
+from proxy.settings import Limits
+
+SOON = 1.0  # seconds after which a retry may find a free place; nobody knows when an answer ends
+BUSY_FOR = 5.0  # the same for a full process: far longer, or all who wait come back at once
+
+
+class Lease:
+    """One place, given back at the end of the `with`."""
+
+    __slots__ = ("_keys", "_leases")
+
+    def __init__(self, leases: Leases, keys: tuple[str, str]) -> None:
+        self._leases = leases
+        self._keys = keys
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._leases.give_back(self._keys)
+
+
+class Leases:
+    """The live streams of this process."""
+
+    def __init__(self, limits: Limits, max_streams: int) -> None:
+        self.per_session = limits.streams_per_session
+        self.per_address = limits.streams_per_address
+        self.max_streams = max_streams
+        self.live = 0
+        self.held: Counter[str] = Counter()
+
+    def acquire(self, subject: Subject) -> Lease:
+        """Takes a place. Raises TooManyStreams, or Busy when the process is full."""
+        session, address = keys = (f"session {subject.session}", f"address {subject.address}")
+        for name, key, limit in (
+            ("streams_per_session", session, self.per_session),
+            ("streams_per_address", address, self.per_address),
+        ):
+            if self.held[key] >= limit:
+                headers = limit_headers([Standing(name, limit, 0, SOON)])
+                raise TooManyStreams(retry_after=SOON, headers=headers)
+        if self.live >= self.max_streams:
+            raise Busy(retry_after=BUSY_FOR, reason="max_streams")
+        self.live += 1
+        for key in keys:
+            self.held[key] += 1
+        return Lease(self, keys)
+
+    def give_back(self, keys: tuple[str, str]) -> None:
+        self.live -= 1
+        for key in keys:
+            self.held[key] -= 1
+            if not self.held[key]:
+                del self.held[key]
+
+    def standing(self, subject: Subject) -> Standing:
+        held = self.held.get(f"session {subject.session}", 0)
+        return Standing("streams_per_session", self.per_session, max(0, self.per_session - held), 0)

@@ -1,0 +1,208 @@
+"""Requests per moving window, through slowapi's Limiter.
+
+slowapi gives registration, key functions, scopes and its exception; `limits` the window arithmetic behind a storage
+interface. Ours is the check: all windows of one request are charged together, or none when one refuses.
+
+Rules:
+1. Nothing is read from `.env` or the environment: a stray RATELIMIT_ENABLED=false must not open the gates.
+2. Time is a monotonic clock, so a wall clock that jumps neither frees nor locks anyone.
+3. A key that nobody asked about for its whole window is forgotten.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+from limits import RateLimitItem
+from limits.storage import MovingWindowSupport, Storage
+from slowapi import Limiter
+from slowapi.errors import RateLimitExceeded
+from slowapi.wrappers import Limit
+
+from proxy.errors import TooMany, TooManySessions
+from proxy.limits import Standing, Subject, limit_headers
+from proxy.settings import Limits, Rate
+
+Clock = Callable[[], float]
+Entry = tuple[int, deque[float]]  # seconds an entry counts, and when each was made
+
+SCHEME = "chat-proxy-memory"
+SWEEP_EVERY = 4096  # new keys between two sweeps for dead ones: a sweep is linear, so its share per key is constant
+
+
+def by_session(request: Subject) -> str:
+    return request.session
+
+
+def by_address(request: Subject) -> str:
+    return request.address
+
+
+# What is limited. slowapi registers limits under functions, and these are their names.
+
+
+def ask(request: Subject) -> None:
+    """A question to the model, refused bodies included."""
+
+
+def mint(request: Subject) -> None:
+    """A new session for a browser."""
+
+
+def refuse(request: Subject) -> None:
+    """An answer of 401 or 403."""
+
+
+Event = Callable[[Subject], None]
+
+
+class RequestLimits(Limiter):
+    """The request limits of one server, counted in this process."""
+
+    def __init__(self, limits: Limits, clock: Clock) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # slowapi warns that the settings file "" is absent; so it should be
+            super().__init__(
+                key_func=by_address,
+                config_filename="",
+                strategy="moving-window",
+                storage_uri=f"{SCHEME}://",
+                storage_options=cast(dict[str, str], {"clock": clock}),  # handed to MovingWindows as they are
+            )
+        self.clock = clock
+        self.watch("per_session", limits.per_session, by_session, ask)
+        self.watch("per_address", limits.per_address, by_address, ask)
+        self.watch("new_sessions", limits.new_sessions, by_address, mint)
+        self.watch("refusals_per_address", limits.refusals_per_address, by_address, refuse)
+
+    def get_app_config(self, key: str, default_value: Any = None) -> Any:
+        """slowapi's look into `.env` and the environment, closed (rule 1)."""
+        return default_value
+
+    def watch(self, name: str, rates: tuple[Rate, ...], key_func: Callable[[Subject], str], event: Event) -> None:
+        for rate in rates:
+            self.shared_limit(rate.text, scope=name, key_func=key_func)(event)
+
+    def registered(self, event: Event) -> list[Limit]:
+        found: list[Limit] = self._route_limits.get(f"{event.__module__}.{event.__name__}", [])
+        return found
+
+    def standings(self, event: Event, subject: Subject) -> list[Standing]:
+        """Where the subject stands in every window of the event; nothing is charged."""
+        return [self.standing(limit, *self.count(limit, subject), taken=0) for limit in self.registered(event)]
+
+    def charge(self, event: Event, subject: Subject) -> list[Standing]:
+        """Books one event in all its windows, or in none. Raises TooMany, TooManySessions: their Retry-After is true."""
+        counted = [(limit, *self.count(limit, subject)) for limit in self.registered(event)]
+        full = [entry for entry in counted if entry[2] >= entry[0].limit.amount]
+        if full:
+            standings = [self.standing(*entry, taken=0) for entry in full]
+            longest = max(standings, key=lambda standing: standing.resets_in)
+            refusal = TooManySessions if event is mint else TooMany
+            headers = limit_headers(standings)
+            raise refusal(retry_after=longest.resets_in, headers=headers) from RateLimitExceeded(full[0][0])
+        for limit, _, _ in counted:
+            self.limiter.hit(limit.limit, *key_of(limit, subject))
+        return [self.standing(*entry, taken=1) for entry in counted]
+
+    def count(self, limit: Limit, subject: Subject) -> tuple[float, int]:
+        item: RateLimitItem = limit.limit
+        key = item.key_for(*key_of(limit, subject))
+        storage = cast(MovingWindows, self.limiter.storage)
+        return storage.get_moving_window(key, item.amount, item.get_expiry())
+
+    def standing(self, limit: Limit, oldest: float, count: int, *, taken: int) -> Standing:
+        """A moving window frees a place when its oldest entry leaves it."""
+        item: RateLimitItem = limit.limit
+        remaining = item.amount - count - taken
+        window = item.get_expiry()
+        return Standing(
+            limit.scope, item.amount, max(0, remaining), oldest + window - self.clock(), window, short(item)
+        )
+
+
+def key_of(limit: Limit, subject: Subject) -> tuple[str, str]:
+    key = limit.key_func(subject)
+    if not key:
+        raise ValueError("a limit without a key would count everyone as one")
+    return key, limit.scope
+
+
+def short(item: RateLimitItem) -> str:
+    """20/minute, as people write it; `limits` says 20 per 1 minute."""
+    multiple = f"{item.multiples} " if item.multiples > 1 else ""
+    return f"{item.amount}/{multiple}{item.GRANULARITY.name}"
+
+
+class MovingWindows(Storage, MovingWindowSupport):
+    """A `limits` storage in this process: the times of the entries that still count, oldest first.
+
+    `limits` brings one, which keeps dead keys for ever and reads the wall clock. 40 bytes an entry, about 800 a key.
+    """
+
+    STORAGE_SCHEME: ClassVar[list[str]] = [SCHEME]
+
+    def __init__(self, uri: str | None = None, wrap_exceptions: bool = False, *, clock: Clock) -> None:
+        super().__init__(uri, wrap_exceptions=wrap_exceptions)
+        self.clock = clock
+        self.entries: dict[str, Entry] = {}
+        self.sweep_at = SWEEP_EVERY
+
+    @property
+    def base_exceptions(self) -> type[Exception]:
+        return ValueError
+
+    def alive(self, key: str, expiry: int) -> deque[float]:
+        """The entries of the key that are younger than `expiry` seconds."""
+        times = self.entries.get(key, (0, NOTHING))[1]
+        horizon = self.clock() - expiry
+        while times and times[0] <= horizon:
+            times.popleft()
+        return times
+
+    def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
+        if len(self.alive(key, expiry)) + amount > limit:
+            return False
+        if key not in self.entries:
+            self.make_room()
+            self.entries[key] = (expiry, deque())
+        self.entries[key][1].extend([self.clock()] * amount)
+        return True
+
+    def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
+        times = self.alive(key, expiry)
+        return (times[0], len(times)) if times else (self.clock(), 0)
+
+    def make_room(self) -> None:
+        if len(self.entries) < self.sweep_at:
+            return
+        now = self.clock()
+        self.entries = {key: entry for key, entry in self.entries.items() if entry[1] and entry[1][-1] > now - entry[0]}
+        self.sweep_at = len(self.entries) + SWEEP_EVERY
+
+    def get(self, key: str) -> int:
+        return len(self.entries.get(key, (0, NOTHING))[1])
+
+    def get_expiry(self, key: str) -> float:
+        expiry, times = self.entries.get(key, (0, NOTHING))
+        return times[-1] + expiry if times else self.clock()
+
+    def clear(self, key: str) -> None:
+        self.entries.pop(key, None)
+
+    def reset(self) -> int:
+        held = len(self.entries)
+        self.entries.clear()
+        return held
+
+    def check(self) -> bool:
+        return True
+
+    def incr(self, key: str, expiry: float, amount: int = 1) -> int:
+        raise NotImplementedError("this storage holds moving windows only")
+
+
+NOTHING: deque[float] = deque(maxlen=0)  # of a key that has no entries; can hold none

@@ -1,0 +1,118 @@
+"""Tokens: what an answer may cost is reserved before, and what it did cost is settled after.
+
+Fixed windows that begin with the first token counted in them. The reservation is the prompt's estimate plus the
+most that may be answered, so a burst of parallel requests cannot overdraw: each of them holds its worst case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from proxy.errors import TokensExhausted
+from proxy.limits import Standing, Subject, limit_headers
+from proxy.settings import Limits, Rate
+
+SWEEP_EVERY = 4096  # new windows between two sweeps for dead ones
+
+
+@dataclass(slots=True)
+class Window:
+    """What was used since it began; both ends in seconds of the monotonic clock."""
+
+    ends: float
+    used: int = 0
+
+
+class Reservation:
+    """Tokens held for one answer. Settled once; leaving the `with` unsettled gives all of them back."""
+
+    __slots__ = ("_windows", "amount")
+
+    def __enter__(self) -> Reservation:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.settle(0)
+
+    def __init__(self, windows: list[Window], amount: int) -> None:
+        self._windows = windows
+        self.amount = amount
+
+    def settle(self, used: int) -> None:
+        """Books what was used in place of what was held. A window that has ended meanwhile is nobody's any more."""
+        for window in self._windows:
+            window.used += used - self.amount
+        self._windows = []
+
+
+@dataclass(frozen=True, slots=True)
+class Purse:
+    """One configured limit and whose tokens it counts."""
+
+    name: str
+    rate: Rate
+    key: Callable[[Subject], str]
+
+
+class Tokens:
+    """The token limits of one server, counted in this process."""
+
+    def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.purses = [
+            *(Purse("tokens_per_session", rate, lambda subject: subject.session) for rate in limits.tokens_per_session),
+            *(Purse("tokens_per_address", rate, lambda subject: subject.address) for rate in limits.tokens_per_address),
+            *(Purse("tokens_total", rate, lambda subject: "all") for rate in limits.tokens_total),
+        ]
+        self.windows: dict[tuple[int, str], Window] = {}
+        self.sweep_at = SWEEP_EVERY
+
+    def reserve(self, subject: Subject, amount: int) -> Reservation:
+        """Holds `amount` tokens in every window, or in none. Raises TokensExhausted with a true Retry-After."""
+        held = [(purse, self.key(number, purse, subject)) for number, purse in enumerate(self.purses)]
+        windows = [self.window(purse, key) for purse, key in held]
+        short = [
+            self.standing_of(purse, window)
+            for purse, window in zip(self.purses, windows, strict=True)
+            if window.used + amount > purse.rate.amount
+        ]
+        if short:
+            wait = max(standing.resets_in for standing in short)
+            raise TokensExhausted(retry_after=wait, headers=limit_headers(short))
+        self.make_room()
+        for (_, key), window in zip(held, windows, strict=True):
+            window.used += amount
+            self.windows[key] = window
+        return Reservation(windows, amount)
+
+    def standings(self, subject: Subject) -> list[Standing]:
+        """Where the subject stands; what the whole server has left is not the page's business."""
+        return [
+            self.standing_of(purse, self.window(purse, self.key(number, purse, subject)))
+            for number, purse in enumerate(self.purses)
+            if purse.name != "tokens_total"
+        ]
+
+    def standing_of(self, purse: Purse, window: Window) -> Standing:
+        rate = purse.rate
+        remaining = max(0, rate.amount - window.used)
+        return Standing(purse.name, rate.amount, remaining, window.ends - self.clock(), rate.seconds, rate.text)
+
+    def key(self, number: int, purse: Purse, subject: Subject) -> tuple[int, str]:
+        whose = purse.key(subject)
+        if not whose:
+            raise ValueError("a limit without a key would count everyone as one")
+        return number, whose
+
+    def window(self, purse: Purse, key: tuple[int, str]) -> Window:
+        """The window that runs for the key, or the one that would begin now."""
+        window, now = self.windows.get(key), self.clock()
+        return window if window and window.ends > now else Window(now + purse.rate.seconds)
+
+    def make_room(self) -> None:
+        if len(self.windows) < self.sweep_at:
+            return
+        now = self.clock()
+        self.windows = {key: window for key, window in self.windows.items() if window.ends > now}
+        self.sweep_at = len(self.windows) + SWEEP_EVERY

@@ -1,0 +1,119 @@
+"""One JSON line a request, and lines of their own for what an auditor asks about.
+
+Rules:
+1. A line holds names, numbers and codes: never a body, a cookie, a key, or a text that came from outside.
+2. Writing never holds up the loop: lines wait in a bounded queue, one thread writes them in batches. When the pipe is
+   full or closed, lines are dropped and counted; the service goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from typing import Any, Protocol
+
+import msgspec
+
+from proxy.settings import Log
+
+QUEUE = 10_000  # lines: some seconds of a busy server, a few megabytes
+BATCH_EVERY = 0.05  # seconds between two writes: one thread switch for many lines
+LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+
+encode = msgspec.json.Encoder().encode
+
+
+class Output(Protocol):
+    def write(self, data: bytes, /) -> object: ...
+    def flush(self) -> object: ...
+
+
+class Logs:
+    """The log of one server. `line` may be called from the loop: it does not wait."""
+
+    def __init__(self, configured: Log, output: Output | None = None) -> None:
+        self.level = LEVELS[configured.level]
+        self.render = as_json if configured.format == "json" else as_text
+        self.output: Output = output if output is not None else sys.stdout.buffer
+        self.queue: deque[dict[str, Any]] = deque()
+        self.dropped = 0
+        self._wanted = threading.Event()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def line(self, event: str, level: str = "info", /, **fields: Any) -> None:
+        """Queues one line; `fields` are shown in the order given."""
+        if LEVELS[level] < self.level:
+            return
+        if len(self.queue) >= QUEUE:
+            self.dropped += 1
+            return
+        self.queue.append({"time": time.time(), "level": level, "event": event, **fields})
+        if not self._wanted.is_set():
+            self._wake()
+
+    def bug(self, error: BaseException, **fields: Any) -> None:
+        """An exception nobody expected: its type and places, not its text, which may quote what a visitor wrote."""
+        places = [
+            f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)
+        ]
+        self.line("bug", "error", error=type(error).__name__, at=places, **fields)
+
+    def close(self) -> None:
+        """Writes what is queued, as long as that takes no more than a second."""
+        self._closed = True
+        self._wanted.set()
+        if self._thread is not None:
+            self._thread.join(1.0)
+
+    def _wake(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._write_all, name="chat-proxy-log", daemon=True)
+            self._thread.start()
+        self._wanted.set()
+
+    def _write_all(self) -> None:
+        while not self._closed or self.queue:
+            self._wanted.wait()
+            if not self._closed:
+                time.sleep(BATCH_EVERY)
+            self._wanted.clear()
+            self._write_batch()
+
+    def _write_batch(self) -> None:
+        lines = []
+        while self.queue:
+            lines.append(self.render(self.queue.popleft()))
+        try:
+            self.output.write(b"".join(lines))
+            self.output.flush()
+        except (OSError, ValueError):  # a closed pipe, a closed file
+            self.dropped += len(lines)
+
+
+def as_json(fields: dict[str, Any]) -> bytes:
+    return encode(fields) + b"\n"
+
+
+def as_text(fields: dict[str, Any]) -> bytes:
+    fields = dict(fields)
+    moment = time.strftime("%H:%M:%S", time.localtime(fields.pop("time")))
+    level, event = fields.pop("level"), fields.pop("event")
+    shown = " ".join(f"{name}={value}" for name, value in fields.items() if value is not None)
+    return f"{moment} {level:7} {event} {shown}\n".encode()
+
+
+class Bridge(logging.Handler):
+    """Lines of other packages (uvicorn's warnings) in our format: logger and template, never the arguments."""
+
+    def __init__(self, logs: Logs) -> None:
+        super().__init__(logging.WARNING)
+        self.logs = logs
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "error" if record.levelno >= logging.ERROR else "warning"
+        self.logs.line("library", level, logger=record.name, message=str(record.msg)[:200])

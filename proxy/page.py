@@ -1,0 +1,70 @@
+"""What is served beside the API: the page's files, and the two probes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from starlette.exceptions import HTTPException
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from proxy.errors import Headers
+from proxy.visit import API_HEADERS
+
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    "form-action 'none'; base-uri 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
+)
+PAGE_HEADERS: Headers = [
+    (b"cache-control", b"no-cache"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"content-security-policy", PAGE_POLICY.encode()),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+]
+
+
+class Probe:
+    """`/healthz` and `/readyz`: 200 or 503, for anyone, under any host name, not in the log."""
+
+    def __init__(self, is_well: Callable[[], bool]) -> None:
+        self.is_well = is_well
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        status, body = (200, b'{"status":"ok"}') if self.is_well() else (503, b'{"status":"draining"}')
+        length = (b"content-length", b"%d" % len(body))
+        headers = [(b"content-type", b"application/json"), length, *API_HEADERS]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send(
+            {"type": "http.response.body", "body": body if scope["method"] != "HEAD" else b"", "more_body": False}
+        )
+
+
+class Page:
+    """The chat page's files, with headers that let nothing run but themselves."""
+
+    def __init__(self, folder: Path, base_headers: Headers, nothing: ASGIApp) -> None:
+        self.files = StaticFiles(directory=folder, html=True)
+        self.headers = [*base_headers, *PAGE_HEADERS]
+        self.nothing = nothing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *self.headers]
+            await send(message)
+
+        try:
+            await self.files(scope, receive, send_with_headers)
+        except HTTPException:
+            await self.nothing(scope, receive, send)
+
+
+def page_folder(configured: str | None) -> Path | None:
+    """The folder served at `/`: the one configured, the one in the package, or the one of a source tree."""
+    if configured is not None:
+        return Path(configured) if configured else None
+    packaged = Path(__file__).with_name("static")
+    return packaged if packaged.is_dir() else Path(__file__).parent.with_name("static")

@@ -1,0 +1,274 @@
+"""The relay: two things race, the stream from the model and the browser that may leave. No rules of its own.
+
+`Leash` lets others end what a task is doing; `Relay` pumps one stream.
+
+Rules:
+1. The pump runs inside the transport's `data_received`: a chunk goes from the upstream's socket to the browser's in
+   one call, without a task switch. It steps the `send` coroutine once; when that finishes, all is done.
+2. When `send` cannot finish (the browser reads too slowly) it yields a future. Then the upstream is paused and the
+   stream's own task awaits the rest of that same coroutine. Nothing is queued, so memory stays bounded.
+3. Whatever ends a stream early pulls the leash, so it arrives in the stream's own task as one exception: the browser
+   that left, a deadline, the drain, a fault of ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Generator, MutableMapping
+from types import TracebackType
+from typing import Any, Protocol, cast
+
+from proxy.errors import Interruption, StreamTimeout, StreamTooLong
+from proxy.events import Ending, Events, KeyEcho
+from proxy.metrics import Gaps
+
+LINGER = 1.0  # seconds between `[DONE]` and the end of the upstream's response; it is the next packet, if not the same
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class ClientGone(Exception):
+    """The browser closed, reset or half-closed its connection."""
+
+
+class Leash:
+    """Ends the body of an `async with` from outside: when the browser leaves, or when somebody pulls.
+
+    What asyncio.timeout does for time, for any cause; the bookkeeping is that of CPython's Lib/asyncio/timeouts.py.
+    `receive` is watched from the beginning, so the request's body must have been read. `pulled_at` is the loop's time.
+    """
+
+    __slots__ = ("_cancelling", "_cause", "_receive", "_task", "_watcher", "pulled_at")
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._task: asyncio.Task[Any] | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._cause: BaseException | None = None
+        self._cancelling = 0
+        self.pulled_at = 0.0
+
+    async def __aenter__(self) -> Leash:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task, self._cancelling = task, task.cancelling()
+        self._watcher = asyncio.create_task(self._watch())
+        return self
+
+    def pull(self, cause: BaseException) -> None:
+        """Raises `cause` out of the body, at what it is waiting for; nothing when it is over or pulled already."""
+        if self._task is not None and self._cause is None:
+            self._cause = cause
+            self.pulled_at = self._task.get_loop().time()
+            self._task.cancel()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        task, self._task = self._task, None
+        assert task is not None
+        assert self._watcher is not None
+        self._watcher.cancel()
+        if self._cause is not None and task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            raise self._cause from None
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.pull(ClientGone())
+
+
+class Source(Protocol):
+    """What a relay needs of an upstream's response stream: it calls the sink, and can be told to wait.
+
+    The sink's `data` and `end` are called from the socket's callbacks, never while paused, nothing after `end`.
+    `abort` closes an unfinished stream's socket at once, and does nothing to a finished one.
+    """
+
+    def attach(self, sink: Any) -> None: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    def abort(self) -> None: ...
+
+
+class Rest:
+    """What remains of a coroutine that was stepped once and yielded `waiting`."""
+
+    __slots__ = ("coroutine", "waiting")
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None], waiting: Any) -> None:
+        self.coroutine = coroutine
+        self.waiting = waiting
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        waiting = self.waiting
+        try:
+            while True:
+                try:
+                    sent = yield waiting
+                except BaseException as error:
+                    waiting = self.coroutine.throw(error)
+                else:
+                    waiting = self.coroutine.send(sent)
+        except StopIteration:
+            return
+
+
+class Relay:
+    """One stream from `source` to the browser's `send`. Times are in seconds of the loop's clock."""
+
+    __slots__ = (
+        *("_blocked", "_delivered", "_ended", "_error", "_idle", "_last", "_leash", "_loop", "_send", "_source"),
+        *("_timer", "_until", "_wake", "bytes_sent", "events", "first_at", "gaps", "leaked"),
+    )
+
+    def __init__(self, source: Source, send: Send, events: Events, leash: Leash, *, idle: float, total: float) -> None:
+        self._source = source
+        self._send = send
+        self._leash = leash
+        self._idle = idle
+        self._loop = asyncio.get_running_loop()
+        self._last = self._loop.time()
+        self._until = self._last + total
+        self._wake: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._blocked: Rest | None = None
+        self._ended = False
+        self._error: Exception | None = None
+        self.events = events
+        self.first_at: float | None = None
+        self._delivered = 0.0
+        self.gaps = Gaps()
+        self.bytes_sent = 0
+        self.leaked = False
+
+    async def run(self, start: Message) -> None:
+        """Sends the head of the response, then pumps until the upstream has nothing more to give.
+
+        Runs inside the leash. Raises Interruption when what the upstream gave was not the end. However this ends, the
+        upstream's socket is not left open.
+        """
+        try:
+            await self._send(start)
+            self._arm()
+            self._source.attach(self)
+            while not self._ended or self._blocked:
+                await self._something()
+                await self._unblock()
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._source.abort()
+        if self.events.ending is Ending.OPEN:
+            raise Interruption(reason=f"{type(self._error).__name__}: {self._error}" if self._error else "ended early")
+
+    async def finish(self, broke: Interruption | None = None) -> Interruption | None:
+        """Says the last word, outside the leash: the rest of an answer that ended well, or why it did not.
+
+        A stream that said it was over is over, whatever broke after that. Returns what the browser was told.
+        """
+        if self.events.ending is not Ending.OPEN and not self.leaked:
+            broke, body = None, self._rest()
+        if self.leaked or self.events.ending is Ending.OPEN:
+            broke = broke or Interruption(reason="ended early")
+            body = (b"\n\n" if self.events.partial else b"") + broke.event()
+        self.bytes_sent += len(body)
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+        return broke
+
+    # ---- called by the transport ----------------------------------------------------------------------------------
+
+    def data(self, data: bytes) -> None:
+        now = self._last = self._loop.time()
+        try:
+            out = self.events.feed(data)
+        except KeyEcho as echo:
+            self._leak(echo)
+            out = echo.safe
+        if out:
+            if self.first_at is None:
+                self.first_at = now
+            else:
+                self.gaps.note(now - self._delivered)
+            self._delivered = now
+            self.bytes_sent += len(out)
+            self._step({"type": "http.response.body", "body": out, "more_body": True})
+        if self.events.done:
+            self._hurry()
+
+    def end(self, error: Exception | None) -> None:
+        self._ended = True
+        self._error = error
+        self._notify()
+
+    # ---- the pump -------------------------------------------------------------------------------------------------
+
+    def _step(self, message: Message) -> None:
+        """Steps `send` once, outside any task (rule 1)."""
+        coroutine = cast(Coroutine[Any, Any, None], self._send(message))
+        try:
+            waiting = coroutine.send(None)
+        except StopIteration:
+            return
+        except Exception as error:  # noqa: BLE001  # in the transport's callback nobody would hear of it
+            self._leash.pull(error)
+            return
+        self._source.pause()
+        self._blocked = Rest(coroutine, waiting)
+        self._notify()
+
+    async def _unblock(self) -> None:
+        if self._blocked is None:
+            return
+        await self._blocked
+        self._blocked = None
+        self._last = self._loop.time()
+        self._source.resume()
+
+    def _leak(self, echo: KeyEcho) -> None:
+        self.leaked = True
+        self._leash.pull(Interruption(reason=str(echo)))
+
+    def _rest(self) -> bytes:
+        try:
+            return self.events.rest()
+        except KeyEcho:
+            self.leaked = True
+            return b""
+
+    # ---- waking the task ------------------------------------------------------------------------------------------
+
+    async def _something(self) -> None:
+        if self._blocked is None and not self._ended:
+            self._wake = self._loop.create_future()
+            await self._wake
+
+    def _notify(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    # ---- deadlines ------------------------------------------------------------------------------------------------
+
+    def _arm(self) -> None:
+        """One timer a stream, set anew only when it fires: an event just leaves its time behind."""
+        self._timer = self._loop.call_at(min(self._last + self._idle, self._until), self._check_deadlines)
+
+    def _hurry(self) -> None:
+        """After `[DONE]` the upstream has little time left to end its response; nobody waits for more."""
+        if self._idle > LINGER and self._timer is not None:
+            self._idle = LINGER
+            self._timer.cancel()
+            self._arm()
+
+    def _check_deadlines(self) -> None:
+        now = self._loop.time()
+        if now >= self._until:
+            self._leash.pull(StreamTooLong("total_timeout"))
+        elif self._blocked is None and now >= self._last + self._idle:
+            self._leash.pull(StreamTimeout("idle_timeout"))
+        elif self._blocked is not None:
+            self._timer = self._loop.call_at(min(now + self._idle, self._until), self._check_deadlines)
+        else:
+            self._arm()

@@ -1,0 +1,281 @@
+"""The server: the listener, uvicorn with a guarded protocol, signals, drain.
+
+Rules:
+1. We make the listening socket ourselves, with TCP_NODELAY on: accepted sockets inherit it whatever uvicorn does.
+2. What a socket may do to us has a bound: sockets an address, bytes it does not take, requests it piles up.
+3. First SIGTERM or Ctrl-C: no new work, live answers go on for `drain_seconds`, then end with an event. Second: now.
+4. Nothing of uvicorn's own texts reaches a client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+import socket
+from collections import Counter
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from proxy.app import ChatProxy
+from proxy.edge import parse_address
+from proxy.errors import InvalidRequest
+from proxy.logs import Bridge, Logs
+from proxy.metrics import Metrics
+from proxy.settings import Server as ServerSettings
+from proxy.settings import Settings, on_port
+from proxy.transport import Transport
+from proxy.visit import API_HEADERS
+
+BACKLOG = 2048
+WRITE_DEADLINE = 30.0  # seconds a client may leave our bytes untaken: longer than any hiccup, short of a leak
+LAST_WORDS = 2.0  # seconds for the final events of a drain to reach their browsers
+FLUSH = 5  # seconds uvicorn may take to close what is left
+GC_THRESHOLDS = (50_000, 20, 50)  # streams make little garbage in cycles; the default looks for it far too often
+
+
+def listen(server: ServerSettings) -> socket.socket:
+    """The listening socket. Raises OSError."""
+    if server.socket:
+        return listen_on_path(Path(server.socket))
+    family, kind, proto, _, address = socket.getaddrinfo(
+        server.host, server.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.socket(family, kind, proto)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def listen_on_path(path: Path) -> socket.socket:
+    """A Unix socket that its owner and group may use; a dead one of an earlier run is replaced."""
+    if path.is_socket():
+        path.unlink()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o117)
+    try:
+        listener.bind(str(path))
+        listener.listen(BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    finally:
+        os.umask(mask)
+    return listener
+
+
+def as_bound(settings: Settings, listener: socket.socket) -> Settings:
+    """The settings with the port that the kernel chose, when it was asked to."""
+    if settings.server.socket or settings.server.port:
+        return settings
+    return on_port(settings, listener.getsockname()[1])
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """uvicorn's protocol for one connection, within bounds. The app of its config says which bounds."""
+
+    _address: str | None = None
+    _write_deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        guard: Guard = self.config.app  # type: ignore[assignment]
+        if self.client is not None and not guard.admit(self.client[0]):
+            transport.abort()
+        elif self.client is not None:
+            self._address = self.client[0]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._address is not None:
+            guard: Guard = self.config.app  # type: ignore[assignment]
+            guard.leave(self._address)
+        self._take_off_deadline()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.transport.abort()  # uvicorn would queue it and stop reading, and so not see the first one's disconnect
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_deadline = self.loop.call_later(WRITE_DEADLINE, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._take_off_deadline()
+        super().resume_writing()
+
+    def _take_off_deadline(self) -> None:
+        if self._write_deadline is not None:
+            self._write_deadline.cancel()
+            self._write_deadline = None
+
+    def send_400_response(self, msg: str) -> None:
+        body = InvalidRequest("The request is not valid HTTP.").body()
+        head = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *API_HEADERS]
+        lines = [
+            STATUS_LINE[400],
+            *(name + b": " + value + b"\r\n" for name, value in head),
+            b"connection: close\r\n\r\n",
+        ]
+        self.transport.write(b"".join([*lines, body]))
+        self.transport.close()
+
+
+class Guard:
+    """The application as uvicorn sees it, and the count of sockets by address."""
+
+    def __init__(self, app: ChatProxy) -> None:
+        self.app = app
+        self.most = app.settings.server.connections_per_address
+        self.sockets: Counter[str] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app(scope, receive, send)
+
+    def admit(self, address: str) -> bool:
+        """Counts a socket in; not those of trusted proxies, which speak for many."""
+        parsed = parse_address(address)
+        if self.sockets[address] >= self.most and not (parsed and self.app.edge.is_proxy(parsed)):
+            return False
+        self.sockets[address] += 1
+        return True
+
+    def leave(self, address: str) -> None:
+        self.sockets[address] -= 1
+        if not self.sockets[address]:
+            del self.sockets[address]
+
+
+class Uvicorn(uvicorn.Server):
+    """uvicorn without its signal handling: it re-raises signals after shutdown, and exit would not be 0."""
+
+    def end(self) -> None:
+        self.should_exit = True
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def uvicorn_for(app: Any, keep_alive: float, **more: Any) -> Uvicorn:
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        timeout_keep_alive=int(keep_alive),
+        timeout_graceful_shutdown=FLUSH,
+        **more,
+    )
+    return Uvicorn(config)
+
+
+class MetricsPage:
+    """`/metrics`, on a listener of its own that the outside does not see."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        found = scope["path"] == "/metrics"
+        body = self.metrics.exposition() if found else b"see /metrics\n"
+        headers = [
+            (b"content-type", b"text/plain; version=0.0.4; charset=utf-8"),
+            (b"content-length", b"%d" % len(body)),
+        ]
+        await send({"type": "http.response.start", "status": 200 if found else 404, "headers": headers})
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+class Service:
+    """One running chat-proxy: its servers and the way it ends."""
+
+    def __init__(self, settings: Settings, listener: socket.socket, logs: Logs) -> None:
+        self.listener = listener
+        self.logs = logs
+        self.drain_seconds = settings.server.drain_seconds
+        self.app = ChatProxy(settings, transport=Transport(ssl_context=ssl_context(settings)), logs=logs)
+        keep_alive = settings.server.keep_alive_seconds
+        self.server = uvicorn_for(Guard(self.app), keep_alive, http=GuardedProtocol, lifespan="on")
+        self.metrics = uvicorn_for(MetricsPage(self.app.metrics), keep_alive, lifespan="off")
+        self.metrics_settings = settings.metrics
+        self.signals = 0
+        self.signalled = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serves until a signal, then drains. Returns when the last answer has ended."""
+        bridge = Bridge(self.logs)
+        library = logging.getLogger("uvicorn.error")
+        library.addHandler(bridge)
+        library.propagate = False
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.end)
+        loop.add_signal_handler(signal.SIGHUP, self.app.reload_secrets)
+        try:
+            await self.serve()
+        finally:
+            library.removeHandler(bridge)
+            self.logs.close()
+
+    async def serve(self) -> None:
+        servers = [(self.server, self.listener)]
+        if self.metrics_settings.port:
+            configured = ServerSettings(host=self.metrics_settings.host, port=self.metrics_settings.port)
+            servers.append((self.metrics, listen(configured)))
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
+        async with asyncio.TaskGroup() as tasks:
+            for server, listener in servers:
+                tasks.create_task(server.serve(sockets=[listener]))
+            await self.signalled.wait()
+            await self.drain()
+            for server, _ in servers:
+                server.end()
+
+    def end(self) -> None:
+        self.signals += 1
+        self.signalled.set()
+
+    async def drain(self) -> None:
+        """Lets live answers run on, then ends them with an event, and waits for the events to get through."""
+        app, loop = self.app, asyncio.get_running_loop()
+        app.draining = True
+        self.logs.line("draining", live=len(app.live))
+        deadline = loop.time() + self.drain_seconds
+        while app.live and self.signals < 2 and loop.time() < deadline:
+            await asyncio.sleep(0.05)
+        app.cut()
+        deadline = loop.time() + LAST_WORDS
+        while app.busy and loop.time() < deadline:
+            await asyncio.sleep(0.02)
+
+
+def ssl_context(settings: Settings) -> Any:
+    """None for the transport's own roots, or those with the operator's beside them."""
+    import ssl
+
+    if not settings.upstream.ca_file:
+        return None
+    import certifi
+
+    context = ssl.create_default_context(cafile=certifi.where())
+    context.load_verify_locations(settings.upstream.ca_file)
+    return context

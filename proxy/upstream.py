@@ -1,0 +1,356 @@
+"""The client side: one chat request to the upstream, with our key, our deadlines, our retries.
+
+Rules:
+1. The request's headers are built from nothing. The transport is called directly: no cookie jar, no redirects, no
+   environment proxies, nothing of one visitor that could travel with another's request.
+2. Retried is only what cannot have cost anything: a connection that never stood, and the statuses that say "not now".
+   All of it happens inside `first_byte_timeout`.
+3. Nothing the upstream says is repeated to the browser, except a `code` and `param` of harmless shape.
+4. httpx's errors are translated here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import NoReturn, cast
+
+import httpx
+import msgspec
+
+from proxy import settings
+from proxy.errors import (
+    BadGateway,
+    GatewayTimeout,
+    Refusal,
+    UpstreamAuth,
+    UpstreamProtocol,
+    UpstreamRateLimited,
+    UpstreamRejected,
+    UpstreamUnreachable,
+)
+from proxy.transport import ResponseStream
+
+REJECTED = frozenset({400, 404, 413, 422})
+RETRIED = frozenset({429, 502, 503, 529})
+FIRST_PAUSE = 0.5  # seconds before the first retry; doubled each time (the guide's 2 ** attempt, begun earlier)
+LONGEST_PAUSE = 8.0  # seconds; a browser waits meanwhile
+PATIENCE = 60.0  # seconds of Retry-After beyond which a client had better not retry by itself
+LONGEST_ERROR = 64 * 1024  # bytes of an error's body that are read for its code
+LONGEST_ANSWER = 8 << 20  # bytes of an answer that is not streamed
+ERROR_BODY_TIMEOUT = 5.0  # seconds for an error's body: only its code is wanted
+WRITE_TIMEOUT = 30.0  # seconds for the upstream to take more of the request's body
+KEY_CHECK = 1.0  # seconds between two looks at the key's file
+HARMLESS = re.compile(r"[a-z0-9_.\[\]]{1,64}")
+KEY_PREFIX = re.compile(r"(?:[A-Za-z]{1,12}[-_])*")
+PIECE = 8  # characters of a key that identify it
+
+Random = Callable[[], float]
+
+
+class UpstreamError(msgspec.Struct):
+    code: object = None
+    param: object = None
+
+
+class ErrorBody(msgspec.Struct):
+    error: UpstreamError
+
+
+decode_error = msgspec.json.Decoder(ErrorBody).decode
+
+
+class ApiKey:
+    """The key and its file: a new key in the file is used from the next request on.
+
+    `pieces` finds any PIECE characters of the key's random part in lower or upper case.
+    """
+
+    def __init__(self, secret: settings.Secret, clock: Callable[[], float]) -> None:
+        self._secret = secret
+        self._clock = clock
+        self._look_again = clock() + KEY_CHECK
+        self.pieces = pieces_of(secret.value)
+
+    def value(self) -> str:
+        if self._secret.path is not None and self._clock() >= self._look_again:
+            self.reload()
+        return self._secret.value
+
+    def reload(self) -> None:
+        self._look_again = self._clock() + KEY_CHECK
+        again = self._secret.again()
+        if again.value != self._secret.value and re.fullmatch(r"[!-~]+", again.value):
+            self._secret = again
+            self.pieces = pieces_of(again.value)
+
+
+def pieces_of(key: str) -> re.Pattern[bytes]:
+    """A pattern that finds any PIECE characters of the key's random part: what follows words like `sk-proj-`."""
+    matched = KEY_PREFIX.match(key)
+    secret_part = key[matched.end() if matched else 0 :] or key
+    pieces = {secret_part[i : i + PIECE] for i in range(max(1, len(secret_part) - PIECE + 1))}
+    return re.compile("|".join(re.escape(piece) for piece in sorted(pieces)).encode(), re.IGNORECASE)
+
+
+@dataclass(slots=True)
+class Attempts:
+    """What calling the upstream took. `sent`: it holds a whole request of ours, so it may be doing paid work."""
+
+    retries: int = 0
+    sent: bool = False
+
+    def mark_sent(self) -> None:
+        self.sent = True
+
+
+class Upstream:
+    """One upstream, as configured."""
+
+    def __init__(
+        self,
+        configured: settings.Upstream,
+        transport: httpx.AsyncBaseTransport,
+        *,
+        user_agent: str,
+        random: Random,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.configured = configured
+        self.transport = transport
+        self.key = ApiKey(configured.api_key, clock)
+        self.url = httpx.URL(configured.base_url + "/chat/completions")
+        self.models_url = httpx.URL(configured.base_url + "/models")
+        self.user_agent = user_agent.encode()
+        self.random = random
+        self.wall = wall
+
+    # ---- the two calls --------------------------------------------------------------------------------------------
+
+    async def stream(self, body: bytes, request_id: str, attempts: Attempts) -> ResponseStream:
+        """The upstream's stream, its headers checked. Raises a Refusal."""
+        response = await self.open(body, request_id, attempts, b"text/event-stream", self.configured.first_byte_timeout)
+        return cast(ResponseStream, response.stream)
+
+    async def complete(self, body: bytes, request_id: str, attempts: Attempts) -> bytes:
+        """A whole answer, at most LONGEST_ANSWER bytes of JSON, within total_timeout. Raises a Refusal."""
+        patience = self.configured.total_timeout
+        try:
+            async with asyncio.timeout(patience):
+                response = await self.open(body, request_id, attempts, b"application/json", patience)
+                try:
+                    answer = await read_at_most(response, LONGEST_ANSWER)
+                finally:
+                    await response.aclose()
+        except TimeoutError:
+            raise GatewayTimeout(should_retry=False, reason="total_timeout", billed=True) from None
+        except httpx.TransportError as error:
+            raise UpstreamProtocol(reason=f"body: {type(error).__name__}", billed=True) from error
+        if answer is None:
+            raise UpstreamProtocol(reason=f"answer is over {LONGEST_ANSWER} bytes", billed=True)
+        if self.key.pieces.search(answer):
+            raise UpstreamProtocol(reason="the upstream sent our key in an answer", billed=True, leaked=True)
+        return answer
+
+    async def probe(self) -> None:
+        """Asks for the list of models, which costs nothing. Raises a Refusal."""
+        request = httpx.Request("GET", self.models_url, headers=self.headers("check", b"application/json"))
+        request.extensions = self.timeouts(self.configured.first_byte_timeout)
+        try:
+            async with asyncio.timeout(self.configured.first_byte_timeout):
+                response = await self.transport.handle_async_request(request)
+        except TimeoutError:
+            raise GatewayTimeout(reason="first_byte_timeout") from None
+        except httpx.TransportError as error:
+            refuse_transport(error)
+        await response.aclose()
+        if response.status_code != 200:
+            await self.refuse_status(response)
+
+    # ---- attempts -------------------------------------------------------------------------------------------------
+
+    async def open(
+        self, body: bytes, request_id: str, attempts: Attempts, wanted: bytes, patience: float
+    ) -> httpx.Response:
+        """A response of status 200 and the wanted content type within `patience` seconds, all retries included.
+
+        Raises a Refusal.
+        """
+        request = self.request(body, request_id, wanted, patience)
+        request.extensions["sent"] = attempts.mark_sent
+        try:
+            async with asyncio.timeout(patience) as deadline:
+                while True:
+                    refusal, response = await self.attempt(request, wanted)
+                    if response is not None:
+                        return response
+                    assert refusal is not None
+                    attempts.sent = False
+                    await self.pause_before_retry(refusal, attempts, deadline.when() or 0)
+        except TimeoutError:
+            raise GatewayTimeout(should_retry=False, reason="no answer in time", billed=attempts.sent) from None
+
+    async def attempt(self, request: httpx.Request, wanted: bytes) -> tuple[Refusal | None, httpx.Response | None]:
+        """A good response, or a refusal that may be retried. Raises a Refusal that may not."""
+        try:
+            response = await self.transport.handle_async_request(request)
+        except httpx.ConnectError as error:
+            if not isinstance(error.__cause__, ssl.SSLError):
+                return UpstreamUnreachable(reason=describe(error)), None
+            refuse_transport(error)
+        except httpx.TransportError as error:
+            refuse_transport(error)
+        if response.status_code == 200:
+            await check_headers(response, wanted)
+            return None, response
+        try:
+            await self.refuse_status(response)
+        except Refusal as refusal:
+            if response.status_code not in RETRIED:
+                raise
+            return refusal, None
+        finally:
+            await response.aclose()
+
+    async def pause_before_retry(self, refusal: Refusal, attempts: Attempts, deadline: float) -> None:
+        """Waits, or raises the refusal when there is no retry left or no time for one."""
+        pause = refusal.retry_after
+        if pause is None:
+            pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempts.retries) * (0.5 + self.random() / 2)
+        if attempts.retries >= self.configured.retries or asyncio.get_running_loop().time() + pause >= deadline:
+            if attempts.retries or (refusal.retry_after or 0) > PATIENCE:
+                refusal.should_retry = False
+            raise refusal
+        attempts.retries += 1
+        await asyncio.sleep(pause)
+
+    # ---- requests -------------------------------------------------------------------------------------------------
+
+    def timeouts(self, read: float) -> dict[str, object]:
+        connect = self.configured.connect_timeout
+        return {"timeout": {"connect": connect, "read": read, "write": WRITE_TIMEOUT, "pool": None}}
+
+    def request(self, body: bytes, request_id: str, wanted: bytes, read: float) -> httpx.Request:
+        headers = [*self.headers(request_id, wanted), (b"content-type", b"application/json")]
+        request = httpx.Request("POST", self.url, headers=headers, content=body)
+        request.extensions = self.timeouts(read)
+        return request
+
+    def headers(self, request_id: str, wanted: bytes) -> list[tuple[bytes, bytes]]:
+        scheme = f"{self.configured.auth_scheme} " if self.configured.auth_scheme else ""
+        return [
+            (self.configured.auth_header.lower().encode(), f"{scheme}{self.key.value()}".encode()),
+            (b"accept", wanted),
+            (b"accept-encoding", b"identity"),
+            (b"user-agent", self.user_agent),
+            (b"x-request-id", request_id.encode()),
+        ]
+
+    # ---- responses ------------------------------------------------------------------------------------------------
+
+    async def refuse_status(self, response: httpx.Response) -> NoReturn:
+        """Turns a status that is not 200 into our refusal."""
+        status = response.status_code
+        reason = f"upstream status {status}"
+        wait = retry_after(response.headers, self.wall())
+        if status in REJECTED:
+            code, param = self.harmless(await error_of(response))
+            raise UpstreamRejected(upstream_code=code, param=param, reason=reason)
+        if status in (401, 403):
+            raise UpstreamAuth(reason=reason)
+        if status == 429:
+            raise UpstreamRateLimited(retry_after=wait, reason=reason)
+        if 300 <= status < 400:
+            raise UpstreamProtocol(reason=reason)
+        raise BadGateway(retry_after=wait, reason=reason, billed=status == 504)
+
+    def harmless(self, error: UpstreamError) -> tuple[str | None, str | None]:
+        """The upstream's code and param where they are names and hold nothing of our key."""
+
+        def checked(value: object) -> str | None:
+            if isinstance(value, str) and HARMLESS.fullmatch(value) and not self.key.pieces.search(value.encode()):
+                return value
+            return None
+
+        return checked(error.code), checked(error.param)
+
+
+async def check_headers(response: httpx.Response, wanted: bytes) -> None:
+    """Raises UpstreamProtocol unless the answer is what was asked for; its socket is closed then."""
+    headers = response.headers
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if kind == wanted.decode() and encoding == "identity":
+        return
+    await response.aclose()
+    raise UpstreamProtocol(reason=f"content-type {kind[:40]!r}, content-encoding {encoding[:20]!r}", billed=True)
+
+
+def refuse_transport(error: httpx.TransportError) -> NoReturn:
+    reason = describe(error)
+    if isinstance(error, httpx.ConnectTimeout):
+        raise GatewayTimeout(should_retry=False, reason=reason) from error
+    if isinstance(error, httpx.ConnectError):
+        raise UpstreamUnreachable(reason=reason) from error
+    if isinstance(error, httpx.TimeoutException):
+        raise GatewayTimeout(should_retry=False, reason=reason, billed=True) from error
+    if isinstance(error, httpx.NetworkError):
+        raise UpstreamUnreachable(reason=reason, billed=True) from error
+    raise UpstreamProtocol(reason=reason, billed=True) from error
+
+
+def describe(error: httpx.TransportError) -> str:
+    """What happened, for the log: kinds of error only, since their texts may quote what was sent."""
+    cause = error.__cause__
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return f"{type(error).__name__}: {cause.verify_message}"
+    if isinstance(cause, socket.gaierror | OSError):
+        return f"{type(error).__name__}: {cause.strerror or type(cause).__name__}"
+    return type(error).__name__
+
+
+async def read_at_most(response: httpx.Response, most: int) -> bytes | None:
+    """The whole body, or None when it is longer than `most` bytes."""
+    parts, size = [], 0
+    async for part in cast(AsyncIterator[bytes], response.stream):
+        size += len(part)
+        if size > most:
+            return None
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def error_of(response: httpx.Response) -> UpstreamError:
+    try:
+        async with asyncio.timeout(ERROR_BODY_TIMEOUT):
+            body = await read_at_most(response, LONGEST_ERROR)
+        return decode_error(body or b"").error
+    except (TimeoutError, httpx.TransportError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return UpstreamError()
+
+
+def retry_after(headers: httpx.Headers, now: float) -> float | None:
+    """Seconds to wait as the upstream asked: retry-after-ms (OpenAI's), else Retry-After, seconds or date (RFC 9110)."""
+    milliseconds, written = headers.get("retry-after-ms"), headers.get("retry-after")
+    try:
+        if milliseconds is not None:
+            return bounded(float(milliseconds) / 1000)
+        if written is None:
+            return None
+        if written.strip().isdigit():
+            return bounded(float(written))
+        return bounded(parsedate_to_datetime(written).timestamp() - now)
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def bounded(wait: float) -> float | None:
+    """A wait that can be believed: finite, not negative, at most a day."""
+    return min(max(0.0, wait), 86400.0) if wait == wait else None

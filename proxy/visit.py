@@ -1,0 +1,99 @@
+"""One request as it goes through the house: what is known about it so far, and how it is answered.
+
+Rules:
+1. The headers of an answer are built from nothing, here; what an upstream sent has no way in.
+2. What the log may say about a request is what was put into its `log`.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from starlette.types import Message, Receive, Scope, Send
+
+from proxy.edge import Caller, Found
+from proxy.errors import BodyTooLarge, Headers, Refusal
+from proxy.limits import Standing, limit_headers
+from proxy.relay import ClientGone
+
+API_HEADERS: Headers = [
+    (b"cache-control", b"no-store, no-transform"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"content-security-policy", b"default-src 'none'"),
+]
+CLIENT_CLOSED = 499  # nginx's status for a caller that left before it was answered; it stands in logs only
+
+
+class Visit:
+    """One request: what is known about it so far, and how it is answered."""
+
+    __slots__ = (
+        *("_base_headers", "began", "caller", "code", "cookies", "ending", "found", "log", "method", "path", "reason"),
+        *("receive", "request_id", "send", "standings", "started", "status"),
+    )
+
+    def __init__(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        *,
+        caller: Caller,
+        found: Found,
+        base_headers: Headers,
+        request_id: str,
+    ) -> None:
+        self.receive = receive
+        self.send = send
+        self._base_headers = base_headers
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.caller = caller
+        self.found = found
+        self.request_id = request_id
+        self.started = time.monotonic()
+        self.cookies: list[bytes] = []
+        self.standings: list[Standing] = []
+        self.status = CLIENT_CLOSED
+        self.code: str | None = None
+        self.ending: str | None = None
+        self.reason: str | None = None
+        self.began = False
+        self.log: dict[str, Any] = {}
+
+    async def body(self, most: int) -> bytes:
+        """The request's body. Raises BodyTooLarge beyond `most` bytes, ClientGone when it does not come whole."""
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await self.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            parts.append(message["body"])
+            size += len(message["body"])
+            if size > most:
+                raise BodyTooLarge(headers=[(b"connection", b"close")])
+            if not message["more_body"]:
+                return b"".join(parts)
+
+    def head(self, status: int, headers: Headers) -> Message:
+        """The start of the response: ours from the first header to the last."""
+        self.status = status
+        self.began = True
+        cookies = [(b"set-cookie", cookie) for cookie in self.cookies]
+        own = [(b"x-request-id", self.request_id.encode()), *self._base_headers, *API_HEADERS]
+        return {"type": "http.response.start", "status": status, "headers": [*headers, *own, *cookies]}
+
+    async def answer(self, status: int, body: bytes, headers: Headers) -> None:
+        length = (b"content-length", b"%d" % len(body))
+        await self.send(self.head(status, [(b"content-type", b"application/json"), length, *headers]))
+        await self.send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def refuse(self, refusal: Refusal) -> None:
+        self.code = type(refusal).code  # never the one an upstream gave: it ends up in labels
+        self.reason = refusal.reason
+        headers = refusal.headers()
+        if not any(name == b"ratelimit" for name, _ in headers):
+            headers += limit_headers(self.standings)
+        await self.answer(refusal.status, refusal.body(), headers)

@@ -1,0 +1,86 @@
+"""The main path: a request through the whole house and back."""
+
+from __future__ import annotations
+
+import json
+
+from harness import DONE, GOOD, ScriptedUpstream, chat, delta, finish, running, send, streaming
+
+
+def test_stream_passes_unchanged() -> None:
+    """What the upstream streamed is what the client gets, with our headers and none of the upstream's."""
+    with ScriptedUpstream(streaming(*GOOD)) as upstream, running(upstream.base_url) as proxy:
+        reply = chat(proxy)
+        assert (reply.status, reply.body) == (200, b"".join(GOOD))
+        assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
+        assert reply.headers["cache-control"] == "no-store, no-transform"
+        assert reply.headers["x-accel-buffering"] == "no"
+        assert reply.headers["content-security-policy"] == "default-src 'none'"
+        line = proxy.line()
+        assert (line["ending"], line["status"], line["code"]) == ("complete", 200, None)
+
+
+def test_upstream_request_is_built_from_nothing() -> None:
+    """The upstream sees our key and the request, and nothing else of the visitor."""
+    with ScriptedUpstream(streaming(*GOOD)) as upstream, running(upstream.base_url) as proxy:
+        chat(proxy, headers={"Cookie": "theme=dark", "Authorization": "Bearer made-up", "X-Custom": "1", "Accept-Encoding": "gzip"})
+        seen = upstream.seen[0]
+        assert seen.headers["authorization"] == f"Bearer {proxy.key}"
+        assert seen.headers["accept-encoding"] == "identity"
+        assert seen.headers["user-agent"].startswith("chat-proxy/")
+        assert set(seen.headers) == {
+            *("host", "authorization", "accept", "accept-encoding", "user-agent", "x-request-id"),
+            *("content-type", "content-length"),
+        }
+        assert seen.json == {
+            "messages": [{"role": "user", "content": "hi"}],
+            "stream": True,
+            "model": "m",
+            "max_tokens": 4096,
+        }
+
+
+def test_whole_answer() -> None:
+    """A request that does not stream gets the upstream's JSON as it was, with a length."""
+    answer = json.dumps({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 4}}).encode()
+
+    async def script(peer):  # type: ignore[no-untyped-def]
+        await peer.request()
+        await peer.whole(answer)
+
+    with ScriptedUpstream(script) as upstream, running(upstream.base_url) as proxy:
+        reply = chat(proxy, stream=False)
+        assert (reply.status, reply.body) == (200, answer)
+        assert reply.headers["content-type"] == "application/json"
+        assert proxy.line()["tokens"] == 7
+        assert proxy.tokens_used()["tokens_per_session"] == 7
+
+
+def test_truncated_stream_ends_with_an_event() -> None:
+    """An answer that breaks off gets one error event and no [DONE]; its unfinished tail is dropped."""
+    with ScriptedUpstream(streaming(delta("half"), b'data: {"cho')) as upstream, running(upstream.base_url) as proxy:
+        reply = chat(proxy)
+        assert reply.body.startswith(delta("half") + b'data: {"error":{')
+        assert json.loads(reply.last_event.removeprefix(b"data: "))["error"]["code"] == "stream_interrupted"
+        assert DONE not in reply.body
+        assert not reply.cut
+        assert proxy.line()["ending"] == "truncated"
+
+
+def test_finish_reason_without_done_is_an_end() -> None:
+    """finish_reason without [DONE] is a clean end: nothing is added."""
+    with ScriptedUpstream(streaming(delta("all"), finish())) as upstream, running(upstream.base_url) as proxy:
+        assert chat(proxy).body == delta("all") + finish()
+
+
+def test_models_and_probes() -> None:
+    """The allow-list in OpenAI's shape; probes answer anyone; the rest is 404 in the error shape."""
+    with ScriptedUpstream(streaming()) as upstream, running(upstream.base_url) as proxy:
+        models = send(proxy, "GET", "/api/v1/models")
+        assert [entry["id"] for entry in models.json["data"]] == ["m", "other"]
+        assert models.headers["set-cookie"] is None
+        for probe in ("/healthz", "/readyz"):
+            assert send(proxy, "GET", probe, headers={"Host": "10.0.0.1"}).status == 200
+        assert send(proxy, "GET", "/api/nothing").error["code"] == "not_found"
+        assert send(proxy, "GET", "/nothing").error["code"] == "not_found"
+        assert send(proxy, "PUT", "/api/chat").error["code"] == "method_not_allowed"
