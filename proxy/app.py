@@ -50,6 +50,7 @@ from proxy.page import Page, Probe, page_folder
 from proxy.relay import ClientGone, Leash, Relay
 from proxy.session import ID_BYTES, Revocations, Session, Sessions, set_cookie
 from proxy.settings import Settings
+from proxy.transport import ResponseStream
 from proxy.upstream import Attempts, Upstream
 from proxy.visit import Visit
 
@@ -57,7 +58,7 @@ Handler = Callable[[Visit], Awaitable[None]]
 
 STREAM_HEADERS: Headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
 HSTS = (b"strict-transport-security", b"max-age=31536000; includeSubDomains")
-BYTES_PER_TOKEN = 4  # of an answer whose upstream counted nothing, as in the policy's estimate
+BYTES_PER_TOKEN = 3  # of an answer whose upstream counted nothing: the policy's figure for prompts
 
 
 encode = msgspec.json.Encoder().encode
@@ -73,7 +74,7 @@ class Resource:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         proxy = self.proxy
         visit = proxy.visit(scope, receive, send)
-        proxy.busy += 1
+        proxy.enter()
         try:
             try:
                 await self.handler(visit)(visit)
@@ -84,13 +85,12 @@ class Resource:
             visit.ending = "aborted"
         except Exception as error:  # noqa: BLE001  # the one place where a bug becomes an answer
             proxy.logs.bug(error, request_id=visit.request_id)
-            visit.ending = visit.ending or "error"
             visit.code = InternalError.code
             if not visit.began:
                 await visit.refuse(InternalError())
         finally:
-            proxy.busy -= 1
             proxy.settle(visit)
+            proxy.leave()
 
     def handler(self, visit: Visit) -> Handler:
         if self.proxy.draining:
@@ -137,6 +137,8 @@ class ChatProxy:
         self.base_headers: Headers = [HSTS] if server.is_https else []
         self.draining = False
         self.busy = 0  # requests being answered
+        self.quiet = asyncio.Event()  # set while there are none
+        self.quiet.set()
         self.live: set[Leash] = set()  # those among them that the drain lets go on for a while
         self.router = self.build_router()
 
@@ -202,59 +204,52 @@ class ChatProxy:
                 self.count(visit, order, attempts, used)
 
     async def stream(self, visit: Visit, order: policy.Order, attempts: Attempts) -> Usage:
-        """Relays one stream to its end, whatever the end. Returns what it cost; raises before it has begun."""
+        """Relays one stream to its end, whatever the end. Returns what it cost; raises while nothing has begun."""
         exchange = Exchange()
         relay: Relay | None = None
         broke: Interruption | None = None
-        visit.ending = "error"
         try:
             async with Leash(visit.receive) as leash, self.living(leash):
                 source = await self.upstream.stream(order.body, visit.request_id, attempts)
-                events = Events(self.upstream.key.value().encode(), order.choices)
-                deadlines = self.settings.upstream
-                relay = Relay(
-                    source, visit.send, events, leash, idle=deadlines.idle_timeout, total=deadlines.total_timeout
-                )
+                relay = self.relay(visit, order, source, leash)
                 exchange.on(Event.BEGIN)
-                self.metrics.streams.inc()
                 await relay.run(visit.head(200, [*STREAM_HEADERS, *limit_headers(visit.standings)]))
         except ClientGone:
-            visit.ending = "aborted"
-            exchange.on(Event.LEAVE)
-            self.metrics.abort.observe(asyncio.get_running_loop().time() - leash.pulled_at)
+            self.note_abort(leash)
             if relay is None:
                 raise
+            exchange.on(Event.COMPLETE if relay.has_ended_well else Event.LEAVE)
         except Interruption as interruption:
-            if relay is None:
-                raise refusal_before_start(interruption) from None
             broke = interruption
-        except Refusal:
-            raise
-        except Exception as error:  # a bug of ours in mid-stream: the browser must not take it for the end
+            if relay is None:
+                raise refusal_before_start(broke) from None
+        except Exception as error:
             if relay is None:
                 raise
             self.logs.bug(error, request_id=visit.request_id)
             broke = StreamFailed()
         if exchange.state is State.STREAMING:
-            told = await relay.finish(broke)
-            exchange.on(Event.BREAK if told else Event.COMPLETE)
-            visit.ending, visit.code, visit.reason = ending_of(told, relay.events)
-        self.note_stream(visit, relay)
+            broke = await relay.finish(broke)
+            exchange.on(Event.BREAK if broke else Event.COMPLETE)
+        self.note_stream(visit, relay, exchange.state, broke)
         return relay.events.usage or Usage(order.prompt_tokens, relay.events.count)
+
+    def relay(self, visit: Visit, order: policy.Order, source: ResponseStream, leash: Leash) -> Relay:
+        deadlines = self.settings.upstream
+        events = Events(self.upstream.key.value().encode(), order.choices)
+        return Relay(source, visit.send, events, leash, idle=deadlines.idle_timeout, total=deadlines.total_timeout)
 
     async def complete(self, visit: Visit, order: policy.Order, attempts: Attempts) -> Usage:
         """Passes on one whole answer. Returns what it cost."""
-        visit.ending = "error"
         try:
             async with Leash(visit.receive) as leash, self.living(leash):
                 answer = await self.upstream.complete(order.body, visit.request_id, attempts)
         except ClientGone:
-            visit.ending = "aborted"
+            self.note_abort(leash)
             raise
         except Interruption as interruption:
             raise refusal_before_start(interruption) from None
         await visit.answer(200, answer, limit_headers(visit.standings))
-        visit.ending = "complete"
         return usage_of(answer) or Usage(order.prompt_tokens, len(answer) // BYTES_PER_TOKEN)
 
     # ---- who is asking --------------------------------------------------------------------------------------------
@@ -370,6 +365,15 @@ class ChatProxy:
             scope, receive, send, caller=caller, found=found, base_headers=self.base_headers, request_id=request_id
         )
 
+    def enter(self) -> None:
+        self.busy += 1
+        self.quiet.clear()
+
+    def leave(self) -> None:
+        self.busy -= 1
+        if not self.busy:
+            self.quiet.set()
+
     def limited(self, visit: Visit, refusal: Refusal) -> Refusal:
         """Refusing costs something too: who is refused too often is told to wait instead."""
         if refusal.status not in (401, 403):
@@ -384,9 +388,11 @@ class ChatProxy:
     async def living(self, leash: Leash) -> AsyncIterator[None]:
         """Within it the drain can find the request."""
         self.live.add(leash)
+        self.metrics.streams.inc()
         try:
             yield
         finally:
+            self.metrics.streams.dec()
             self.live.discard(leash)
 
     def cut(self) -> None:
@@ -403,12 +409,18 @@ class ChatProxy:
         self.metrics.tokens_in[order.model].inc(used.prompt_tokens)
         self.metrics.tokens_out[order.model].inc(used.completion_tokens)
 
-    def note_stream(self, visit: Visit, relay: Relay) -> None:
+    def note_abort(self, leash: Leash) -> None:
+        """The browser left, and by now the upstream's socket is closed."""
+        self.metrics.abort.observe(asyncio.get_running_loop().time() - leash.pulled_at)
+
+    def note_stream(self, visit: Visit, relay: Relay, state: State, broke: Interruption | None) -> None:
         metrics, now = self.metrics, asyncio.get_running_loop().time()
-        metrics.streams.dec()
-        metrics.gaps.add(relay.gaps.counts, relay.gaps.total)
+        visit.ending = ending_of(state, broke, relay.events)
+        if broke is not None:
+            visit.code, visit.reason = broke.code, broke.reason
         visit.log["events"] = relay.events.count
         visit.log["bytes"] = relay.bytes_sent
+        metrics.gaps.add(relay.gaps.counts, relay.gaps.total)
         if relay.leaked:
             self.alarm(visit, "the upstream sent our key inside a stream")
         if relay.first_at is None:
@@ -463,8 +475,10 @@ def refusal_before_start(interruption: Interruption) -> Refusal:
     return GatewayTimeout(should_retry=False, reason=interruption.reason)
 
 
-def ending_of(told: Interruption | None, events: Events) -> tuple[str, str | None, str | None]:
-    """Ending, code and reason for the log, by what the browser was told."""
-    if told is not None:
-        return told.ending, told.code, told.reason
-    return ("error" if events.ending is Ending.ERROR else "complete"), None, None
+def ending_of(state: State, broke: Interruption | None, events: Events) -> str:
+    """How a stream ended, as chat_proxy_stream_endings_total counts it."""
+    if state is State.ABORTED:
+        return "aborted"
+    if broke is not None:
+        return broke.ending
+    return "error" if events.ending is Ending.ERROR else "complete"

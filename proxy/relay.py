@@ -40,13 +40,14 @@ class Leash:
     `receive` is watched from the beginning, so the request's body must have been read. `pulled_at` is the loop's time.
     """
 
-    __slots__ = ("_cancelling", "_cause", "_receive", "_task", "_watcher", "pulled_at")
+    __slots__ = ("_cancelled", "_cancelling", "_cause", "_receive", "_task", "_watcher", "pulled_at")
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
         self._task: asyncio.Task[Any] | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._cause: BaseException | None = None
+        self._cancelled = False
         self._cancelling = 0
         self.pulled_at = 0.0
 
@@ -59,9 +60,19 @@ class Leash:
 
     def pull(self, cause: BaseException) -> None:
         """Raises `cause` out of the body, at what it is waiting for; nothing when it is over or pulled already."""
-        if self._task is not None and self._cause is None:
-            self._cause = cause
-            self.pulled_at = self._task.get_loop().time()
+        if self._task is None or self._cause is not None:
+            return
+        loop = self._task.get_loop()
+        self._cause = cause
+        self.pulled_at = loop.time()
+        if self._task is asyncio.current_task():
+            loop.call_soon(self._cancel)  # at once it would hit the next await, and the body may be over before that
+        else:
+            self._cancel()
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._cancelled = True
             self._task.cancel()
 
     async def __aexit__(
@@ -71,7 +82,12 @@ class Leash:
         assert task is not None
         assert self._watcher is not None
         self._watcher.cancel()
-        if self._cause is not None and task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+        if self._cause is None:
+            return
+        if not self._cancelled:  # pulled by the body itself, which then waited for nothing more
+            if kind is None:
+                raise self._cause
+        elif task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
             raise self._cause from None
 
     async def _watch(self) -> None:
@@ -108,7 +124,7 @@ class Rest:
             while True:
                 try:
                     sent = yield waiting
-                except BaseException as error:
+                except BaseException as error:  # noqa: BLE001  # whatever comes here is meant for the coroutine
                     waiting = self.coroutine.throw(error)
                 else:
                     waiting = self.coroutine.send(sent)
@@ -169,14 +185,19 @@ class Relay:
 
         A stream that said it was over is over, whatever broke after that. Returns what the browser was told.
         """
-        if self.events.ending is not Ending.OPEN and not self.leaked:
+        if self.has_ended_well:
             broke, body = None, self._rest()
-        if self.leaked or self.events.ending is Ending.OPEN:
+        if not self.has_ended_well:
             broke = broke or Interruption(reason="ended early")
             body = (b"\n\n" if self.events.partial else b"") + broke.event()
         self.bytes_sent += len(body)
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
         return broke
+
+    @property
+    def has_ended_well(self) -> bool:
+        """The stream has said that it is over, and our key was not in it: nothing that happens later matters."""
+        return self.events.ending is not Ending.OPEN and not self.leaked
 
     # ---- called by the transport ----------------------------------------------------------------------------------
 
@@ -213,7 +234,7 @@ class Relay:
         except StopIteration:
             return
         except Exception as error:  # noqa: BLE001  # in the transport's callback nobody would hear of it
-            self._leash.pull(error)
+            self._stop(error)
             return
         self._source.pause()
         self._blocked = Rest(coroutine, waiting)
@@ -229,7 +250,12 @@ class Relay:
 
     def _leak(self, echo: KeyEcho) -> None:
         self.leaked = True
-        self._leash.pull(Interruption(reason=str(echo)))
+        self._stop(Interruption(reason=str(echo)))
+
+    def _stop(self, cause: Exception) -> None:
+        """Takes no more from the source: it may deliver further parts before the task hears of the cause."""
+        self._source.abort()
+        self._leash.pull(cause)
 
     def _rest(self) -> bytes:
         try:

@@ -16,11 +16,13 @@ import logging
 import os
 import signal
 import socket
+import ssl
 from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+import certifi
 import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -178,6 +180,7 @@ def uvicorn_for(app: Any, keep_alive: float, **more: Any) -> Uvicorn:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # the edge walks X-Forwarded-For itself; uvicorn would have rewritten the peer before
         ws="none",
         timeout_keep_alive=int(keep_alive),
         timeout_graceful_shutdown=FLUSH,
@@ -215,8 +218,8 @@ class Service:
         self.server = uvicorn_for(Guard(self.app), keep_alive, http=GuardedProtocol, lifespan="on")
         self.metrics = uvicorn_for(MetricsPage(self.app.metrics), keep_alive, lifespan="off")
         self.metrics_settings = settings.metrics
-        self.signals = 0
-        self.signalled = asyncio.Event()
+        self.ending = asyncio.Event()
+        self.at_once = asyncio.Event()
 
     async def run(self) -> None:
         """Serves until a signal, then drains. Returns when the last answer has ended."""
@@ -245,37 +248,38 @@ class Service:
         async with asyncio.TaskGroup() as tasks:
             for server, listener in servers:
                 tasks.create_task(server.serve(sockets=[listener]))
-            await self.signalled.wait()
+            await self.ending.wait()
             await self.drain()
             for server, _ in servers:
                 server.end()
 
     def end(self) -> None:
-        self.signals += 1
-        self.signalled.set()
+        """What a signal does: the first begins the drain, the second ends it."""
+        if self.ending.is_set():
+            self.at_once.set()
+        self.ending.set()
 
     async def drain(self) -> None:
         """Lets live answers run on, then ends them with an event, and waits for the events to get through."""
-        app, loop = self.app, asyncio.get_running_loop()
-        app.draining = True
-        self.logs.line("draining", live=len(app.live))
-        deadline = loop.time() + self.drain_seconds
-        while app.live and self.signals < 2 and loop.time() < deadline:
-            await asyncio.sleep(0.05)
-        app.cut()
-        deadline = loop.time() + LAST_WORDS
-        while app.busy and loop.time() < deadline:
-            await asyncio.sleep(0.02)
+        self.app.draining = True
+        self.logs.line("draining", live=len(self.app.live))
+        await first_of(self.drain_seconds, self.app.quiet, self.at_once)
+        self.app.cut()
+        await first_of(LAST_WORDS, self.app.quiet)
 
 
-def ssl_context(settings: Settings) -> Any:
+async def first_of(seconds: float, *events: asyncio.Event) -> None:
+    """Returns when one of the events is set, or the time is over."""
+    waiting = [asyncio.ensure_future(event.wait()) for event in events]
+    await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    for future in waiting:
+        future.cancel()
+
+
+def ssl_context(settings: Settings) -> ssl.SSLContext | None:
     """None for the transport's own roots, or those with the operator's beside them."""
-    import ssl
-
     if not settings.upstream.ca_file:
         return None
-    import certifi
-
     context = ssl.create_default_context(cafile=certifi.where())
     context.load_verify_locations(settings.upstream.ca_file)
     return context
