@@ -94,7 +94,7 @@ class Resource:
 
     def handler(self, visit: Visit) -> Handler:
         if self.proxy.draining:
-            raise Draining(headers=[(b"connection", b"close")])
+            raise Draining
         if not self.methods:
             raise NotFound
         if visit.method not in self.methods:
@@ -471,7 +471,7 @@ class ChatProxy:
 def refusal_before_start(interruption: Interruption) -> Refusal:
     """What an interruption is while the answer can still be a status."""
     if isinstance(interruption, StreamDrained):
-        return Draining(headers=[(b"connection", b"close")])
+        return Draining()
     return GatewayTimeout(should_retry=False, reason=interruption.reason)
 
 

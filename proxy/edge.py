@@ -25,8 +25,9 @@ Found = dict[bytes, bytes]
 
 UNIX = "unix"  # the address of a socket peer that names no other
 REMEMBERED = 4096  # resolved addresses kept: parsing one costs more than the rest of the edge
+LONGEST_REMEMBERED = 512  # bytes of X-Forwarded-For, ten hops; longer ones are not kept, or strangers fill the memory
 REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{1,64}")
-PORT_AFTER_ADDRESS = re.compile(r"(?:\[([^\]]*)\]|(\d+\.\d+\.\d+\.\d+))(?::\d{1,5})?")
+PORT_AFTER_ADDRESS = re.compile(r"(?:\[([^\]]+)\]|(\d+\.\d+\.\d+\.\d+))(?::\d{1,5})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,9 @@ class Edge:
 
     def caller(self, peer: str | None, found: Found) -> Caller:
         """The caller behind `peer` (None: a Unix socket)."""
-        return self._resolve(peer, found.get(b"x-forwarded-for", b""))
+        forwarded = found.get(b"x-forwarded-for", b"")
+        resolve = self._resolve if len(forwarded) <= LONGEST_REMEMBERED else self.resolve
+        return resolve(peer, forwarded)
 
     def resolve(self, peer: str | None, forwarded: bytes) -> Caller:
         address = parse_address(peer) if peer else None

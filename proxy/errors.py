@@ -47,6 +47,7 @@ class Refusal(Exception):
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
+    closes: ClassVar[bool] = False  # the connection ends with the answer: what follows on it is not wanted
     code: str = "internal_error"
     message: str = "Something went wrong on our side. Please try again."
 
@@ -83,6 +84,8 @@ class Refusal(Exception):
         if wait is not None:
             headers.append((b"retry-after", b"%d" % max(1, ceil(wait))))
             headers.append((b"retry-after-ms", b"%d" % max(1, ceil(wait * 1000))))
+        if self.closes:
+            headers.append((b"connection", b"close"))
         if self.should_retry is not None:
             headers.append((b"x-should-retry", b"true" if self.should_retry else b"false"))
         return headers
@@ -158,6 +161,7 @@ class MethodNotAllowed(Refusal):
 
 class RequestTimeout(Refusal):
     status, type, code = 408, "invalid_request_error", "request_timeout"
+    closes = True
     message = "The request took too long to arrive. Please send it again."
 
 
@@ -168,6 +172,7 @@ class LengthRequired(Refusal):
 
 class BodyTooLarge(Refusal):
     status, type, code = 413, "invalid_request_error", "body_too_large"
+    closes = True
     message = "The request is too large. Shorten the conversation or start a new one."
 
 
@@ -178,6 +183,7 @@ class UnsupportedMediaType(Refusal):
 
 class HeadersTooLarge(Refusal):
     status, type, code = 431, "invalid_request_error", "headers_too_large"
+    closes = True
     message = "The request's headers are too large. Clear this site's cookies and try again."
 
 
@@ -241,6 +247,7 @@ class Busy(Unavailable):
 
 class Draining(Unavailable):
     code = "draining"
+    closes = True
     message = "The service is restarting. Please try again in a few seconds."
 
 

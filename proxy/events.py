@@ -5,21 +5,24 @@ Rules:
 2. An event is complete at its blank line; a line ends with LF, CRLF or CR (WHATWG HTML, section 9.2.5).
 3. An event that does not end is held for `HOLD` bytes, then passed on as it comes: memory is bounded, bytes are not.
 4. Ordinary chunks are only searched, never parsed: this runs for every token of every user. What a search cannot
-   rule out is parsed.
-5. Our own key never passes: not even in pieces of an event that was passed on early (rule 3).
+   rule out is parsed. An event that was passed on early (rule 3) is counted, and not parsed: it is not there any more.
+5. Our own key never passes: not even in pieces of an event that was passed on early.
+6. When in doubt the stream is open: an end that we miss costs an error event, one that we imagine hides a break.
 """
 
 from __future__ import annotations
 
 import re
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 HOLD = 64 * 1024  # bytes of an incomplete event: far above any token, far below what would hurt a thousand streams
 
-BLANK_LINE = re.compile(rb"(?:\r\n|\n|\r)(?:\r\n|\n|\r)")
+MOST_TOKENS = 1 << 40  # in one answer; whoever says more, or less than none, has not counted
+
+BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")  # atomic: a CR LF is never taken for two line ends
 LINE = re.compile(rb"\r\n|\n|\r")
 BOM = b"\xef\xbb\xbf"
 
@@ -32,21 +35,24 @@ class Ending(Enum):
     ERROR = "error"
 
 
+Count = Annotated[int, msgspec.Meta(ge=0, le=MOST_TOKENS)]
+
+
 class Choice(msgspec.Struct):
-    index: int = 0
+    index: int | None = 0
     finish_reason: Any = None
 
 
 class Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: Count = 0
+    completion_tokens: Count = 0
 
 
 class Chunk(msgspec.Struct):
     """What the proxy reads of a chat.completion.chunk, or of a whole chat.completion."""
 
-    choices: list[Choice] = []
-    usage: Usage | None = None
+    choices: list[Choice] | None = None
+    usage: Any = None
     error: Any = None
 
 
@@ -74,7 +80,7 @@ class Events:
         self.count = 0
         self.done = False
         self.failed = False
-        self.finished: set[int] = set()
+        self.finished: set[int | None] = set()
         self.partial = False  # a part of the event at hand has gone out already (rule 3)
         self.usage: Usage | None = None
 
@@ -131,8 +137,11 @@ class Events:
         """Takes note of whole events that are about to pass. Raises KeyEcho."""
         if self._key in out:
             raise KeyEcho(self.whole_events_before(out, out.index(self._key)))
-        continues, self.partial = self.partial, False
-        if is_plain(out) and not continues:
+        if self.partial:
+            self.partial = False
+            self.count += 1
+            out = b"".join(BLANK_LINE.split(out, 1)[1:])
+        if is_plain(out):
             self.count += out.count(b"\n\n")
         else:
             self.read(out)
@@ -159,13 +168,12 @@ class Events:
             chunk = decode_chunk(data)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return  # not ours to judge: it passes as it is, and it says nothing about the end
-        if chunk.error is not None:
+        if chunk.error:  # the clients too take an empty one for none
             self.failed = True
-        for choice in chunk.choices:
-            if choice.finish_reason is not None:
+        for choice in chunk.choices or ():
+            if choice.finish_reason:  # some upstreams write "" where OpenAI has null
                 self.finished.add(choice.index)
-        if chunk.usage is not None:
-            self.usage = chunk.usage
+        self.usage = counted(chunk.usage) or self.usage
 
 
 def last_boundary(data: bytes | bytearray, start: int) -> int:
@@ -182,18 +190,21 @@ def last_boundary(data: bytes | bytearray, start: int) -> int:
 
 
 def is_plain(out: bytes) -> bool:
-    """No event in here can say anything about the end, and each ends with LF LF.
+    """Each event in here begins with its data and ends with LF LF, and none can say anything about the end.
 
-    `"finish_reason"` cannot stand inside a JSON string (its quotes would be escaped), so counting it is enough.
+    `"finish_reason"` cannot stand inside a JSON string (its quotes would be escaped), so counting it is enough; and
+    its letters can be escaped only as `\\u00..`.
     """
+    reasons = out.count(b'"finish_reason"')
     return (
-        b"[DONE]" not in out
+        out.startswith(b"data:")
+        and out.count(b"\n\n") == out.count(b"\n\ndata:") + 1
+        and (reasons == out.count(b'"finish_reason":null') or reasons == out.count(b'"finish_reason": null'))
+        and b"[DONE]" not in out
         and b'"error"' not in out
         and b'"usage"' not in out
-        and out.count(b'"finish_reason"') == out.count(b'"finish_reason":null') + out.count(b'"finish_reason": null')
+        and b"\\u00" not in out
         and b"\r" not in out
-        and b"\n:" not in out
-        and out.startswith(b"data:")
     )
 
 
@@ -210,6 +221,15 @@ def data_of(event: bytes) -> bytes | None:
 def usage_of(body: bytes) -> Usage | None:
     """The usage in a whole chat.completion; None when it says none."""
     try:
-        return decode_chunk(body).usage
+        return counted(decode_chunk(body).usage)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
+
+
+def counted(usage: object) -> Usage | None:
+    """A usage that can be believed: whole numbers, and a prompt that was at least one token."""
+    try:
+        found = msgspec.convert(usage, Usage)
+    except msgspec.ValidationError:
+        return None
+    return found if found.prompt_tokens else None

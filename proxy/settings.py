@@ -16,8 +16,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import ipaddress
-import os
 import re
+import ssl
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -166,27 +166,37 @@ class Rate:
 def rates(written: str) -> tuple[Rate, ...]:
     """`20/minute;500/day` in the notation of the `limits` package; empty means no limit."""
     found = []
-    for part in filter(None, (part.strip() for part in re.split("[;,]", written))):
+    for part in filter(None, (part.strip() for part in re.split("[;,|]", written))):
         try:
             item = limits.parse(part)
         except ValueError:
             raise Wrong("wants rates like 20/minute;500/day") from None
         if item.amount < 1:
             raise Wrong("wants rates of at least 1; an empty text means no limit")
-        found.append(Rate(item.amount, item.get_expiry(), re.sub(r"\s*(/|per)\s*(1\s+)?", "/", part)))
+        multiple = f"{item.multiples} " if item.multiples > 1 else ""
+        found.append(Rate(item.amount, item.get_expiry(), f"{item.amount}/{multiple}{item.GRANULARITY.name}"))
     return tuple(sorted(found, key=lambda rate: rate.seconds))
+
+
+def host_in_url(host: str | None) -> str:
+    """A host as browsers write it, IPv6 in its short form. Raises ValueError for a wildcard, or a name not in ASCII."""
+    if host and ":" in host and "%" not in host:
+        return f"[{ipaddress.IPv6Address(host)}]"
+    if not re.fullmatch(r"[a-z0-9._-]+", host or ""):
+        raise ValueError
+    return cast(str, host)
 
 
 def origin(written: str) -> str:
     """An origin as a browser writes it in `Origin`: scheme, host, and the port unless it is the usual one."""
     try:
         url = urlsplit(written.strip())
-        host, port = url.hostname, url.port
+        host, port = host_in_url(url.hostname), url.port
     except ValueError:
-        raise Wrong("wants an origin like https://chat.example.org") from None
+        raise Wrong("wants an origin like https://chat.example.org, a name in other letters as xn--...") from None
     if (
         url.scheme not in ("http", "https")
-        or not host
+        or port == 0
         or url.path not in ("", "/")
         or url.query
         or url.fragment
@@ -194,7 +204,6 @@ def origin(written: str) -> str:
     ):
         raise Wrong("wants an origin like https://chat.example.org: no path, no user")
     usual = {"http": 80, "https": 443}[url.scheme]
-    host = f"[{host}]" if ":" in host else host
     return f"{url.scheme}://{host}" + ("" if port in (None, usual) else f":{port}")
 
 
@@ -209,14 +218,25 @@ def is_loopback(host: str) -> bool:
 
 def base_url(written: str) -> str:
     """Where the upstream's API begins, without the slash at its end."""
+    written = written.strip()
     try:
-        url = urlsplit(written.strip())
-        valid = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        url = urlsplit(written)
+        valid = url.scheme in ("http", "https") and bool(host_in_url(url.hostname)) and url.port != 0
     except ValueError:
         valid = False
-    if not valid or url.query or url.fragment or "@" in url.netloc or not written.isascii():
+    if not valid or "@" in url.netloc or not re.fullmatch(r"[!-~]+", written) or re.search(r"[?#\\]", written):
         raise Wrong("wants a URL like https://api.selamgpt.com/v1: no user, no query")
-    return written.strip().rstrip("/")
+    return url.scheme + written[len(url.scheme) :].rstrip("/")
+
+
+def listening_host(written: str) -> str:
+    """An address or a name to listen on, in a form that can be looked up at all."""
+    try:
+        if written.encode("idna"):
+            return written
+    except UnicodeError:
+        pass  # said below
+    raise Wrong("wants an address of this machine, like 127.0.0.1, or 0.0.0.0 for all of them")
 
 
 def peer(written: str) -> Network | str:
@@ -278,7 +298,7 @@ class Secret:
         if self.path is None:
             return self
         try:
-            value = self.path.read_text().strip()
+            value = self.path.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError):
             return self
         return Secret(value, self.path) if value else self
@@ -323,7 +343,7 @@ def secret(check: Callable[[str], str], *, required: bool) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    host: str = setting(text, "127.0.0.1")
+    host: str = setting(converted(listening_host), "127.0.0.1")
     port: int = setting(whole(0, 65535), 8000)
     socket: str = setting(text, "")
     workers: int = setting(Kind(whole(1, 64).decode, one_process), 1)
@@ -410,7 +430,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    host: str = setting(text, "127.0.0.1")
+    host: str = setting(converted(listening_host), "127.0.0.1")
     port: int = setting(whole(0, 65535), 0)
 
 
@@ -470,7 +490,7 @@ def read_file(file: str | None, faults: list[Fault]) -> dict[str, Any]:
         faults.append(Fault("--config", str(path), f"cannot be read: {error.strerror}"))
     except UnicodeDecodeError:
         faults.append(Fault("--config", str(path), "is not UTF-8 text"))
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # beside its own errors: a number of 5000 digits, 1000 brackets
         place = re.search(r"\(at [^)]*\)", str(error))
         faults.append(Fault("--config", str(path), f"is not valid TOML {place[0] if place else ''}".rstrip()))
     return {}
@@ -487,11 +507,12 @@ class Loader:
         }
         self.credentials = environ.get("CREDENTIALS_DIRECTORY")
         self.faults = faults
+        self.sources: dict[str, str] = {}  # where each setting that was given came from
 
     def settings(self) -> Settings:
         self.find_unknown()
         settings = with_public_url(Settings(**{name: self.section(name, table) for name, table in SECTIONS.items()}))
-        self.faults += contradictions(settings, {fault.setting for fault in self.faults})
+        self.faults += contradictions(settings, {fault.setting for fault in self.faults}, self.sources)
         if self.faults:
             raise SettingsError(self.faults)
         return settings
@@ -506,73 +527,74 @@ class Loader:
 
     def value(self, section: str, spec: dataclasses.Field[Any]) -> Any:
         kind: Kind = spec.metadata["kind"]
-        variable = f"{PREFIX}{section}_{spec.name}".upper()
-        source = ""
+        name, variable = f"{section}.{spec.name}", f"{PREFIX}{section}_{spec.name}".upper()
+        table = self.written.get(section)
         try:
             if variable in self.environ:
-                source = f"environment variable {variable}"
-                return kind.check(kind.decode(self.environ[variable]))
-            table = self.written.get(section)
+                self.sources[name] = f"environment variable {variable}"
+                return kind.check(kind.decode(utf8(self.environ[variable])))
             if isinstance(table, dict) and spec.name in table:
-                source = self.file
+                self.sources[name] = self.file
                 return kind.check(table[spec.name])
         except Wrong as wrong:
-            self.faults.append(Fault(f"{section}.{spec.name}", source, str(wrong)))
+            self.faults.append(Fault(name, self.sources[name], str(wrong)))
             return REQUIRED
         if spec.default is REQUIRED:
-            self.faults.append(
-                Fault(f"{section}.{spec.name}", "", f"is required; set it in {self.file} or as {variable}")
-            )
+            self.faults.append(Fault(name, "", f"is required; set it in {self.file} or as {variable}"))
         return spec.default
 
     def secret(self, section: str, spec: dataclasses.Field[Any]) -> Any:
         check: Callable[[str], str] = spec.metadata["secret"]
         name, variable = f"{section}.{spec.name}", f"{PREFIX}{section}_{spec.name}".upper()
         try:
-            found, source = self.find_secret(section, spec.name, variable)
-        except OSError as error:
-            self.faults.append(Fault(name, f"file {error.filename}", f"cannot be read: {error.strerror}"))
-            return REQUIRED
+            found = self.find_secret(section, spec.name, variable)
+            if found is not None:
+                return Secret(check(utf8(found.value)), found.path)
+        except OSError as error:  # its filename may be a key, put into ..._FILE by mistake
+            self.faults.append(Fault(name, self.sources[name], f"cannot be read: {error.strerror}"))
         except UnicodeDecodeError:
-            self.faults.append(Fault(name, f"{variable}_FILE", "the file is not UTF-8 text"))
-            return REQUIRED
-        if found is None:
+            self.faults.append(Fault(name, self.sources[name], "is not UTF-8 text"))
+        except Wrong as wrong:
+            self.faults.append(Fault(name, self.sources[name], str(wrong)))
+        else:
             if spec.default is REQUIRED:
                 self.faults.append(
                     Fault(name, "", f"is required; set {variable}, or {variable}_FILE to a file that holds it")
                 )
             return spec.default
-        try:
-            return Secret(check(found.value), found.path)
-        except Wrong as wrong:
-            self.faults.append(Fault(name, source, str(wrong)))
-            return REQUIRED
+        return REQUIRED
 
-    def find_secret(self, section: str, name: str, variable: str) -> tuple[Secret | None, str]:
+    def find_secret(self, section: str, name: str, variable: str) -> Secret | None:
+        path: Path | None = None
         if self.credentials:
             path = Path(self.credentials, f"{section}_{name}")
-            if path.exists():
-                return Secret(path.read_text().strip(), path), f"credential {path.name}"
-        if named := self.environ.get(f"{variable}_FILE"):
+            self.sources[f"{section}.{name}"] = f"credential {path.name}"
+            path = path if path.exists() else None
+        if path is None and (named := self.environ.get(f"{variable}_FILE")):
             path = Path(named)
-            return Secret(path.read_text().strip(), path), f"the file in {variable}_FILE"
+            self.sources[f"{section}.{name}"] = f"the file that {variable}_FILE names"
+        if path is not None:
+            return Secret(path.read_text(encoding="utf-8").strip(), path)
         if variable in self.environ:
-            return Secret(self.environ[variable].strip()), f"environment variable {variable}"
-        return None, ""
+            self.sources[f"{section}.{name}"] = f"environment variable {variable}"
+            return Secret(self.environ[variable].strip())
+        return None
 
     def find_unknown(self) -> None:
         names = {
             section: {spec.name: spec for spec in dataclasses.fields(table)} for section, table in SECTIONS.items()
         }
+        settings = [f"{section}.{name}" for section, specs in names.items() for name in specs]
         for section, table in self.written.items():
-            if section not in names or not isinstance(table, dict):
-                self.unknown(section, self.file, names, "section")
+            if section not in names:
+                self.unknown(section, self.file, [*names, *settings], "section")
+                continue
+            if not isinstance(table, dict):
+                self.faults.append(Fault(section, self.file, f"is a section: its settings stand under [{section}]"))
                 continue
             for name in table:
                 if name not in names[section]:
-                    self.unknown(
-                        f"{section}.{name}", self.file, [f"{section}.{known}" for known in names[section]], "setting"
-                    )
+                    self.unknown(f"{section}.{name}", self.file, settings, "setting")
                 elif "secret" in names[section][name].metadata:
                     variable = f"{PREFIX}{section}_{name}".upper()
                     message = f"a secret does not belong in this file; set {variable} or {variable}_FILE"
@@ -595,7 +617,16 @@ class Loader:
 
 def is_kubernetes(name: str, value: str) -> bool:
     """What Kubernetes injects for a Service whose name begins with chat-proxy; it is about the Service, not for us."""
-    return bool(KUBERNETES.match(name)) or (name.endswith("_PORT") and value.startswith(("tcp://", "udp://")))
+    return bool(KUBERNETES.match(name)) or (name.endswith("_PORT") and value.startswith(("tcp://", "udp://", "sctp://")))
+
+
+def utf8(raw: str) -> str:
+    """The text of an environment variable; bytes that are not UTF-8 come as lone surrogates, which nothing can send."""
+    try:
+        raw.encode()
+    except UnicodeEncodeError:
+        raise Wrong("is not UTF-8 text") from None
+    return raw
 
 
 def with_public_url(settings: Settings) -> Settings:
@@ -605,9 +636,11 @@ def with_public_url(settings: Settings) -> Settings:
 
 
 def on_port(settings: Settings, port: int) -> Settings:
-    """The settings of a server that listens on `port`, seen at 127.0.0.1."""
-    server = dataclasses.replace(settings.server, port=port, public_url=f"http://127.0.0.1:{port}")
-    return dataclasses.replace(settings, server=server)
+    """The settings of a server that listens on `port`; seen at 127.0.0.1, unless a public_url was given."""
+    server = settings.server
+    given = server.public_url not in ("", f"http://127.0.0.1:{server.port}")
+    public_url = server.public_url if given else f"http://127.0.0.1:{port}"
+    return dataclasses.replace(settings, server=dataclasses.replace(server, port=port, public_url=public_url))
 
 
 @dataclass(frozen=True, slots=True)
@@ -623,6 +656,14 @@ class Contradiction:
 def exposes_key(upstream: Upstream) -> bool:
     host = urlsplit(upstream.base_url).hostname or ""
     return upstream.base_url.startswith("http://") and not upstream.allow_http and not is_loopback(host)
+
+
+def holds_certificates(file: str) -> bool:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(file)
+    except OSError:  # ssl.SSLError is one
+        return False
+    return True
 
 
 CONTRADICTIONS = (
@@ -647,8 +688,8 @@ CONTRADICTIONS = (
     Contradiction(
         "upstream.ca_file",
         ("upstream.ca_file",),
-        lambda s: bool(s.upstream.ca_file) and not os.access(s.upstream.ca_file, os.R_OK),
-        "cannot be read",
+        lambda s: bool(s.upstream.ca_file) and not holds_certificates(s.upstream.ca_file),
+        "cannot be read, or holds no certificate in PEM format",
     ),
     Contradiction(
         "policy.models", ("policy.models",), lambda s: not s.policy.models, "is empty; name at least one model"
@@ -665,12 +706,18 @@ CONTRADICTIONS = (
         lambda s: s.session.idle > s.session.lifetime,
         "is longer than session.lifetime",
     ),
+    Contradiction(
+        "metrics.port",
+        ("metrics.port", "metrics.host", "server.port", "server.host"),
+        lambda s: bool(s.metrics.port) and not s.server.socket and s.metrics.port == s.server.port,
+        "is server.port too; the metrics have a listener of their own",
+    ),
 )
 
 
-def contradictions(settings: Settings, faulty: set[str]) -> list[Fault]:
+def contradictions(settings: Settings, faulty: set[str], sources: Mapping[str, str]) -> list[Fault]:
     return [
-        Fault(rule.setting, "", rule.message)
+        Fault(rule.setting, sources.get(rule.setting, ""), rule.message)
         for rule in CONTRADICTIONS
         if faulty.isdisjoint(rule.needs) and rule.holds(settings)
     ]

@@ -18,6 +18,7 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import NoReturn, cast
 
@@ -41,14 +42,17 @@ REJECTED = frozenset({400, 404, 413, 422})
 RETRIED = frozenset({429, 502, 503, 529})
 FIRST_PAUSE = 0.5  # seconds before the first retry; doubled each time (the guide's 2 ** attempt, begun earlier)
 LONGEST_PAUSE = 8.0  # seconds; a browser waits meanwhile
+LONGEST_WAIT = 86400.0  # seconds: whoever asks for more than a day has not meant it
 PATIENCE = 60.0  # seconds of Retry-After beyond which a client had better not retry by itself
 LONGEST_ERROR = 64 * 1024  # bytes of an error's body that are read for its code
 LONGEST_ANSWER = 8 << 20  # bytes of an answer that is not streamed
 ERROR_BODY_TIMEOUT = 5.0  # seconds for an error's body: only its code is wanted
 WRITE_TIMEOUT = 30.0  # seconds for the upstream to take more of the request's body
 KEY_CHECK = 1.0  # seconds between two looks at the key's file
+DECIMAL = re.compile(r"-?\d{1,15}(?:\.\d{0,15})?", re.ASCII)
 HARMLESS = re.compile(r"[a-z0-9_.\[\]]{1,64}")
-KEY_PREFIX = re.compile(r"(?:[A-Za-z]{1,12}[-_])*")
+PLAIN_NAME = re.compile(r"[a-z0-9.+/-]{1,40}")  # of a media type or a content coding
+KEY_PREFIX = re.compile(r"(?:[a-z]{1,12}[-_]){0,3}")  # sk-proj-; of a random part it would seldom take anything
 PIECE = 8  # characters of a key that identify it
 
 Random = Callable[[], float]
@@ -69,7 +73,8 @@ decode_error = msgspec.json.Decoder(ErrorBody).decode
 class ApiKey:
     """The key and its file: a new key in the file is used from the next request on.
 
-    `pieces` finds any PIECE characters of the key's random part in lower or upper case.
+    `pieces` finds any PIECE characters of the key's random part in lower or upper case; of the one before it, too,
+    since requests that went out with that may still be answered.
     """
 
     def __init__(self, secret: settings.Secret, clock: Callable[[], float]) -> None:
@@ -87,24 +92,29 @@ class ApiKey:
         self._look_again = self._clock() + KEY_CHECK
         again = self._secret.again()
         if again.value != self._secret.value and re.fullmatch(r"[!-~]+", again.value):
+            self.pieces = pieces_of(again.value, self._secret.value)
             self._secret = again
-            self.pieces = pieces_of(again.value)
 
 
-def pieces_of(key: str) -> re.Pattern[bytes]:
-    """A pattern that finds any PIECE characters of the key's random part: what follows words like `sk-proj-`."""
-    matched = KEY_PREFIX.match(key)
-    secret_part = key[matched.end() if matched else 0 :] or key
-    pieces = {secret_part[i : i + PIECE] for i in range(max(1, len(secret_part) - PIECE + 1))}
+def pieces_of(*keys: str) -> re.Pattern[bytes]:
+    """A pattern that finds any PIECE characters of a key's random part: what follows words like `sk-proj-`."""
+    pieces = set()
+    for key in keys:
+        secret_part = KEY_PREFIX.sub("", key, count=1) or key
+        pieces |= {secret_part[i : i + PIECE] for i in range(max(1, len(secret_part) - PIECE + 1))}
     return re.compile("|".join(re.escape(piece) for piece in sorted(pieces)).encode(), re.IGNORECASE)
 
 
 @dataclass(slots=True)
 class Attempts:
-    """What calling the upstream took. `sent`: it holds a whole request of ours, so it may be doing paid work."""
+    """What calling the upstream took. `sent`: it holds a whole request of ours, so it may be doing paid work.
+
+    `key` is the one the request went out with: the configured one may be another by the time of the answer.
+    """
 
     retries: int = 0
     sent: bool = False
+    key: str = ""
 
     def mark_sent(self) -> None:
         self.sent = True
@@ -161,7 +171,8 @@ class Upstream:
 
     async def probe(self) -> None:
         """Asks for the list of models, which costs nothing. Raises a Refusal."""
-        request = httpx.Request("GET", self.models_url, headers=self.headers("check", b"application/json"))
+        headers = self.headers(self.key.value(), "check", b"application/json")
+        request = httpx.Request("GET", self.models_url, headers=headers)
         request.extensions = self.timeouts(self.configured.first_byte_timeout)
         try:
             async with asyncio.timeout(self.configured.first_byte_timeout):
@@ -183,7 +194,10 @@ class Upstream:
 
         Raises a Refusal.
         """
-        request = self.request(body, request_id, wanted, patience)
+        attempts.key = self.key.value()
+        headers = [*self.headers(attempts.key, request_id, wanted), (b"content-type", b"application/json")]
+        request = httpx.Request("POST", self.url, headers=headers, content=body)
+        request.extensions = self.timeouts(patience)
         request.extensions["sent"] = attempts.mark_sent
         try:
             async with asyncio.timeout(patience) as deadline:
@@ -196,6 +210,10 @@ class Upstream:
                     await self.pause_before_retry(refusal, attempts, deadline.when() or 0)
         except TimeoutError:
             raise GatewayTimeout(should_retry=False, reason="no answer in time", billed=attempts.sent) from None
+        except Refusal as refusal:
+            if attempts.retries or (refusal.retry_after or 0) > PATIENCE:
+                refusal.should_retry = False
+            raise
 
     async def attempt(self, request: httpx.Request, wanted: bytes) -> tuple[Refusal | None, httpx.Response | None]:
         """A good response, or a refusal that may be retried. Raises a Refusal that may not."""
@@ -208,7 +226,7 @@ class Upstream:
         except httpx.TransportError as error:
             refuse_transport(error)
         if response.status_code == 200:
-            await check_headers(response, wanted)
+            await self.check_headers(response, wanted)
             return None, response
         try:
             await self.refuse_status(response)
@@ -225,8 +243,6 @@ class Upstream:
         if pause is None:
             pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempts.retries) * (0.5 + self.random() / 2)
         if attempts.retries >= self.configured.retries or asyncio.get_running_loop().time() + pause >= deadline:
-            if attempts.retries or (refusal.retry_after or 0) > PATIENCE:
-                refusal.should_retry = False
             raise refusal
         attempts.retries += 1
         await asyncio.sleep(pause)
@@ -237,16 +253,10 @@ class Upstream:
         connect = self.configured.connect_timeout
         return {"timeout": {"connect": connect, "read": read, "write": WRITE_TIMEOUT, "pool": None}}
 
-    def request(self, body: bytes, request_id: str, wanted: bytes, read: float) -> httpx.Request:
-        headers = [*self.headers(request_id, wanted), (b"content-type", b"application/json")]
-        request = httpx.Request("POST", self.url, headers=headers, content=body)
-        request.extensions = self.timeouts(read)
-        return request
-
-    def headers(self, request_id: str, wanted: bytes) -> list[tuple[bytes, bytes]]:
+    def headers(self, key: str, request_id: str, wanted: bytes) -> list[tuple[bytes, bytes]]:
         scheme = f"{self.configured.auth_scheme} " if self.configured.auth_scheme else ""
         return [
-            (self.configured.auth_header.lower().encode(), f"{scheme}{self.key.value()}".encode()),
+            (self.configured.auth_header.lower().encode(), f"{scheme}{key}".encode()),
             (b"accept", wanted),
             (b"accept-encoding", b"identity"),
             (b"user-agent", self.user_agent),
@@ -255,42 +265,39 @@ class Upstream:
 
     # ---- responses ------------------------------------------------------------------------------------------------
 
+    async def check_headers(self, response: httpx.Response, wanted: bytes) -> None:
+        """Raises UpstreamProtocol unless the answer is what was asked for; its socket is closed then."""
+        headers = response.headers
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        encoding = headers.get("content-encoding", "identity").strip().lower()
+        if kind == wanted.decode() and encoding == "identity":
+            return
+        await response.aclose()
+        named = [self.shown(name, PLAIN_NAME) or "unreadable" for name in (kind, encoding)]
+        raise UpstreamProtocol(reason=f"content-type {named[0]}, content-encoding {named[1]}", billed=True)
+
     async def refuse_status(self, response: httpx.Response) -> NoReturn:
         """Turns a status that is not 200 into our refusal."""
         status = response.status_code
         reason = f"upstream status {status}"
         wait = retry_after(response.headers, self.wall())
         if status in REJECTED:
-            code, param = self.harmless(await error_of(response))
+            error = await error_of(response)
+            code, param = self.shown(error.code, HARMLESS), self.shown(error.param, HARMLESS)
             raise UpstreamRejected(upstream_code=code, param=param, reason=reason)
         if status in (401, 403):
             raise UpstreamAuth(reason=reason)
         if status == 429:
             raise UpstreamRateLimited(retry_after=wait, reason=reason)
-        if 300 <= status < 400:
-            raise UpstreamProtocol(reason=reason)
+        if status < 400:
+            raise UpstreamProtocol(reason=reason, billed=status < 300)
         raise BadGateway(retry_after=wait, reason=reason, billed=status == 504)
 
-    def harmless(self, error: UpstreamError) -> tuple[str | None, str | None]:
-        """The upstream's code and param where they are names and hold nothing of our key."""
-
-        def checked(value: object) -> str | None:
-            if isinstance(value, str) and HARMLESS.fullmatch(value) and not self.key.pieces.search(value.encode()):
-                return value
-            return None
-
-        return checked(error.code), checked(error.param)
-
-
-async def check_headers(response: httpx.Response, wanted: bytes) -> None:
-    """Raises UpstreamProtocol unless the answer is what was asked for; its socket is closed then."""
-    headers = response.headers
-    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    encoding = headers.get("content-encoding", "identity").strip().lower()
-    if kind == wanted.decode() and encoding == "identity":
-        return
-    await response.aclose()
-    raise UpstreamProtocol(reason=f"content-type {kind[:40]!r}, content-encoding {encoding[:20]!r}", billed=True)
+    def shown(self, value: object, shape: re.Pattern[str]) -> str | None:
+        """What the upstream sent, where it has a harmless shape and holds nothing of our key."""
+        if isinstance(value, str) and shape.fullmatch(value) and not self.key.pieces.search(value.encode()):
+            return value
+        return None
 
 
 def refuse_transport(error: httpx.TransportError) -> NoReturn:
@@ -337,20 +344,26 @@ async def error_of(response: httpx.Response) -> UpstreamError:
 
 
 def retry_after(headers: httpx.Headers, now: float) -> float | None:
-    """Seconds to wait as the upstream asked: retry-after-ms (OpenAI's), else Retry-After, seconds or date (RFC 9110)."""
-    milliseconds, written = headers.get("retry-after-ms"), headers.get("retry-after")
+    """Seconds to wait as the upstream asked: retry-after-ms (OpenAI's), else Retry-After, seconds or date (RFC 9110).
+
+    Never negative, and at most LONGEST_WAIT; None when it asked nothing that can be read.
+    """
+    milliseconds, written = number(headers.get("retry-after-ms", "")), headers.get("retry-after", "")
+    wait = number(written) if milliseconds is None else milliseconds / 1000
+    if wait is None:
+        wait = seconds_until(written, now)
+    return None if wait is None else min(max(0.0, wait), LONGEST_WAIT)
+
+
+def number(written: str) -> float | None:
+    """A decimal number; not what else float() takes, such as nan."""
+    return float(written) if DECIMAL.fullmatch(written.strip()) else None
+
+
+def seconds_until(date: str, now: float) -> float | None:
+    """The seconds from `now` to an HTTP date, in any of its forms; all of them mean UTC (RFC 9110 section 5.6.7)."""
     try:
-        if milliseconds is not None:
-            return bounded(float(milliseconds) / 1000)
-        if written is None:
-            return None
-        if written.strip().isdigit():
-            return bounded(float(written))
-        return bounded(parsedate_to_datetime(written).timestamp() - now)
-    except (ValueError, TypeError, OverflowError):
+        moment = parsedate_to_datetime(date)
+        return moment.replace(tzinfo=moment.tzinfo or UTC).timestamp() - now
+    except (ValueError, OverflowError):
         return None
-
-
-def bounded(wait: float) -> float | None:
-    """A wait that can be believed: finite, not negative, at most a day."""
-    return min(max(0.0, wait), 86400.0) if wait == wait else None

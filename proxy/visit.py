@@ -73,7 +73,7 @@ class Visit:
             parts.append(message["body"])
             size += len(message["body"])
             if size > most:
-                raise BodyTooLarge(headers=[(b"connection", b"close")])
+                raise BodyTooLarge
             if not message["more_body"]:
                 return b"".join(parts)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from limits import RateLimitItem
 from limits.storage import MovingWindowSupport, Storage
@@ -30,7 +30,7 @@ Clock = Callable[[], float]
 Entry = tuple[int, deque[float]]  # seconds an entry counts, and when each was made
 
 SCHEME = "chat-proxy-memory"
-SWEEP_EVERY = 4096  # new keys between two sweeps for dead ones: a sweep is linear, so its share per key is constant
+SWEEP_AFTER = 4096  # new keys, and as many again as live: a sweep is linear, so its share per key is constant
 
 
 def by_session(request: Subject) -> str:
@@ -84,7 +84,7 @@ class RequestLimits(Limiter):
 
     def watch(self, name: str, rates: tuple[Rate, ...], key_func: Callable[[Subject], str], event: Event) -> None:
         for rate in rates:
-            self.shared_limit(rate.text, scope=name, key_func=key_func)(event)
+            self.shared_limit(rate.text, scope=name, key_func=key_func, error_message=rate.text)(event)
 
     def registered(self, event: Event) -> list[Limit]:
         found: list[Limit] = self._route_limits.get(f"{event.__module__}.{event.__name__}", [])
@@ -95,7 +95,7 @@ class RequestLimits(Limiter):
         return [self.standing(limit, *self.count(limit, subject), taken=0) for limit in self.registered(event)]
 
     def charge(self, event: Event, subject: Subject) -> list[Standing]:
-        """Books one event in all its windows, or in none. Raises TooMany, TooManySessions: their Retry-After is true."""
+        """Books one event in all its windows, or in none. Raises TooMany, TooManySessions, with a true Retry-After."""
         counted = [(limit, *self.count(limit, subject)) for limit in self.registered(event)]
         full = [entry for entry in counted if entry[2] >= entry[0].limit.amount]
         if full:
@@ -119,9 +119,8 @@ class RequestLimits(Limiter):
         item: RateLimitItem = limit.limit
         remaining = item.amount - count - taken
         window = item.get_expiry()
-        return Standing(
-            limit.scope, item.amount, max(0, remaining), oldest + window - self.clock(), window, short(item)
-        )
+        text = cast(str, limit.error_message)  # the rate as it was configured, where slowapi keeps words of ours
+        return Standing(limit.scope, item.amount, max(0, remaining), oldest + window - self.clock(), window, text)
 
 
 def key_of(limit: Limit, subject: Subject) -> tuple[str, str]:
@@ -131,25 +130,19 @@ def key_of(limit: Limit, subject: Subject) -> tuple[str, str]:
     return key, limit.scope
 
 
-def short(item: RateLimitItem) -> str:
-    """20/minute, as people write it; `limits` says 20 per 1 minute."""
-    multiple = f"{item.multiples} " if item.multiples > 1 else ""
-    return f"{item.amount}/{multiple}{item.GRANULARITY.name}"
-
-
 class MovingWindows(Storage, MovingWindowSupport):
     """A `limits` storage in this process: the times of the entries that still count, oldest first.
 
     `limits` brings one, which keeps dead keys for ever and reads the wall clock. 40 bytes an entry, about 800 a key.
     """
 
-    STORAGE_SCHEME: ClassVar[list[str]] = [SCHEME]
+    STORAGE_SCHEME: list[str] | None = [SCHEME]  # noqa: RUF012  # as `limits` declares it
 
     def __init__(self, uri: str | None = None, wrap_exceptions: bool = False, *, clock: Clock) -> None:
         super().__init__(uri, wrap_exceptions=wrap_exceptions)
         self.clock = clock
         self.entries: dict[str, Entry] = {}
-        self.sweep_at = SWEEP_EVERY
+        self.sweep_at = SWEEP_AFTER
 
     @property
     def base_exceptions(self) -> type[Exception]:
@@ -181,7 +174,7 @@ class MovingWindows(Storage, MovingWindowSupport):
             return
         now = self.clock()
         self.entries = {key: entry for key, entry in self.entries.items() if entry[1] and entry[1][-1] > now - entry[0]}
-        self.sweep_at = len(self.entries) + SWEEP_EVERY
+        self.sweep_at = 2 * len(self.entries) + SWEEP_AFTER
 
     def get(self, key: str) -> int:
         return len(self.entries.get(key, (0, NOTHING))[1])

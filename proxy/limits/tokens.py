@@ -13,7 +13,7 @@ from proxy.errors import TokensExhausted
 from proxy.limits import Standing, Subject, limit_headers
 from proxy.settings import Limits, Rate
 
-SWEEP_EVERY = 4096  # new windows between two sweeps for dead ones
+SWEEP_AFTER = 4096  # new windows, and as many again as live, between two sweeps for dead ones
 
 
 @dataclass(slots=True)
@@ -66,7 +66,7 @@ class Tokens:
             *(Purse("tokens_total", rate, lambda subject: "all") for rate in limits.tokens_total),
         ]
         self.windows: dict[tuple[int, str], Window] = {}
-        self.sweep_at = SWEEP_EVERY
+        self.sweep_at = SWEEP_AFTER
 
     def reserve(self, subject: Subject, amount: int) -> Reservation:
         """Holds `amount` tokens in every window, or in none. Raises TokensExhausted with a true Retry-After."""
@@ -115,4 +115,4 @@ class Tokens:
             return
         now = self.clock()
         self.windows = {key: window for key, window in self.windows.items() if window.ends > now}
-        self.sweep_at = len(self.windows) + SWEEP_EVERY
+        self.sweep_at = 2 * len(self.windows) + SWEEP_AFTER

@@ -1,0 +1,49 @@
+// @ts-check
+/** Making and finding elements, so that the rest of the page reads as what it shows. */
+
+/**
+ * @template {keyof HTMLElementTagNameMap} T
+ * @param {T} tag
+ * @param {Record<string, string>} [attrs] `class`, `type`, `aria-…`: anything but styles and handlers
+ * @param {...(string | Node)} children
+ * @returns {HTMLElementTagNameMap[T]}
+ */
+export function make(tag, attrs = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attrs)) made.setAttribute(name, value);
+  made.append(...children);
+  return made;
+}
+
+/**
+ * An element that index.html has.
+ * @template {HTMLElement} T
+ * @param {string} id
+ * @param {new () => T} kind
+ * @returns {T}
+ */
+export function byId(id, kind) {
+  const found = document.getElementById(id);
+  if (!(found instanceof kind)) throw new TypeError(`index.html has no ${kind.name} #${id}`);
+  return found;
+}
+
+/** Milliseconds that a copy button says how it went. */
+const COPY_NOTE = 1_600;
+
+/**
+ * @param {HTMLButtonElement} button says for a moment how it went
+ * @param {string} text
+ */
+export async function copy(button, text) {
+  const label = button.dataset.label ?? (button.dataset.label = button.textContent ?? "");
+  try {
+    await navigator.clipboard.writeText(text);
+    button.textContent = "Copied";
+  } catch {
+    button.textContent = "Not allowed"; // the browser, or the reader, said no
+  }
+  setTimeout(() => {
+    button.textContent = label;
+  }, COPY_NOTE);
+}

@@ -1,0 +1,256 @@
+// @ts-check
+/**
+ * One question and its answer on the screen.
+ *
+ * Rules of this file:
+ * 1. It shows; what happens is decided in page.js. No request, no state of the conversation but its own text.
+ * 2. Text that arrives is shown at once when it is the first, then in batches: a frame that nobody sees costs the same.
+ * 3. A broken answer carries its mark as long as it stands.
+ * 4. Screen readers: the growing answer is aria-busy and no live region; errors are an alert, without the countdown.
+ */
+
+import { adviceFor } from "./advice.js";
+import { make } from "./dom.js";
+import { duration, elapsed, plural, rate } from "./figures.js";
+import { MarkdownView } from "./markdown.js";
+
+/** @typedef {import("./chat/client.js").ChatError} ChatError */
+
+/** Milliseconds between two updates of a growing answer. */
+export const FLUSH = 50;
+/** An update may take this share of the time, so that the page stays quick on a slow device or in a long answer. */
+const FLUSH_SHARE = 0.2;
+/** Milliseconds between two updates of the running figures: faster cannot be read. */
+const FIGURES = 250;
+
+export class Turn {
+  /** What stands here of the answer. */
+  text = "";
+  #pending = "";
+  /** @type {ReturnType<typeof setTimeout> | undefined} */
+  #timer;
+  /** @type {ReturnType<typeof setInterval> | undefined} */
+  #countdown;
+  #startedAt = 0;
+  #firstAt = 0;
+  #lastAt = 0;
+  #tokens = 0;
+  #figuresAt = 0;
+  #onShown;
+
+  /**
+   * @param {string} question
+   * @param {{onRetry: (turn: Turn) => void, onShown: () => void}} handlers `onShown`: something has grown
+   */
+  constructor(question, { onRetry, onShown }) {
+    this.question = question;
+    this.#onShown = onShown;
+    this.body = make("div", { class: "md" });
+    this.mark = make("p", { class: "mark", hidden: "" });
+    this.problem = make("div", { class: "problem", hidden: "" });
+    this.figures = make("p", { class: "figures" });
+    this.retry = make("button", { type: "button", class: "plain" }, "Retry");
+    this.retry.addEventListener("click", () => onRetry(this));
+    this.copy = make("button", { type: "button", class: "plain", "data-copy": "answer" }, "Copy");
+    this.actions = make("div", { class: "actions" }, this.figures, this.copy, this.retry);
+    this.answer = make(
+      "div",
+      { class: "answer" },
+      make("h2", { class: "sr" }, "Answer"),
+      this.body,
+      this.mark,
+      this.problem,
+      this.actions,
+    );
+    this.element = make(
+      "article",
+      { class: "turn" },
+      make("h2", { class: "sr" }, "You"),
+      make("p", { class: "question", dir: "auto" }, question),
+      this.answer,
+    );
+    this.begin(performance.now());
+  }
+
+  /** @param {number} now milliseconds: the question goes out, perhaps again */
+  begin(now) {
+    clearInterval(this.#countdown);
+    this.text = this.#pending = "";
+    this.#startedAt = now;
+    this.#firstAt = this.#lastAt = this.#tokens = this.#figuresAt = 0;
+    this.body.replaceChildren();
+    this.view = new MarkdownView(this.body);
+    this.answer.setAttribute("aria-busy", "true");
+    this.answer.dataset.state = "waiting";
+    this.mark.hidden = true;
+    this.problem.hidden = true;
+    this.problem.replaceChildren();
+    this.figures.replaceChildren();
+    this.copy.hidden = this.retry.hidden = true;
+  }
+
+  /**
+   * @param {string} text
+   * @param {number} now
+   */
+  add(text, now) {
+    this.text += text;
+    this.#pending += text;
+    this.#tokens += 1;
+    this.#lastAt = now;
+    if (this.#firstAt === 0) {
+      this.#firstAt = now;
+      this.answer.dataset.state = "streaming";
+      this.#flush();
+    } else if (this.#timer === undefined) {
+      this.#later(FLUSH);
+    }
+  }
+
+  /** @param {number} milliseconds */
+  #later(milliseconds) {
+    this.#timer = setTimeout(() => {
+      this.#timer = undefined;
+      this.#flush();
+    }, milliseconds);
+  }
+
+  #flush() {
+    if (this.#pending === "") return;
+    const began = performance.now();
+    this.view?.append(this.#pending);
+    this.#pending = "";
+    if (began - this.#figuresAt >= FIGURES) {
+      this.#figuresAt = began;
+      this.#showFigures(began, this.#tokens);
+    }
+    this.#onShown();
+    const cost = performance.now() - began;
+    if (this.#timer === undefined) this.#later(Math.max(FLUSH, cost / FLUSH_SHARE));
+  }
+
+  /** What has arrived is shown, and nothing comes any more. */
+  #end() {
+    clearTimeout(this.#timer);
+    this.#timer = undefined;
+    if (this.#pending !== "") this.view?.append(this.#pending);
+    this.#pending = "";
+    this.view?.finish();
+    this.answer.removeAttribute("aria-busy");
+    this.copy.hidden = this.text === "";
+  }
+
+  /**
+   * @param {{finishReason: string | null, tokens: number, now: number}} facts
+   */
+  complete({ finishReason, tokens, now }) {
+    this.#end();
+    this.answer.dataset.state = "complete";
+    this.#tokens = tokens;
+    this.#showFigures(now, tokens);
+    if (finishReason === "length") this.#showMark("Ended at the length limit: ask it to go on for the rest.");
+    else if (finishReason === "content_filter") this.#showMark("Ended by the model's content filter.");
+    else if (this.text === "") this.#showMark("The model answered with nothing.");
+    this.retry.hidden = this.text !== "";
+    this.#name("Retry");
+    this.#onShown();
+  }
+
+  /** @param {number} now */
+  stopped(now) {
+    this.#end();
+    this.answer.dataset.state = "stopped";
+    this.#showMark(this.text === "" ? "Stopped before the first word." : "Stopped: this is a part of the answer.");
+    this.#showFigures(now, this.#tokens);
+    this.retry.hidden = false;
+    this.#name("Ask again");
+    this.#onShown();
+  }
+
+  /**
+   * @param {ChatError} error
+   * @param {number} now
+   */
+  failed(error, now) {
+    this.#end();
+    const advice = adviceFor(error);
+    this.answer.dataset.state = "failed";
+    if (this.text !== "") {
+      this.#showMark("Interrupted: this is only a part of the answer.");
+      this.#showFigures(now, this.#tokens);
+    } else {
+      this.figures.replaceChildren();
+    }
+    this.problem.hidden = false;
+    this.problem.dataset.tone = advice.retry ? "passing" : "lasting";
+    const alert = make("div", { role: "alert" });
+    this.problem.replaceChildren(alert);
+    alert.append(make("strong", {}, advice.title), make("p", { dir: "auto" }, advice.text));
+    if (error.requestId) this.problem.append(make("p", { class: "request-id" }, `Request ${error.requestId}`));
+    this.retry.hidden = !advice.retry;
+    this.#name("Retry");
+    if (advice.retry && error.retryAfter) this.#countDown(error.retryAfter);
+    this.#onShown();
+  }
+
+  /** @param {string} label of the button that asks again */
+  #name(label) {
+    this.retry.textContent = label;
+    this.retry.disabled = false;
+    this.retry.classList.toggle("first", label === "Retry");
+  }
+
+  /** @param {number} seconds until it makes sense to ask again */
+  #countDown(seconds) {
+    const end = performance.now() + seconds * 1000;
+    const tick = () => {
+      const left = Math.ceil((end - performance.now()) / 1000);
+      this.retry.disabled = left > 0;
+      this.retry.textContent = left > 0 ? `Retry in ${duration(left)}` : "Retry";
+      if (left <= 0) clearInterval(this.#countdown);
+    };
+    this.#countdown = setInterval(tick, 250);
+    tick();
+  }
+
+  /** @param {string} text */
+  #showMark(text) {
+    this.mark.textContent = text;
+    this.mark.hidden = false;
+  }
+
+  /**
+   * @param {number} now
+   * @param {number} tokens
+   */
+  #showFigures(now, tokens) {
+    if (this.#firstAt === 0) {
+      this.figures.replaceChildren();
+      return;
+    }
+    const speed = rate(tokens, this.#lastAt - this.#firstAt);
+    const parts = [
+      figure("first token", elapsed(this.#firstAt - this.#startedAt), "ttft"),
+      ...(speed === null ? [] : [figure("", `${speed < 10 ? speed.toFixed(1) : Math.round(speed)} tokens/s`, "rate")]),
+      figure("", plural(tokens, "token"), "tokens"),
+      figure("", elapsed(now - this.#startedAt), "total"),
+    ];
+    this.figures.replaceChildren(...parts);
+  }
+
+  /** Gone from the screen: nothing of it goes on. */
+  dispose() {
+    clearTimeout(this.#timer);
+    clearInterval(this.#countdown);
+    this.element.remove();
+  }
+}
+
+/**
+ * @param {string} label
+ * @param {string} value
+ * @param {string} name
+ */
+function figure(label, value, name) {
+  return make("span", { "data-figure": name }, ...(label ? [`${label} `] : []), make("b", {}, value));
+}
