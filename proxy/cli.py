@@ -15,7 +15,7 @@ import uvloop
 
 from proxy import __version__, demo, settings
 from proxy.errors import Refusal
-from proxy.logs import Logs
+from proxy.logs import Descriptor, Logs
 from proxy.server import Service, as_bound, listen, ssl_context, uvicorn_for
 from proxy.transport import Transport
 from proxy.upstream import Upstream
@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"chat-proxy {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("demo", help="everything on this machine, with no key and no settings")
-    command.add_argument("--port", type=int, default=8000)
+    command.add_argument("--port", type=port, default=8000)
     command.set_defaults(run=run_demo)
     command = commands.add_parser("serve", help="the proxy")
     command.add_argument("--config", metavar="FILE", help="default: chat-proxy.toml, if there is one")
@@ -77,8 +77,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--config", metavar="FILE", help="default: chat-proxy.toml, if there is one")
     command.set_defaults(run=run_check)
     command = commands.add_parser("upstream", help="the demo model alone, an OpenAI-compatible server")
-    command.add_argument("--port", type=int, default=9000)
-    command.add_argument("--delay-ms", type=float, default=20.0)
+    command.add_argument("--port", type=port, default=9000)
+    command.add_argument("--delay-ms", type=milliseconds, default=20.0)
     command.set_defaults(run=run_upstream)
     command = commands.add_parser("new-secret", help="prints a fresh session secret")
     command.set_defaults(run=run_new_secret)
@@ -87,35 +87,48 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def port(written: str) -> int:
+    if not 0 <= (number := int(written)) <= 65535:
+        raise ValueError
+    return number
+
+
+def milliseconds(written: str) -> float:
+    if not 0 <= (number := float(written)) < 3_600_000:
+        raise ValueError
+    return number
+
+
 # ---- serving ---------------------------------------------------------------------------------------------------------
 
 
 def run_serve(options: argparse.Namespace) -> int:
     chosen = settings.load(options.config, os.environ)
-    listener = listen(chosen.server)
+    listener = listener_for(chosen.server)
     uvloop.run(Service(as_bound(chosen, listener), listener, Logs(chosen.log)).run())
     return 0
 
 
 def run_demo(options: argparse.Namespace) -> int:
     key = f"sk-demo-{secrets.token_urlsafe(24)}"
-    upstream = loopback(0)
+    upstream = listener_for(settings.Server(port=0))
     variables = {
         "SERVER_PORT": str(options.port),
         "UPSTREAM_BASE_URL": f"http://127.0.0.1:{upstream.getsockname()[1]}/v1",
         "UPSTREAM_API_KEY": key,
         "POLICY_MODELS": ",".join(demo.MODELS),
+        "LIMITS_NEW_SESSIONS": "1000/hour",  # every private window of whoever builds a page is one
         "LOG_FORMAT": "text",
     }
     chosen = settings.from_variables({f"{settings.PREFIX}{name}": value for name, value in variables.items()})
-    listener = listen(chosen.server)
+    listener = listener_for(chosen.server)
     chosen = as_bound(chosen, listener)
 
     async def both() -> None:
         model = uvicorn_for(demo.build(api_key=key), 75, lifespan="off")
         serving = asyncio.create_task(model.serve(sockets=[upstream]))
         print(f"Open {chosen.server.public_url} - the chat page, answered by a demo model. Ctrl-C ends it.", flush=True)
-        await Service(chosen, listener, Logs(chosen.log, sys.stderr.buffer)).run()
+        await Service(chosen, listener, Logs(chosen.log, Descriptor(sys.stderr.fileno()))).run()
         model.end()
         await serving
 
@@ -124,8 +137,8 @@ def run_demo(options: argparse.Namespace) -> int:
 
 
 def run_upstream(options: argparse.Namespace) -> int:
-    key = os.environ.get(f"{settings.PREFIX}UPSTREAM_API_KEY")
-    listener = loopback(options.port)
+    key = os.environ.get(f"{settings.PREFIX}UPSTREAM_API_KEY", "").strip() or None
+    listener = listener_for(settings.Server(port=options.port))
 
     async def serve() -> None:
         model = uvicorn_for(demo.build(api_key=key, delay_seconds=options.delay_ms / 1000), 75, lifespan="off")
@@ -140,8 +153,14 @@ def run_upstream(options: argparse.Namespace) -> int:
     return 0
 
 
-def loopback(port: int) -> socket.socket:
-    return listen(settings.Server(port=port))
+def listener_for(server: settings.Server) -> socket.socket:
+    """The listening socket. Raises SettingsError in words that say which one could not be had."""
+    try:
+        return listen(server)
+    except OSError as error:
+        name, place = ("server.socket", "there") if server.socket else ("server.port", f"on port {server.port}")
+        fault = settings.Fault(name, "", f"cannot listen {place}: {error.strerror or error}")
+        raise settings.SettingsError([fault]) from None
 
 
 # ---- looking ---------------------------------------------------------------------------------------------------------

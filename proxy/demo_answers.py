@@ -127,6 +127,30 @@ or merely *memorised*.
 A language model is the same idea: its examples are texts, and what it guesses is `the next word`.
 """
 
+STREAMING = """\
+## Streaming, in simple terms
+
+A language model writes its answer **one piece at a time**. Without streaming, the server waits for the last piece and
+sends everything at once: you look at nothing for ten seconds, then at a wall of text. With streaming, each piece travels
+the moment it exists, and you read along. ✍️
+
+1. The page asks with `"stream": true`.
+2. The model's server keeps the response open and sends *server-sent events*: lines that begin with `data:`.
+3. Each event carries a few characters, the **delta**. The page appends it.
+4. `data: [DONE]` says that the answer is complete. If the connection ends without it, the answer broke off.
+
+```text
+data: {"choices":[{"delta":{"content":"Hel"}}]}
+
+data: {"choices":[{"delta":{"content":"lo"}}]}
+
+data: [DONE]
+```
+
+> Two numbers tell how it feels: the *time to first token*, and the *tokens per second* after it. Both stand below this
+> answer.
+"""
+
 CODE = """\
 Here is a complete Python program. It talks to `chat-proxy` with the `openai` package; the key may be any \
 word, because the real one stays on the server:
@@ -620,6 +644,7 @@ ROUTES = (
     _route("[\u0590-\u05ff]|\\bhebrew\\b", HEBREW),
     _route(r"(?<!how )\blong(er)?\b|\bessays?\b", essay()),
     _route(r"\b(markdown|formatting|everything)\b", MARKDOWN),
+    _route(r"\bstream(s|ed|ing)?\b|\bsse\b", STREAMING),
     _route(r"\b(api.?key|chat-proxy|proxy|config\w*|settings?|base_url|real model|selam.?gpt)\b", ABOUT),
     _route(r"\b(code|coding|python|javascript|typescript|react|function|program|script)\b", CODE),
     _route(r"\b(table|compare|comparison|versus|vs|difference)\b", TABLE),

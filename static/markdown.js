@@ -388,7 +388,10 @@ function row(tag, texts, width, sides) {
   return element(
     "tr",
     {},
-    filled.map((text, column) => element(tag, { ...scope, ...(sides[column] ? { class: sides[column] } : {}) }, inline(text))),
+    filled.map((text, column) => {
+      const aligned = sides[column] ? { class: sides[column] } : {};
+      return element(tag, { ...scope, ...aligned }, inline(text));
+    }),
   );
 }
 
@@ -535,7 +538,7 @@ class Scanner {
       return;
     }
     const [, ...items] = this.#items.splice(bracket.at);
-    const inner = items.flatMap((item) => (typeof item === "object" && "tag" in item && item.tag === "a" ? item.children : item));
+    const inner = items.flatMap((item) => (isLink(item) ? item.children : item));
     const written = this.#source.slice(bracket.from - 1, link.end);
     this.#items.push(...linked(link.url, emphasis(inner, false), written, bracket.image));
     this.#brackets = []; // a link holds no link, and is in none
@@ -557,6 +560,11 @@ class Scanner {
     this.#items.push(...linked(url, [url], url, false));
     this.#from = begin + url.length + (angled && this.#source[begin + url.length] === ">" ? 1 : 0);
   }
+}
+
+/** @param {Item} item @returns {item is VElement} */
+function isLink(item) {
+  return typeof item === "object" && "tag" in item && item.tag === "a";
 }
 
 /**

@@ -6,7 +6,7 @@
  * Rules of this file:
  * 1. One answer at a time. `live` is its request; everything that ends it goes through its AbortController.
  * 2. The conversation is the turns on the screen, and is nowhere else: a reload forgets it, the session stays.
- * 3. What broke before its first word is not sent along again: a message that is refused once would be refused for ever.
+ * 3. What broke before its first word is not sent along again: a message refused once would be refused for ever.
  */
 
 import { fetchAccount, needsLogin, showAccount } from "./account.js";
@@ -270,6 +270,12 @@ message.addEventListener("keydown", (event) => {
 
 message.addEventListener("input", grow);
 
+/** @param {HTMLButtonElement} button one that copies @returns {string} what it copies */
+function textOf(button) {
+  if (button.dataset.copy === "code") return button.closest("figure")?.querySelector("code")?.textContent ?? "";
+  return turns.find((turn) => turn.copy === button)?.text ?? "";
+}
+
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || event.isComposing) return;
   const account = byId("account", HTMLDetailsElement);
@@ -282,11 +288,13 @@ document.addEventListener("click", (event) => {
   const account = byId("account", HTMLDetailsElement);
   if (account.open && !account.contains(target)) account.open = false;
   const button = target.closest("button");
-  if (button?.dataset.prompt && !live) {
+  if (!button) return;
+  if (button.dataset.prompt && !live) {
     ask(button.dataset.prompt);
     toMessage();
-  } else if (button?.dataset.copy === "code") void copy(button, button.closest("figure")?.querySelector("code")?.textContent ?? "");
-  else if (button?.dataset.copy === "answer") void copy(button, turns.find((turn) => turn.copy === button)?.text ?? "");
+  } else if (button.dataset.copy) {
+    void copy(button, textOf(button));
+  }
 });
 
 scroller.addEventListener("scroll", () => {

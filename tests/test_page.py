@@ -1,0 +1,537 @@
+"""The page, in a real browser against the real server with the demo model; and its modules, in plain node.
+
+No test may see a console error, a violation of the content security policy, or a request to another origin: `Visit`
+collects them, and the fixture asserts that there are none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import (
+    Browser,
+    BrowserContext,
+    Locator,
+    Page,
+    Request,
+    Route,
+    expect,
+    sync_playwright,
+)
+
+from proxy import errors
+
+ROOT = Path(__file__).resolve().parent.parent
+HOSTILE: list[str] = json.loads((ROOT / "tests/page/hostile.json").read_text())
+CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+CHROMIUM_ARGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PATIENCE = 20.0
+"""Seconds that anything here may take before it counts as hung."""
+
+REPORT_VIOLATIONS = """
+addEventListener("securitypolicyviolation", (event) =>
+  console.error(`CSP: ${event.effectiveDirective} refused ${event.blockedURI}`));
+"""
+
+
+@dataclass
+class Visit:
+    """A page that is watched, and what a reader finds on it."""
+
+    page: Page
+    url: str
+    faults: list[str] = field(default_factory=list)
+    staged: set[int] = field(default_factory=set)
+    """Statuses that this test provokes: the browser itself reports them on the console."""
+
+    def watch(self) -> None:
+        self.page.add_init_script(REPORT_VIOLATIONS)
+        self.page.on("console", lambda said: self.heard(said.type, said.text))
+        self.page.on("pageerror", lambda error: self.faults.append(f"exception: {error}"))
+        self.page.on("request", self.sent)
+
+    def heard(self, kind: str, text: str) -> None:
+        report = re.match(r"Failed to load resource: the server responded with a status of (\d+)", text)
+        if report and int(report[1]) in self.staged:
+            return
+        if kind in ("error", "warning"):
+            self.faults.append(f"console: {text}")
+
+    def sent(self, request: Request) -> None:
+        if not request.url.startswith(f"{self.url}/"):
+            self.faults.append(f"request: {request.url}")
+
+    def open(self) -> None:
+        self.page.goto(self.url)
+        expect(self.page.locator("#account")).to_be_visible()
+
+    def ask(self, question: str, model: str = "demo") -> None:
+        """By keyboard, as most people do."""
+        self.page.get_by_label("Model").select_option(model)
+        self.message.fill(question)
+        self.message.press("Enter")
+
+    @property
+    def message(self) -> Locator:
+        return self.page.get_by_label("Your message")
+
+    @property
+    def answer(self) -> Locator:
+        """The last one."""
+        return self.page.locator(".answer").last
+
+    @property
+    def text(self) -> Locator:
+        return self.answer.locator(".md")
+
+    @property
+    def alert(self) -> Locator:
+        return self.page.get_by_role("alert")
+
+    def expect_state(self, state: str) -> None:
+        expect(self.answer).to_have_attribute("data-state", state, timeout=PATIENCE * 1000)
+
+    def stream(self, *contents: str) -> None:
+        """From now on the server's answer is this one, with a clean end."""
+        chunks = [{"choices": [{"index": 0, "delta": {"content": text}}]} for text in contents]
+        events = [*(json.dumps(chunk) for chunk in chunks), "[DONE]"]
+        body = "".join(f"data: {event}\n\n" for event in events)
+        self.page.route("**/api/chat", lambda route: route.fulfill(content_type="text/event-stream", body=body))
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """The real server with its demo model, as `chat-proxy demo` starts it."""
+    command = [sys.executable, "-m", "proxy", "demo", "--port", "0"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        assert server.stdout is not None
+        printed = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline())
+        try:
+            assert printed is not None
+            yield printed[0]
+        finally:
+            server.send_signal(signal.SIGTERM)
+            server.wait(PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    """A browser that was never here: no cookie, so the server gives it a session of its own."""
+    context = browser.new_context(viewport={"width": 1280, "height": 800}, reduced_motion="reduce")
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def visit(context: BrowserContext, url: str) -> Iterator[Visit]:
+    visit = Visit(context.new_page(), url)
+    visit.watch()
+    visit.open()
+    yield visit
+    visit.page.unroute_all(behavior="ignoreErrors")
+    assert visit.faults == []
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def sent_json(request: Request) -> dict[str, Any]:
+    body: dict[str, Any] = json.loads(request.post_data or "")
+    return body
+
+
+# ---- asking ------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_streams(visit: Visit) -> None:
+    """The answer is there word by word, marked busy while it grows, and never shorter than before."""
+    visit.ask("Tell me a story", "demo-fast")
+    lengths: list[int] = []
+    visit.expect_state("streaming")
+    expect(visit.answer).to_have_attribute("aria-busy", "true")
+    while visit.answer.get_attribute("data-state") == "streaming":
+        lengths.append(len(visit.text.inner_text()))
+    visit.expect_state("complete")
+    expect(visit.answer).not_to_have_attribute("aria-busy", "true")
+    assert lengths == sorted(lengths)
+    assert len(set(lengths)) >= 10
+    expect(visit.text).to_contain_text("but the lamp was burning.")
+    expect(visit.text.get_by_role("heading", name="The lamp at the ford")).to_be_visible()
+    expect(visit.answer.locator(".mark")).to_be_hidden()
+
+
+def test_figures_stand_under_an_answer(visit: Visit) -> None:
+    """Time to first token, tokens a second, number of tokens and total time are told."""
+    visit.ask("hello", "demo-fast")
+    visit.expect_state("complete")
+    for name, pattern in {
+        "ttft": r"^first token (\d+ ms|\d+\.\d+ s)$",
+        "rate": r"^\d+(\.\d)? tokens/s$",
+        "tokens": r"^\d+ tokens$",
+        "total": r"^(\d+ ms|\d+\.\d+ s)$",
+    }.items():
+        expect(visit.answer.locator(f"[data-figure={name}]")).to_have_text(re.compile(pattern))
+    expect(visit.page.get_by_role("status")).to_have_text(re.compile(r"^Complete: \d+ tokens\.$"))
+
+
+@pytest.mark.parametrize("way", ["button", "key"])
+def test_stop_stops(visit: Visit, way: str) -> None:
+    """Stop and Esc end the answer at once: what is there stays, marked, and nothing more comes."""
+    visit.ask("Write me a long essay")
+    expect(visit.text).to_contain_text("You asked for something long")
+    if way == "button":
+        visit.page.get_by_role("button", name="Stop").click()
+    else:
+        visit.page.keyboard.press("Escape")
+    visit.expect_state("stopped")
+    left = visit.text.inner_text()
+    assert left.startswith("How a word crosses the world")
+    expect(visit.answer.locator(".mark")).to_contain_text("Stopped")
+    expect(visit.page.get_by_role("status")).to_have_text("Stopped.")
+    visit.page.wait_for_timeout(300)
+    assert visit.text.inner_text() == left
+    expect(visit.page.get_by_role("button", name="Send")).to_be_visible()
+    expect(visit.answer.get_by_role("button", name="Ask again")).to_be_visible()
+
+
+def test_keyboard_alone(visit: Visit) -> None:
+    """Everything is reached by keyboard; Shift+Enter is a new line, Enter sends, and the focus is never lost."""
+    expect(visit.message).to_be_focused()
+    visit.page.keyboard.type("hello")
+    visit.page.keyboard.press("Shift+Enter")
+    visit.page.keyboard.type("there")
+    visit.page.keyboard.press("Enter")
+    expect(visit.page.locator(".question")).to_have_text("hello\nthere")
+    expect(visit.message).to_be_focused()
+    expect(visit.message).to_have_value("")
+    visit.expect_state("streaming")
+    visit.page.keyboard.press("Escape")
+    visit.expect_state("stopped")
+    visit.page.get_by_role("button", name="New conversation").focus()
+    visit.page.keyboard.press("Enter")
+    expect(visit.message).to_be_focused()
+    expect(visit.page.locator(".turn")).to_have_count(0)
+    visit.page.get_by_role("button", name="Explain streaming").focus()
+    visit.page.keyboard.press("Space")
+    expect(visit.message).to_be_focused()
+    expect(visit.page.locator(".question")).to_have_text("Explain streaming in simple terms")
+
+
+def test_the_conversation_goes_along(visit: Visit) -> None:
+    """A question takes what was said before it along, but not what was refused; a new conversation takes nothing."""
+    visit.staged = {502}
+    visit.ask("hello", "demo-fast")
+    visit.expect_state("complete")
+    visit.ask("/error 500", "demo-fast")
+    visit.expect_state("failed")
+    with visit.page.expect_request("**/api/chat") as second:
+        visit.ask("a joke", "demo-fast")
+    body = sent_json(second.value)
+    assert [message["role"] for message in body["messages"]] == ["user", "assistant", "user"]
+    assert [body["model"], body["stream"], body["messages"][2]["content"]] == ["demo-fast", True, "a joke"]
+    visit.page.get_by_role("button", name="New conversation").click()
+    with visit.page.expect_request("**/api/chat") as third:
+        visit.ask("thanks", "demo-fast")
+    assert [message["content"] for message in sent_json(third.value)["messages"]] == ["thanks"]
+    visit.expect_state("complete")
+
+
+def test_the_view_follows_only_a_reader_at_the_end(visit: Visit) -> None:
+    """The growing text is kept in view, until the reader scrolls up: then it stands still and offers the way back."""
+    scroller = visit.page.locator("#scroller")
+    latest = visit.page.get_by_role("button", name="Latest")
+    at_end = "(it) => it.scrollHeight - it.scrollTop - it.clientHeight < 60"
+    visit.ask("Write me a long essay", "demo-fast")
+    eventually(lambda: bool(scroller.evaluate("(it) => it.scrollHeight > it.clientHeight + 300")))
+    assert scroller.evaluate(at_end)
+    expect(latest).to_be_hidden()
+    scroller.hover()
+    visit.page.mouse.wheel(0, -250)
+    expect(latest).to_be_visible()
+    before = scroller.evaluate("(it) => it.scrollTop")
+    length = len(visit.text.inner_text())
+    eventually(lambda: len(visit.text.inner_text()) > length + 200)
+    assert scroller.evaluate("(it) => it.scrollTop") == before
+    latest.click()
+    expect(latest).to_be_hidden()
+    eventually(lambda: bool(scroller.evaluate(at_end)))
+    visit.page.keyboard.press("Escape")
+    visit.expect_state("stopped")
+
+
+# ---- what goes wrong ---------------------------------------------------------------------------------------------
+
+
+def test_a_refusal_says_what_to_do_and_counts_down(visit: Visit) -> None:
+    """A 429 becomes an alert with advice; Retry waits for Retry-After, is then enabled, and asks again."""
+    visit.staged = {429}
+    visit.ask("/error 429", "demo-fast")
+    visit.expect_state("failed")
+    expect(visit.alert).to_contain_text("Wait for the countdown, then retry.")
+    retry = visit.answer.get_by_role("button", name="Retry")
+    expect(retry).to_be_disabled()
+    expect(retry).to_have_text(re.compile(r"^Retry in \d+ seconds?$"))
+    assert "seconds" not in visit.alert.inner_text()  # it would be read out again each second
+    expect(retry).to_have_text("Retry", timeout=PATIENCE * 1000)
+    expect(retry).to_be_enabled()
+    visit.stream("better now")
+    retry.click()
+    visit.expect_state("complete")
+    expect(visit.text).to_have_text("better now")
+    expect(visit.alert).to_have_count(0)
+    expect(visit.page.locator(".turn")).to_have_count(1)
+
+
+def test_a_fault_of_the_model_says_what_to_do(visit: Visit) -> None:
+    """A 502 becomes an alert with advice, the number of the request for the operator, and Retry."""
+    visit.staged = {502}
+    visit.ask("/error 500", "demo-fast")
+    visit.expect_state("failed")
+    expect(visit.alert).to_contain_text("Retry in a moment.")
+    expect(visit.answer.locator(".request-id")).to_have_text(re.compile(r"^Request [\w-]+$"))
+    expect(visit.answer.get_by_role("button", name="Retry")).to_be_enabled()
+    assert visit.text.inner_text() == ""
+
+
+def test_a_cut_answer_is_interrupted_not_complete(visit: Visit) -> None:
+    """An answer that broke off keeps its part, and is marked as a part in three ways."""
+    visit.ask("/cut a story", "demo-fast")
+    visit.expect_state("failed")
+    expect(visit.text).to_contain_text("Where the road from the hills meets the river")
+    expect(visit.answer.locator(".mark")).to_contain_text("Interrupted")
+    expect(visit.alert).to_contain_text("The answer was interrupted")
+    expect(visit.answer.get_by_role("button", name="Retry")).to_be_enabled()
+    expect(visit.page.get_by_role("status")).not_to_contain_text("Complete")
+
+
+def test_a_code_that_the_page_does_not_know(visit: Visit) -> None:
+    """A code from a newer server is shown with that server's own message."""
+    visit.staged = {418}
+    error = {"message": "Please use a cup.", "type": "t", "param": None, "code": "teapot"}
+    visit.page.route("**/api/chat", lambda route: route.fulfill(status=418, json={"error": error}))
+    visit.ask("tea")
+    visit.expect_state("failed")
+    expect(visit.alert).to_contain_text("Please use a cup.")
+
+
+def test_there_is_advice_for_every_code() -> None:
+    """Every code that the server can send has words of its own on the page."""
+
+    def family(kind: type[errors.Refusal] | type[errors.Interruption]) -> Iterator[str]:
+        yield kind.code
+        for child in kind.__subclasses__():
+            yield from family(child)
+
+    advice = (ROOT / "static/advice.js").read_text()
+    known = set(re.findall(r"^  (\w+): (?:again|otherwise)\(", advice, re.MULTILINE))
+    ours = {*family(errors.Refusal), *family(errors.Interruption)}
+    ours |= {"login_required", "invalid_credentials", "stream_too_long", "limits_unavailable"}
+    assert ours - known == set()
+
+
+def test_a_server_that_is_away(visit: Visit) -> None:
+    """Without a connection the page says so, and the question can be asked again."""
+    visit.page.route("**/api/chat", lambda route: route.abort("connectionrefused"))
+    visit.ask("hello")
+    visit.expect_state("failed")
+    expect(visit.alert).to_contain_text("Check your connection, then retry.")
+    visit.faults = [fault for fault in visit.faults if "ERR_CONNECTION_REFUSED" not in fault]
+    visit.page.unroute_all()
+    visit.answer.get_by_role("button", name="Retry").click()
+    visit.expect_state("complete")
+
+
+# ---- the session and its limits ----------------------------------------------------------------------------------
+
+
+def test_the_session_survives_a_reload_and_no_script_sees_it(visit: Visit, context: BrowserContext) -> None:
+    """A reload keeps the session's cookie and forgets the conversation; document.cookie is empty throughout."""
+    visit.ask("hello", "demo-fast")
+    visit.expect_state("complete")
+    before = context.cookies()
+    assert [(cookie["name"], cookie["httpOnly"], cookie["sameSite"]) for cookie in before] == [("chat", True, "Strict")]
+    visit.page.reload()
+    expect(visit.page.locator("#welcome")).to_be_visible()
+    expect(visit.page.locator("#welcome-state")).to_have_text(re.compile(r"^Anonymous session, expires in \d+ \w+"))
+    assert [cookie["value"] for cookie in context.cookies()] == [cookie["value"] for cookie in before]
+    assert visit.page.evaluate("() => document.cookie") == ""
+
+
+def test_a_lost_session_is_replaced_without_a_word(visit: Visit, context: BrowserContext) -> None:
+    """A cookie that the server does not know costs the reader nothing: the page gets a new one and asks once more."""
+    visit.staged = {401}
+    context.add_cookies([{"name": "chat", "value": "garbled", "url": visit.url}])
+    visit.ask("hello", "demo-fast")
+    visit.expect_state("complete")
+    expect(visit.alert).to_have_count(0)
+
+
+def test_limits_are_shown_and_go_down(visit: Visit) -> None:
+    """The tightest limit stands under the message box, all of them one click away; an answer makes them smaller."""
+    limits = visit.page.locator("#limits [data-limit]")
+    session = visit.page.locator('[data-limit^="per_session"]').first
+    visit.page.locator("#account summary").click()
+    assert limits.count() >= 4
+    expect(session).to_contain_text("20 of 20")
+    visit.page.keyboard.press("Escape")
+    expect(limits.first).to_be_hidden()
+    visit.ask("hello", "demo-fast")
+    visit.expect_state("complete")
+    expect(session.locator("b")).to_have_text("19 of 20")
+    expect(visit.page.locator("#tightest")).to_contain_text(re.compile(r"\d+ of \d+ requests left this minute"))
+
+
+@pytest.mark.parametrize("mode", ["password", "oidc"])
+def test_a_login_is_asked_for_where_one_is_needed(visit: Visit, mode: str) -> None:
+    """Without a user in a mode that needs one, the page says so and sends nothing."""
+    session = {"mode": mode, "user": None, "expires_at": None}
+    account = {"session": session, "models": ["demo"], "limits": []}
+    visit.page.route("**/api/session", lambda route: route.fulfill(json=account))
+    visit.page.reload()
+    expect(visit.page.locator("#notice")).to_contain_text("You need to sign in")
+    expect(visit.page.get_by_role("button", name="Send")).to_be_disabled()
+    visit.message.fill("hello")
+    visit.message.press("Enter")
+    expect(visit.page.locator(".turn")).to_have_count(0)
+
+
+def test_one_model_needs_no_picker(visit: Visit) -> None:
+    """The picker is there when there is a choice, and only then."""
+    expect(visit.page.get_by_label("Model")).to_be_visible()
+
+    def with_one_model(route: Route) -> None:
+        reply = route.fetch()
+        route.fulfill(response=reply, json={**reply.json(), "models": ["demo"]})
+
+    visit.page.route("**/api/session", with_one_model)
+    visit.open()
+    expect(visit.page.get_by_label("Model")).to_be_hidden()
+
+
+# ---- what the page shows, and what it does not do ----------------------------------------------------------------
+
+
+def test_what_the_browser_sees(visit: Visit) -> None:
+    """The disclosure shows the request as it was sent; the one on the wire has no key either."""
+    with visit.page.expect_request("**/api/chat") as sent:
+        visit.ask("hello", "demo-fast")
+    visit.expect_state("complete")
+    assert "authorization" not in sent.value.all_headers()
+    visit.page.get_by_role("button", name="What the browser sees").click()
+    panel = visit.page.get_by_role("dialog")
+    expect(panel).to_contain_text(f"POST {visit.url}/api/chat")
+    expect(panel).to_contain_text("It sends no key")
+    expect(panel).to_contain_text("application/json")
+    expect(panel.get_by_label("Request body")).to_contain_text('"content": "hello"')
+    expect(panel.get_by_label("Last events")).to_contain_text("data: [DONE]")
+    visit.page.keyboard.press("Escape")
+    expect(panel).to_be_hidden()
+
+
+def test_markdown_is_shown(visit: Visit, context: BrowserContext) -> None:
+    """Headings, lists, code, tables and links become what they are; code and message can be copied."""
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    visit.ask("markdown", "demo-fast")
+    visit.expect_state("complete")
+    expect(visit.text.get_by_role("heading", name="Everything at once")).to_be_visible()
+    expect(visit.text.locator("table tbody tr")).to_have_count(3)
+    expect(visit.text.locator("ol > li > ol > li")).to_have_count(2)
+    link = visit.text.get_by_role("link", name="a link to the Markdown reference")
+    expect(link).to_have_attribute("rel", "noopener noreferrer nofollow")
+    visit.text.get_by_role("button", name="Copy").first.click()
+    assert visit.page.evaluate("() => navigator.clipboard.readText()").startswith("def fibonacci(n: int)")
+    visit.answer.locator(".actions").get_by_role("button", name="Copy").click()
+    assert visit.page.evaluate("() => navigator.clipboard.readText()").startswith("# Everything at once")
+
+
+ECHOES = ["<img src=x onerror=pwned=1>", "[x](data:text/html,hi)", "</p><svg onload=pwned=1>"]
+
+
+@pytest.mark.parametrize("echo", ECHOES)
+def test_an_echo_of_hostile_input_runs_nothing(visit: Visit, echo: str) -> None:
+    """What the model repeats of a hostile message is text on the page, and nothing else."""
+    visit.ask(f"Repeat {echo}", "demo-fast")
+    expect(visit.text).to_contain_text(echo)
+    assert visit.text.locator("img, svg, script, a[href^=data]").count() == 0
+    assert visit.page.evaluate("() => typeof pwned") == "undefined"
+
+
+def test_hostile_output_runs_nothing(visit: Visit) -> None:
+    """A model that was talked into the worst gets nothing run, loaded or styled, whole or in small pieces."""
+    text = "\n\n".join(HOSTILE)
+    visit.stream(*(text[at : at + 3] for at in range(0, len(text), 3)))
+    visit.ask("do your worst")
+    visit.expect_state("complete")
+    expect(visit.text).to_contain_text("<script>window.pwned=1</script>")
+    for link in visit.text.get_by_role("link").all():
+        assert re.match(r"https?://", link.get_attribute("href") or "")
+    foreign = "script, style, link, img, svg, math, iframe, object, embed, base, meta, form"
+    assert visit.text.locator(f"{foreign}, [style], [onload], [onerror]").count() == 0
+    assert visit.page.evaluate("() => typeof pwned") == "undefined"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_small_screen(browser: Browser, url: str, scheme: str) -> None:
+    """At 360 pixels nothing is wider than the screen, and what is wide scrolls inside itself."""
+    context = browser.new_context(
+        viewport={"width": 360, "height": 740},
+        color_scheme="dark" if scheme == "dark" else "light",
+        is_mobile=True,
+    )
+    visit = Visit(context.new_page(), url)
+    visit.watch()
+    visit.open()
+    visit.stream("| a | b | c | d |\n|---|---|---|---|\n| 1 | 2 | 3 | 4 |\n\n```\n", "x" * 300, "\n```\n\n", "y" * 300)
+    visit.ask("z" * 300)
+    visit.expect_state("complete")
+    visit.page.locator("#account summary").click()
+    assert visit.page.evaluate("() => document.documentElement.scrollWidth") == 360
+    assert visit.page.locator("#scroller").evaluate("(it) => it.scrollWidth - it.clientWidth") == 0
+    assert visit.faults == []
+    context.close()
+
+
+# ---- the modules, without a browser ------------------------------------------------------------------------------
+
+
+def test_the_modules_in_node(tmp_path: Path) -> None:
+    """The parser, the client and the Markdown keep their own promises: tests/page/*.test.js, in plain node."""
+    for folder in ("static", "tests/page"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    (tmp_path / "package.json").write_text('{"type": "module"}')  # Debian's node does not look into a file to know
+    tests = sorted(str(path) for path in (tmp_path / "tests/page").glob("*.test.js"))
+    run = subprocess.run(["node", "--test", *tests], capture_output=True, text=True, timeout=3 * PATIENCE, check=False)
+    shown = [line for line in run.stdout.splitlines() if not line.startswith(("# Sub", "ok"))]
+    assert run.returncode == 0, "\n".join(shown)
