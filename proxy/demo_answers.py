@@ -131,8 +131,8 @@ STREAMING = """\
 ## Streaming, in simple terms
 
 A language model writes its answer **one piece at a time**. Without streaming, the server waits for the last piece and
-sends everything at once: you look at nothing for ten seconds, then at a wall of text. With streaming, each piece travels
-the moment it exists, and you read along. ✍️
+sends everything at once: you look at nothing for ten seconds, then at a wall of text. With streaming, each piece
+travels the moment it exists, and you read along. ✍️
 
 1. The page asks with `"stream": true`.
 2. The model's server keeps the response open and sends *server-sent events*: lines that begin with `data:`.

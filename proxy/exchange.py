@@ -60,7 +60,3 @@ class Exchange:
         except KeyError:
             raise WrongStep(f"{event.name} in {self.state.name}") from None
         return True
-
-    @property
-    def has_begun(self) -> bool:
-        return self.state is not State.WAITING

@@ -3,12 +3,15 @@
 Rules:
 1. A line holds names, numbers and codes: never a body, a cookie, a key, or a text that came from outside.
 2. Writing never holds up the loop: lines wait in a bounded queue, one thread writes them in batches. When the pipe is
-   full or closed, lines are dropped and counted; the service goes on.
+   full or closed, lines are dropped and counted; the service goes on, and tells the count once it can.
+3. What is queued is shown, whatever it holds: one line a line, and nothing that ends the thread.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import select
 import sys
 import threading
 import time
@@ -22,6 +25,7 @@ from proxy.settings import Log
 
 QUEUE = 10_000  # lines: some seconds of a busy server, a few megabytes
 BATCH_EVERY = 0.05  # seconds between two writes: one thread switch for many lines
+HEAD = ("time", "level", "event")  # the fields of every line
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 encode = msgspec.json.Encoder().encode
@@ -32,15 +36,35 @@ class Output(Protocol):
     def flush(self) -> object: ...
 
 
+class Descriptor:
+    """A file descriptor as an output, without Python's buffer: a thread that hangs in a write holds the buffer's lock,
+    and the interpreter, which flushes at exit, would die of that instead of ending."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def write(self, data: bytes, /) -> None:
+        left = memoryview(data)
+        while left:
+            try:
+                left = left[os.write(self.number, left) :]
+            except BlockingIOError:  # whoever started us made it non-blocking
+                select.select([], [self.number], [])
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
 class Logs:
     """The log of one server. `line` may be called from the loop: it does not wait."""
 
     def __init__(self, configured: Log, output: Output | None = None) -> None:
         self.level = LEVELS[configured.level]
         self.render = as_json if configured.format == "json" else as_text
-        self.output: Output = output if output is not None else sys.stdout.buffer
+        self.output: Output = output if output is not None else Descriptor(sys.stdout.fileno())
         self.queue: deque[dict[str, Any]] = deque()
         self.dropped = 0
+        self._told = 0  # of those dropped
         self._wanted = threading.Event()
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -87,12 +111,25 @@ class Logs:
     def _write_batch(self) -> None:
         lines = []
         while self.queue:
-            lines.append(self.render(self.queue.popleft()))
+            lines.append(self.rendered(self.queue.popleft()))
+        dropped = self.dropped
+        if dropped > self._told:
+            count = dropped - self._told
+            told = self.rendered({"time": time.time(), "level": "warning", "event": "lines_dropped", "count": count})
+        else:
+            told = b""
         try:
-            self.output.write(b"".join(lines))
+            self.output.write(told + b"".join(lines))
             self.output.flush()
+            self._told = dropped
         except (OSError, ValueError):  # a closed pipe, a closed file
             self.dropped += len(lines)
+
+    def rendered(self, fields: dict[str, Any]) -> bytes:
+        try:
+            return self.render(fields)
+        except Exception as error:  # noqa: BLE001  # a line that cannot be shown must not be the last one
+            return self.render({**{name: fields[name] for name in HEAD}, "unshown": type(error).__name__})
 
 
 def as_json(fields: dict[str, Any]) -> bytes:
@@ -104,7 +141,8 @@ def as_text(fields: dict[str, Any]) -> bytes:
     moment = time.strftime("%H:%M:%S", time.localtime(fields.pop("time")))
     level, event = fields.pop("level"), fields.pop("event")
     shown = " ".join(f"{name}={value}" for name, value in fields.items() if value is not None)
-    return f"{moment} {level:7} {event} {shown}\n".encode()
+    line = f"{moment} {level:7} {event} {shown}"
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line).encode() + b"\n"
 
 
 class Bridge(logging.Handler):

@@ -8,8 +8,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.utils import floatToGoString
+
+# Or each name of the contract gets a second one beside it, which Prometheus does not read in this format.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 ENDINGS = ("complete", "error", "truncated", "aborted", "timeout", "drained")
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60)
@@ -31,7 +35,7 @@ class GapHistogram:
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         buckets, running = [], 0
-        for bound, count in zip((*map(str, GAPS), "+Inf"), self.counts, strict=True):
+        for bound, count in zip((*map(floatToGoString, GAPS), "+Inf"), self.counts, strict=True):
             running += count
             buckets.append((bound, running))
         family = HistogramMetricFamily("chat_proxy_token_gap_seconds", "Time between two deliveries of one stream")

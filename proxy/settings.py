@@ -231,11 +231,9 @@ def base_url(written: str) -> str:
 
 def listening_host(written: str) -> str:
     """An address or a name to listen on, in a form that can be looked up at all."""
-    try:
-        if written.encode("idna"):
-            return written
-    except UnicodeError:
-        pass  # said below
+    written = written.strip()
+    if re.fullmatch(r"[A-Za-z0-9._:%-]+", written) and not re.search(r"[^.]{64}|^\.|\.\.", written):
+        return written
     raise Wrong("wants an address of this machine, like 127.0.0.1, or 0.0.0.0 for all of them")
 
 
@@ -294,7 +292,7 @@ class Secret:
         return [line.strip() for line in self.value.split("\n") if line.strip()]
 
     def again(self) -> Secret:
-        """The secret as its file holds it now; itself when it did not come from a file, or the file is gone or empty."""
+        """The secret as its file holds it now; itself when it came from no file, or the file is gone or empty."""
         if self.path is None:
             return self
         try:
@@ -565,18 +563,19 @@ class Loader:
         return REQUIRED
 
     def find_secret(self, section: str, name: str, variable: str) -> Secret | None:
-        path: Path | None = None
+        """The secret as it was found, its source noted before it is read. Raises OSError, UnicodeDecodeError."""
+        full_name = f"{section}.{name}"
         if self.credentials:
             path = Path(self.credentials, f"{section}_{name}")
-            self.sources[f"{section}.{name}"] = f"credential {path.name}"
-            path = path if path.exists() else None
-        if path is None and (named := self.environ.get(f"{variable}_FILE")):
-            path = Path(named)
-            self.sources[f"{section}.{name}"] = f"the file that {variable}_FILE names"
-        if path is not None:
-            return Secret(path.read_text(encoding="utf-8").strip(), path)
+            self.sources[full_name] = f"credential {path.name}"
+            if path.exists():
+                return Secret(path.read_text(encoding="utf-8").strip(), path)
+            del self.sources[full_name]
+        if named := self.environ.get(f"{variable}_FILE"):
+            self.sources[full_name] = f"the file that {variable}_FILE names"
+            return Secret(Path(named).read_text(encoding="utf-8").strip(), Path(named))
         if variable in self.environ:
-            self.sources[f"{section}.{name}"] = f"environment variable {variable}"
+            self.sources[full_name] = f"environment variable {variable}"
             return Secret(self.environ[variable].strip())
         return None
 
@@ -610,14 +609,16 @@ class Loader:
             self.unknown(variable, "environment", known, "variable")
 
     def unknown(self, name: str, source: str, known: Iterable[str], what: str) -> None:
-        near = difflib.get_close_matches(name, list(known), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        folded = {candidate.casefold(): candidate for candidate in known}
+        near = difflib.get_close_matches(name.casefold(), folded, n=1)
+        hint = f"; did you mean {folded[near[0]]}?" if near else ""
         self.faults.append(Fault(name, source, f"there is no such {what}{hint}"))
 
 
 def is_kubernetes(name: str, value: str) -> bool:
     """What Kubernetes injects for a Service whose name begins with chat-proxy; it is about the Service, not for us."""
-    return bool(KUBERNETES.match(name)) or (name.endswith("_PORT") and value.startswith(("tcp://", "udp://", "sctp://")))
+    addressed = value.startswith(("tcp://", "udp://", "sctp://"))
+    return bool(KUBERNETES.match(name)) or (name.endswith("_PORT") and addressed)
 
 
 def utf8(raw: str) -> str:
@@ -661,9 +662,13 @@ def exposes_key(upstream: Upstream) -> bool:
 def holds_certificates(file: str) -> bool:
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(file)
-    except OSError:  # ssl.SSLError is one
+    except (OSError, ValueError):  # ssl.SSLError is the one, a NUL in the name the other
         return False
     return True
+
+
+def address(listening: Server | Metrics) -> tuple[str, int]:
+    return listening.host, listening.port
 
 
 CONTRADICTIONS = (
@@ -692,7 +697,10 @@ CONTRADICTIONS = (
         "cannot be read, or holds no certificate in PEM format",
     ),
     Contradiction(
-        "policy.models", ("policy.models",), lambda s: not s.policy.models, "is empty; name at least one model"
+        "policy.models",
+        ("policy.models",),
+        lambda s: not s.policy.models or not all(s.policy.models),
+        "is empty, or one of its names is; name at least one model",
     ),
     Contradiction(
         "server.static_dir",
@@ -709,8 +717,8 @@ CONTRADICTIONS = (
     Contradiction(
         "metrics.port",
         ("metrics.port", "metrics.host", "server.port", "server.host"),
-        lambda s: bool(s.metrics.port) and not s.server.socket and s.metrics.port == s.server.port,
-        "is server.port too; the metrics have a listener of their own",
+        lambda s: bool(s.metrics.port) and not s.server.socket and address(s.metrics) == address(s.server),
+        "is what server.port is; the metrics have a listener of their own",
     ),
 )
 

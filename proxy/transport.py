@@ -182,7 +182,7 @@ class _Answer:
         self.version = VERSIONS.get(self._parser.get_http_version(), b"")
         if status < 200 or not self.version:
             raise httpx.RemoteProtocolError("a status or a version that nobody asked for")
-        if sum([len(name) + len(value) for name, value in fields]) > MAX_BARREN_BYTES:
+        if len(self.reason) + sum([len(name) + len(value) for name, value in fields]) > MAX_BARREN_BYTES:
             raise httpx.RemoteProtocolError("too many bytes of headers")
         codings = [value.lower() for name, value in fields if name.lower() == b"transfer-encoding"]
         if codings not in ([], [b"chunked"]):
