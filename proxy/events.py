@@ -22,6 +22,9 @@ HOLD = 64 * 1024  # bytes of an incomplete event: far above any token, far below
 
 MOST_TOKENS = 1 << 40  # in one answer; whoever says more, or less than none, has not counted
 
+CONTENT = b'"content":"'
+LESSONS = 8  # ordinary events to learn from: the first ones of a stream may differ, with a role or none
+
 BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")  # atomic: a CR LF is never taken for two line ends
 LINE = re.compile(rb"\r\n|\n|\r")
 BOM = b"\xef\xbb\xbf"
@@ -70,10 +73,16 @@ class KeyEcho(Exception):
 class Events:
     """One stream. Feed it what the socket gave; pass on what it returns."""
 
-    __slots__ = ("_keep", "_key", "_tail", "choices", "count", "done", "failed", "finished", "partial", "usage")
+    __slots__ = (
+        *("_after", "_before", "_keep", "_key", "_lessons", "_tail"),
+        *("choices", "count", "done", "failed", "finished", "partial", "usage"),
+    )
 
     def __init__(self, key: bytes, choices: int = 1) -> None:
         self._key = key
+        self._before = b""  # what stands before and after the content in this stream's ordinary events, once known
+        self._after = b""
+        self._lessons = 0 if b'"' in key else LESSONS
         self._keep = max(1, len(key) - 1)  # bytes of a passed-on tail that could still become a boundary or the key
         self._tail = bytearray()
         self.choices = choices
@@ -86,10 +95,39 @@ class Events:
 
     def feed(self, data: bytes) -> bytes:
         """The bytes that may go out now. Raises KeyEcho."""
-        if not self._tail and data.endswith(b"\n\n"):
+        if self._tail or not data.endswith(b"\n\n"):
+            return self.feed_split(data)
+        if self.is_like_the_last(data):
+            self.count += 1
+        else:
             self.note(data)
-            return data
-        return self.feed_split(data)
+        return data
+
+    def is_like_the_last(self, data: bytes) -> bool:
+        """One event that differs from an ordinary one before it in nothing but its content (rule 4).
+
+        Then only the content must be looked at: without a quote it is inside its string, without a line end it is
+        inside its event. Our key has no quote in it, so it cannot begin before the content or end after it.
+        """
+        before, after = self._before, self._after
+        if not before or not data.startswith(before) or not data.endswith(after):
+            return False
+        start, stop = len(before), len(data) - len(after)
+        return (
+            start <= stop
+            and data.find(b'"', start, stop) < 0
+            and data.find(b"\n", start, stop) < 0
+            and data.find(b"\r", start, stop) < 0
+            and data.find(self._key, start, stop) < 0
+        )
+
+    def learn(self, event: bytes) -> None:
+        """Takes a plain event as the pattern of those to come; not for ever, some upstreams pad each differently."""
+        self._lessons -= 1
+        start = event.find(CONTENT) + len(CONTENT)
+        stop = event.find(b'"', start)
+        if len(CONTENT) <= start < stop and b"\\" not in event[start:stop]:
+            self._before, self._after = event[:start], event[stop:]
 
     def feed_split(self, data: bytes) -> bytes:
         """`feed` for a chunk that does not end with an event, or that continues one."""
@@ -97,19 +135,18 @@ class Events:
         start = max(0, len(tail) - 1)  # a boundary may begin with the last byte that was held
         tail += data
         cut = last_boundary(tail, start)
+        out = bytes(tail[:cut])
         if cut:
-            out = bytes(tail[:cut])
             del tail[:cut]
             self.note(out)
-            return out
-        if len(tail) > HOLD:
-            return self.pass_on()
-        return b""
+        if self.partial or len(tail) > HOLD:
+            return out + self.pass_on(out)
+        return out
 
-    def pass_on(self) -> bytes:
-        """Gives up holding an event that is longer than HOLD."""
+    def pass_on(self, before: bytes) -> bytes:
+        """What may go out of an event that is longer than HOLD; whole events `before` it do."""
         if self._key in self._tail:
-            raise KeyEcho(b"")
+            raise KeyEcho(before)
         out = bytes(self._tail[: -self._keep])
         del self._tail[: -self._keep]
         self.partial = True
@@ -142,7 +179,10 @@ class Events:
             self.count += 1
             out = b"".join(BLANK_LINE.split(out, 1)[1:])
         if is_plain(out):
-            self.count += out.count(b"\n\n")
+            events = out.count(b"\n\n")
+            self.count += events
+            if self._lessons and events == 1:
+                self.learn(out)
         else:
             self.read(out)
 
