@@ -134,6 +134,7 @@ class ChatProxy:
         )
         self.transport = transport
         self.metrics = Metrics(settings.policy.models)
+        self.metrics.streams.set_function(lambda: self.leases.live)
         self.base_headers: Headers = [HSTS] if server.is_https else []
         self.draining = False
         self.busy = 0  # requests being answered
@@ -209,7 +210,7 @@ class ChatProxy:
         relay: Relay | None = None
         broke: Interruption | None = None
         try:
-            async with Leash(visit.receive) as leash, self.living(leash):
+            async with Leash(visit.receive, self.live) as leash:
                 source = await self.upstream.stream(order.body, visit.request_id, attempts)
                 relay = self.relay(visit, order, source, leash)
                 exchange.on(Event.BEGIN)
@@ -235,14 +236,15 @@ class ChatProxy:
         return relay.events.usage or Usage(order.prompt_tokens, relay.events.count)
 
     def relay(self, visit: Visit, order: policy.Order, source: ResponseStream, leash: Leash) -> Relay:
-        deadlines = self.settings.upstream
+        upstream, comment = self.settings.upstream, self.settings.server.comment_seconds
         events = Events(self.upstream.key.value().encode(), order.choices)
-        return Relay(source, visit.send, events, leash, idle=deadlines.idle_timeout, total=deadlines.total_timeout)
+        idle, total = upstream.idle_timeout, upstream.total_timeout
+        return Relay(source, visit.send, events, leash, idle=idle, total=total, comment=comment)
 
     async def complete(self, visit: Visit, order: policy.Order, attempts: Attempts) -> Usage:
         """Passes on one whole answer. Returns what it cost."""
         try:
-            async with Leash(visit.receive) as leash, self.living(leash):
+            async with Leash(visit.receive, self.live) as leash:
                 answer = await self.upstream.complete(order.body, visit.request_id, attempts)
         except ClientGone:
             self.note_abort(leash)
@@ -383,17 +385,6 @@ class ChatProxy:
         except TooMany as too_many:
             return too_many
         return refusal
-
-    @asynccontextmanager
-    async def living(self, leash: Leash) -> AsyncIterator[None]:
-        """Within it the drain can find the request."""
-        self.live.add(leash)
-        self.metrics.streams.inc()
-        try:
-            yield
-        finally:
-            self.metrics.streams.dec()
-            self.live.discard(leash)
 
     def cut(self) -> None:
         """Ends every live answer with an event, or a refusal where none has begun: the drain's time is over."""

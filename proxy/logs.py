@@ -109,9 +109,7 @@ class Logs:
             self._write_batch()
 
     def _write_batch(self) -> None:
-        lines = []
-        while self.queue:
-            lines.append(self.rendered(self.queue.popleft()))
+        lines = [self.rendered(self.queue.popleft()) for _ in range(len(self.queue))]
         dropped = self.dropped
         if dropped > self._told:
             count = dropped - self._told

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Generator, MutableMapping
+from math import inf
 from types import TracebackType
 from typing import Any, Protocol, cast
 
@@ -37,13 +38,15 @@ class Leash:
     """Ends the body of an `async with` from outside: when the browser leaves, or when somebody pulls.
 
     What asyncio.timeout does for time, for any cause; the bookkeeping is that of CPython's Lib/asyncio/timeouts.py.
-    `receive` is watched from the beginning, so the request's body must have been read. `pulled_at` is the loop's time.
+    `receive` is watched from the beginning, so the request's body must have been read. While it holds, it is in
+    `live`, for whoever wants to pull all of them. `pulled_at` is the loop's time.
     """
 
-    __slots__ = ("_cancelled", "_cancelling", "_cause", "_receive", "_task", "_watcher", "pulled_at")
+    __slots__ = ("_cancelled", "_cancelling", "_cause", "_live", "_receive", "_task", "_watcher", "pulled_at")
 
-    def __init__(self, receive: Receive) -> None:
+    def __init__(self, receive: Receive, live: set[Leash] | None = None) -> None:
         self._receive = receive
+        self._live = live if live is not None else set()
         self._task: asyncio.Task[Any] | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._cause: BaseException | None = None
@@ -56,6 +59,7 @@ class Leash:
         assert task is not None
         self._task, self._cancelling = task, task.cancelling()
         self._watcher = asyncio.create_task(self._watch())
+        self._live.add(self)
         return self
 
     def pull(self, cause: BaseException) -> None:
@@ -82,6 +86,7 @@ class Leash:
         assert task is not None
         assert self._watcher is not None
         self._watcher.cancel()
+        self._live.discard(self)
         if self._cause is None:
             return
         if not self._cancelled:  # pulled by the body itself, which then waited for nothing more
@@ -136,15 +141,26 @@ class Relay:
     """One stream from `source` to the browser's `send`. Times are in seconds of the loop's clock."""
 
     __slots__ = (
-        *("_blocked", "_delivered", "_ended", "_error", "_idle", "_last", "_leash", "_loop", "_send", "_source"),
-        *("_timer", "_until", "_wake", "bytes_sent", "events", "first_at", "gaps", "leaked"),
+        *("_blocked", "_comment", "_commented", "_delivered", "_ended", "_error", "_idle", "_last", "_leash", "_loop"),
+        *("_send", "_source", "_timer", "_until", "_wake", "bytes_sent", "events", "first_at", "gaps", "leaked"),
     )
 
-    def __init__(self, source: Source, send: Send, events: Events, leash: Leash, *, idle: float, total: float) -> None:
+    def __init__(
+        self,
+        source: Source,
+        send: Send,
+        events: Events,
+        leash: Leash,
+        *,
+        idle: float,
+        total: float,
+        comment: float = 0,
+    ) -> None:
         self._source = source
         self._send = send
         self._leash = leash
         self._idle = idle
+        self._comment = comment or inf
         self._loop = asyncio.get_running_loop()
         self._last = self._loop.time()
         self._until = self._last + total
@@ -155,7 +171,7 @@ class Relay:
         self._error: Exception | None = None
         self.events = events
         self.first_at: float | None = None
-        self._delivered = 0.0
+        self._delivered = self._commented = self._last
         self.gaps = Gaps()
         self.bytes_sent = 0
         self.leaked = False
@@ -279,7 +295,8 @@ class Relay:
 
     def _arm(self) -> None:
         """One timer a stream, set anew only when it fires: an event just leaves its time behind."""
-        self._timer = self._loop.call_at(min(self._last + self._idle, self._until), self._check_deadlines)
+        speak_at = max(self._delivered, self._commented) + self._comment
+        self._timer = self._loop.call_at(min(self._last + self._idle, self._until, speak_at), self._check_deadlines)
 
     def _hurry(self) -> None:
         """After `[DONE]` the upstream has little time left to end its response; nobody waits for more."""
@@ -297,4 +314,12 @@ class Relay:
         elif self._blocked is not None:
             self._timer = self._loop.call_at(min(now + self._idle, self._until), self._check_deadlines)
         else:
+            if now >= max(self._delivered, self._commented) + self._comment:
+                self._say_alive(now)
             self._arm()
+
+    def _say_alive(self, now: float) -> None:
+        """A comment in the upstream's silence, so that nothing on the way takes the connection for dead."""
+        self._commented = now
+        if not self.events.partial and not self._ended:  # never inside an event
+            self._step({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})

@@ -12,8 +12,8 @@ import io
 import json
 import secrets
 import socket
-import struct
 import string
+import struct
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -113,7 +113,9 @@ class Peer:
     async def end(self) -> None:
         await self.send(b"0\r\n\r\n")
 
-    async def whole(self, body: bytes, status: str = "200 OK", content_type: str = "application/json", *more: str) -> None:
+    async def whole(
+        self, body: bytes, status: str = "200 OK", content_type: str = "application/json", *more: str
+    ) -> None:
         lines = [f"HTTP/1.1 {status}", f"content-type: {content_type}", f"content-length: {len(body)}", *more]
         await self.send("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
 
@@ -212,7 +214,9 @@ def delta(text: str, index: int = 0) -> bytes:
 
 
 def finish(reason: str = "stop", index: int = 0) -> bytes:
-    return delta("", index).replace(b'"delta":{"content":""},"finish_reason":null', b'"delta":{},"finish_reason":"%s"' % reason.encode())
+    return delta("", index).replace(
+        b'"delta":{"content":""},"finish_reason":null', b'"delta":{},"finish_reason":"%s"' % reason.encode()
+    )
 
 
 DONE = b"data: [DONE]\n\n"
@@ -422,7 +426,9 @@ class Reply:
         return (self.headers["set-cookie"] or "").partition(";")[0]
 
 
-def send(proxy: Running, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> Reply:
+def send(
+    proxy: Running, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+) -> Reply:
     connection = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=PATIENCE * 3)
     try:
         connection.request(method, path, body, headers or {})
@@ -438,7 +444,9 @@ def send(proxy: Running, method: str, path: str, body: bytes | None = None, head
 def chat(proxy: Running, *, stream: bool = True, headers: dict[str, str] | None = None, **fields: Any) -> Reply:
     """POST /api/chat as a program without cookies does it."""
     body = {"messages": [{"role": "user", "content": "hi"}], "stream": stream, **fields}
-    return send(proxy, "POST", "/api/chat", json.dumps(body).encode(), {"content-type": "application/json", **(headers or {})})
+    return send(
+        proxy, "POST", "/api/chat", json.dumps(body).encode(), {"content-type": "application/json", **(headers or {})}
+    )
 
 
 def raw_chat(proxy: Running, **fields: Any) -> socket.socket:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
-from harness import DONE, GOOD, ScriptedUpstream, chat, delta, finish, running, send, streaming
+from harness import DONE, GOOD, Peer, ScriptedUpstream, chat, delta, finish, running, send, streaming
 
 
 def test_stream_passes_unchanged() -> None:
@@ -23,7 +24,15 @@ def test_stream_passes_unchanged() -> None:
 def test_upstream_request_is_built_from_nothing() -> None:
     """The upstream sees our key and the request, and nothing else of the visitor."""
     with ScriptedUpstream(streaming(*GOOD)) as upstream, running(upstream.base_url) as proxy:
-        chat(proxy, headers={"Cookie": "theme=dark", "Authorization": "Bearer made-up", "X-Custom": "1", "Accept-Encoding": "gzip"})
+        chat(
+            proxy,
+            headers={
+                "Cookie": "theme=dark",
+                "Authorization": "Bearer made-up",
+                "X-Custom": "1",
+                "Accept-Encoding": "gzip",
+            },
+        )
         seen = upstream.seen[0]
         assert seen.headers["authorization"] == f"Bearer {proxy.key}"
         assert seen.headers["accept-encoding"] == "identity"
@@ -44,7 +53,7 @@ def test_whole_answer() -> None:
     """A request that does not stream gets the upstream's JSON as it was, with a length."""
     answer = json.dumps({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 4}}).encode()
 
-    async def script(peer):  # type: ignore[no-untyped-def]
+    async def script(peer: Peer) -> None:
         await peer.request()
         await peer.whole(answer)
 
@@ -84,3 +93,23 @@ def test_models_and_probes() -> None:
         assert send(proxy, "GET", "/api/nothing").error["code"] == "not_found"
         assert send(proxy, "GET", "/nothing").error["code"] == "not_found"
         assert send(proxy, "PUT", "/api/chat").error["code"] == "method_not_allowed"
+
+
+def test_comments_in_silence() -> None:
+    """With comment_seconds, silence is filled with comments, between whole events only; without, nothing is added."""
+
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.head()
+        await peer.chunk(delta("one") + delta("two")[:20])
+        await asyncio.sleep(0.5)
+        await peer.chunk(delta("two")[20:] + finish() + DONE)
+        await peer.end()
+
+    whole = delta("one") + delta("two") + finish() + DONE
+    with ScriptedUpstream(script) as upstream, running(upstream.base_url, SERVER_COMMENT_SECONDS="0.1") as proxy:
+        body = chat(proxy).body
+        assert body.startswith(delta("one") + b": keep-alive\n\n")
+        assert body.replace(b": keep-alive\n\n", b"") == whole
+    with ScriptedUpstream(script) as upstream, running(upstream.base_url) as proxy:
+        assert chat(proxy).body == whole
