@@ -19,7 +19,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import uvloop
 
@@ -198,7 +198,7 @@ class ScriptedUpstream:
             pass  # the proxy left: what the script says about that, it says with gone()
         except asyncio.CancelledError:
             pass  # the test is over
-        except BaseException as error:  # shown by __exit__: a script's own assertion must not vanish in a thread
+        except BaseException as error:  # noqa: BLE001  # shown by __exit__: it must not vanish in this thread
             self.errors.append(error)
         finally:
             self.open -= 1
@@ -325,7 +325,7 @@ class Running:
 
     def assert_key_unseen(self) -> None:
         metrics = self.service.app.metrics.exposition()
-        for place, data in {"client": self.sent, "log": self.output.getvalue(), "metrics": metrics}.items():
+        for place, data in {"client": bytes(self.sent), "log": self.output.getvalue(), "metrics": metrics}.items():
             for piece in pieces(self.key):
                 assert piece.encode() not in data, f"a piece of the key reached the {place}"
 
@@ -363,11 +363,11 @@ def running(upstream: str, *, key: str | None = None, loop: str = "uvloop", **ov
 
         class Recording(server.GuardedProtocol):
             def connection_made(self, transport: Any) -> None:
-                super().connection_made(Recorded(transport, proxy.sent))
+                super().connection_made(cast(asyncio.Transport, Recorded(transport, proxy.sent)))
 
         service.server.config.http = Recording
         serving = asyncio.create_task(service.serve())
-        while not service.server.started:
+        while not service.server.started:  # noqa: ASYNC110  # uvicorn has no event for it
             await asyncio.sleep(0.005)
         proxy.baseline = len(asyncio.all_tasks())
         started.append(proxy)
