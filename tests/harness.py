@@ -312,7 +312,7 @@ class Running:
 
     def line(self, count: int = 1) -> dict[str, Any]:
         """The newest request's line, once there are `count` of them."""
-        return eventually(lambda: lines if len(lines := self.lines()) >= count else None)[-1]
+        return eventually(lambda: self.lines()[count - 1 :])[-1]
 
     def tokens_used(self) -> dict[str, int]:
         """What the token windows hold, by the name of the limit; summed over subjects."""
