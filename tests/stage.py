@@ -1,0 +1,65 @@
+"""One server and one upstream on which many faults are staged in turn: starting a server for each would take long."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from harness import LOOPS, Peer, Reply, Running, Script, ScriptedUpstream, chat, running
+
+from proxy import policy
+
+__all__ = ["LOOPS", "Act", "Stage", "always", "prompt_tokens"]
+
+Act = Callable[[Peer], Awaitable[None]]  # what an upstream does about one request
+
+
+def always(act: Act) -> Script:
+    """A script that does the same about every request on a connection."""
+
+    async def script(peer: Peer) -> None:
+        while not peer.writer.is_closing():
+            await peer.request()
+            await act(peer)
+
+    return script
+
+
+def prompt_tokens(proxy: Running, **fields: Any) -> int:
+    """What the policy estimates for the prompt of harness.chat."""
+    body = {"messages": [{"role": "user", "content": "hi"}], "stream": True, **fields}
+    return policy.apply(json.dumps(body).encode(), proxy.settings.policy).prompt_tokens
+
+
+class Stage:
+    """The server and its upstream, which does `act` about each request."""
+
+    act: Act
+    upstream: ScriptedUpstream
+    proxy: Running
+
+    def __init__(self, loop: str, **settings: str) -> None:
+        self.loop = loop
+        self.settings = settings
+
+    @contextmanager
+    def open(self) -> Iterator[Stage]:
+        with (
+            ScriptedUpstream(always(lambda peer: self.act(peer))) as self.upstream,
+            running(self.upstream.base_url, loop=self.loop, **self.settings) as self.proxy,
+        ):
+            yield self
+
+    def chat(self, act: Act, **fields: Any) -> tuple[Reply, dict[str, Any], int]:
+        """The answer to a request about which the upstream does this, the log's line, and how often it was called."""
+        self.act = act
+        lines, calls = len(self.proxy.lines()), len(self.upstream.seen)
+        reply = chat(self.proxy, **fields)
+        line = self.proxy.line(lines + 1)
+        return reply, line, len(self.upstream.seen) - calls
+
+    def settled(self, before: dict[str, int]) -> dict[str, int]:
+        """What was booked since tokens_used() said `before`."""
+        return {name: total - before.get(name, 0) for name, total in self.proxy.tokens_used().items()}
