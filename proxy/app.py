@@ -137,6 +137,7 @@ class ChatProxy:
         self.metrics.streams.set_function(lambda: self.leases.live)
         self.base_headers: Headers = [HSTS] if server.is_https else []
         self.draining = False
+        self.is_cut = False  # the drain's time is over
         self.busy = 0  # requests being answered
         self.quiet = asyncio.Event()  # set while there are none
         self.quiet.set()
@@ -178,6 +179,8 @@ class ChatProxy:
         self.edge.check_origin(visit.found)
         self.edge.check_body(visit.found)
         body = await visit.body(self.settings.server.max_body_bytes)
+        if self.is_cut:  # it took longer to come than the drain had time
+            raise Draining
         session = self.session_of(visit)
         subject = Subject(session.id, visit.caller.key)
         visit.standings = self.requests.charge(ask, subject)
@@ -223,7 +226,7 @@ class ChatProxy:
         except Interruption as interruption:
             broke = interruption
             if relay is None:
-                raise refusal_before_start(broke) from None
+                raise refusal_before_start(broke, attempts) from None
         except Exception as error:
             if relay is None:
                 raise
@@ -250,7 +253,7 @@ class ChatProxy:
             self.note_abort(leash)
             raise
         except Interruption as interruption:
-            raise refusal_before_start(interruption) from None
+            raise refusal_before_start(interruption, attempts) from None
         await visit.answer(200, answer, limit_headers(visit.standings))
         return usage_of(answer) or Usage(order.prompt_tokens, len(answer) // BYTES_PER_TOKEN)
 
@@ -388,6 +391,7 @@ class ChatProxy:
 
     def cut(self) -> None:
         """Ends every live answer with an event, or a refusal where none has begun: the drain's time is over."""
+        self.is_cut = True
         for leash in list(self.live):
             leash.pull(StreamDrained())
 
@@ -459,11 +463,11 @@ class ChatProxy:
             self.sessions = Sessions(keys, lifetime=self.sessions.lifetime, idle=self.sessions.idle)
 
 
-def refusal_before_start(interruption: Interruption) -> Refusal:
+def refusal_before_start(interruption: Interruption, attempts: Attempts) -> Refusal:
     """What an interruption is while the answer can still be a status."""
     if isinstance(interruption, StreamDrained):
-        return Draining()
-    return GatewayTimeout(should_retry=False, reason=interruption.reason)
+        return Draining(billed=attempts.sent)
+    return GatewayTimeout(should_retry=False, reason=interruption.reason, billed=attempts.sent)
 
 
 def ending_of(state: State, broke: Interruption | None, events: Events) -> str:

@@ -266,6 +266,9 @@ class Service:
         await first_of(self.drain_seconds, self.app.quiet, self.at_once)
         self.app.cut()
         await first_of(LAST_WORDS, self.app.quiet)
+        for connection in list(self.server.server_state.connections):
+            if self.app.busy:  # with somebody who does not take our last words
+                connection.transport.abort()
 
 
 async def first_of(seconds: float, *events: asyncio.Event) -> None:

@@ -1,0 +1,296 @@
+"""How a server ends: no new work, live answers to their end or to `drain_seconds`, then a word to the rest.
+
+FAULTS.md rows 31 and 32. `Service.end` is what a signal calls; the signals themselves are tested with real processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from harness import (
+    DONE,
+    LOOPS,
+    PATIENCE,
+    Peer,
+    Running,
+    ScriptedUpstream,
+    chat,
+    chat_request,
+    chunks,
+    connect,
+    delta,
+    eventually,
+    finish,
+    raw_chat,
+    read_until,
+    running,
+    send,
+)
+
+from proxy import policy, server
+
+FIRST, SECOND = delta("first"), delta("second")
+USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":4}}\n\n'
+LONG = "30"  # seconds of drain that no test here waits for
+SMALL = 16384  # bytes of socket buffers where a client is to block early
+
+both_loops = pytest.mark.parametrize("loop", LOOPS)
+
+
+@dataclass
+class Play:
+    """A proxy, and an upstream that does what the question says: "answer", "silence", "flood", "half" or "nothing"."""
+
+    proxy: Running
+    upstream: ScriptedUpstream
+    may_finish: bool = False
+    stack: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def prompt(self) -> int:
+        """What the prompt of each of these questions is estimated at."""
+        body = chat_request(self.proxy, **question("nothing")).partition(b"\r\n\r\n")[2]
+        return policy.apply(body, self.proxy.settings.policy).prompt_tokens
+
+    def ask(self, what: str, **fields: Any) -> socket.socket:
+        """A client that has asked, and whose question has reached the upstream."""
+        before = len(self.upstream.seen)
+        client = self.stack.enter_context(raw_chat(self.proxy, **question(what), **fields))
+        eventually(lambda: len(self.upstream.seen) == before + 1)
+        return client
+
+    def end(self) -> None:
+        """One signal."""
+        self.proxy.on_loop(self.proxy.service.end)
+
+    def assert_over(self, patience: float = PATIENCE) -> None:
+        """The service ends, and has left nothing open, held or counted."""
+        eventually(self.proxy.loop.is_closed, patience)
+        app = self.proxy.service.app
+        transport: Any = app.transport
+        assert (app.live, app.busy, app.leases.live, transport.open_sockets) == (set(), 0, 0, 0)
+        eventually(lambda: not self.upstream.open)
+
+
+def question(what: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": f"{what:10}"}]}
+
+
+@contextmanager
+def playing(loop: str, drain_seconds: str, **overrides: str) -> Iterator[Play]:
+    plays: list[Play] = []
+
+    async def script(peer: Peer) -> None:
+        while True:
+            await act(peer, (await peer.request()).json["messages"][0]["content"].strip())
+
+    async def act(peer: Peer, what: str) -> None:
+        if what == "nothing":
+            return await peer.gone()
+        if what == "not now":
+            return await peer.whole(b"", "503 Service Unavailable", "text/plain", "retry-after: 30")
+        await peer.head(content_type="application/json" if what == "half" else "text/event-stream")
+        if what == "half":
+            await peer.chunk(b'{"choices": [')
+            return await peer.gone()
+        await peer.chunk(FIRST)
+        while what == "flood":
+            await peer.chunk(delta("x" * 4000))
+        if what == "silence":
+            await peer.chunk(SECOND[:20])
+            return await peer.gone()
+        while not plays[0].may_finish:
+            await peer.chunk(b": waiting\n\n")
+            await asyncio.sleep(0.01)
+        for part in (SECOND, finish(), USAGE, DONE):
+            await peer.chunk(part)
+        return await peer.end()
+
+    settings = {"SERVER_DRAIN_SECONDS": drain_seconds, **overrides}
+    with ScriptedUpstream(script) as upstream, running(upstream.base_url, loop=loop, **settings) as proxy:
+        play = Play(proxy, upstream)
+        plays.append(play)
+        with play.stack:
+            yield play
+
+
+def code_of(event: bytes) -> str:
+    code: str = json.loads(event.removeprefix(b"data: "))["error"]["code"]
+    return code
+
+
+# ---- while it drains ------------------------------------------------------------------------------------------------
+
+
+@both_loops
+def test_live_streams_run_on_and_new_requests_are_refused(loop: str) -> None:
+    """After the first signal nobody begins anything and everybody finishes; the service ends with the last answer."""
+    with playing(loop, LONG) as play:
+        proxy = play.proxy
+        clients = [play.ask("answer") for _ in range(3)]
+        for client in clients:
+            read_until(client, FIRST)
+        play.end()
+        eventually(lambda: proxy.lines("draining"))
+        assert proxy.lines("draining")[0]["live"] == 3
+
+        assert send(proxy, "GET", "/readyz").status == 503
+        assert send(proxy, "GET", "/healthz").status == 200
+        for refused in (chat(proxy), chat(proxy, stream=False), send(proxy, "GET", "/api/session")):
+            assert (refused.status, refused.error["code"]) == (503, "draining")
+            assert int(refused.headers["retry-after"]) >= 1
+            assert refused.headers["connection"] == "close"
+        assert len(play.upstream.seen) == 3
+
+        play.may_finish = True
+        for client in clients:
+            rest = b"".join(chunks(client, begun=True))
+            assert rest.replace(b": waiting\n\n", b"") == SECOND + finish() + USAGE + DONE
+        finished = time.monotonic()
+        play.assert_over()
+        assert time.monotonic() - finished < PATIENCE / 2
+        streams = [line for line in proxy.lines() if line["status"] == 200]
+        assert [(line["ending"], line["code"], line["tokens"]) for line in streams] == [("complete", None, 7)] * 3
+        assert [line["code"] for line in proxy.lines() if line["status"] == 503] == ["draining"] * 3
+        assert set(proxy.tokens_used().values()) == {21}
+
+
+@both_loops
+def test_a_kept_connection_is_refused_and_closed(loop: str) -> None:
+    """A connection that was idle when the drain began gets its 503 too, and the end of the connection with it."""
+    with playing(loop, LONG) as play:
+        kept = http.client.HTTPConnection("127.0.0.1", play.proxy.port, timeout=PATIENCE)
+        kept.request("GET", "/healthz")
+        kept.getresponse().read()
+        play.ask("answer")
+        play.end()
+        eventually(lambda: play.proxy.lines("draining"))
+        kept.request("GET", "/api/v1/models")
+        answer = kept.getresponse()
+        assert (answer.status, answer.headers["connection"]) == (503, "close")
+        answer.read()
+        assert kept.sock is None  # http.client has seen that it closes
+        kept.close()
+
+
+@both_loops
+def test_nothing_to_wait_for(loop: str) -> None:
+    """A server without live answers ends at once, whatever drain_seconds says, idle connections or not."""
+    with playing(loop, LONG) as play, connect(play.proxy), connect(play.proxy) as idle:
+        idle.sendall(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        read_until(idle, b"ok")
+        play.end()
+        play.assert_over(PATIENCE / 2)
+
+
+# ---- when its time is over ------------------------------------------------------------------------------------------
+
+
+def time_over(play: Play) -> None:
+    """The drain's time is over, or is cut short by the second signal."""
+    play.end()
+    if play.proxy.service.drain_seconds == float(LONG):
+        eventually(lambda: play.proxy.lines("draining"))
+        play.end()
+
+
+both_ends = pytest.mark.parametrize("drain_seconds", ["0.3", LONG], ids=["time over", "second signal"])
+
+
+@both_loops
+@both_ends
+def test_what_is_live_then_gets_a_word_and_the_end(drain_seconds: str, loop: str) -> None:
+    """Streams end with whole events, the `draining` event, no [DONE]; their upstream is closed, the account right."""
+    with playing(loop, drain_seconds) as play:
+        proxy = play.proxy
+        clients = [play.ask(what) for what in ("answer", "silence", "silence")]
+        for client in clients:
+            read_until(client, FIRST)
+        began = time.monotonic()
+        time_over(play)
+        for client in clients:
+            rest = b"".join(chunks(client, begun=True))
+            assert code_of(rest.replace(b": waiting\n\n", b"")) == "draining"
+        assert float(drain_seconds) == float(LONG) or time.monotonic() - began >= 0.3
+        play.assert_over()
+        assert time.monotonic() - began < PATIENCE
+        lines = proxy.lines()
+        assert [(line["ending"], line["code"]) for line in lines] == [("drained", "draining")] * 3
+        assert [line["tokens"] for line in lines] == [play.prompt + 1] * 3
+        assert set(proxy.tokens_used().values()) == {3 * (play.prompt + 1)}
+        endings = 'chat_proxy_stream_endings_total{ending="drained"} 3.0'
+        assert endings in proxy.service.app.metrics.exposition().decode()
+        assert all(seen.closed for seen in play.upstream.seen)
+
+
+@both_loops
+@both_ends
+@pytest.mark.parametrize(
+    ("what", "stream", "paid"),
+    [("nothing", True, True), ("nothing", False, True), ("half", False, True), ("not now", True, False)],
+    ids=["before headers", "before a whole answer", "within a whole answer", "in backoff"],
+)
+def test_what_waits_for_its_answer_is_refused(
+    what: str, stream: bool, paid: bool, drain_seconds: str, loop: str
+) -> None:
+    """A request that has no answer yet gets 503 `draining`; the prompt is paid for if the upstream has it."""
+    with playing(loop, drain_seconds) as play:
+        client = play.ask(what, stream=stream)
+        time_over(play)
+        head = read_until(client, b"}}")
+        assert head.startswith(b"HTTP/1.1 503 ")
+        assert b"connection: close\r\n" in head
+        assert b"retry-after: 1\r\n" in head
+        assert b'"code":"draining"' in head
+        play.assert_over()
+        line = play.proxy.line()
+        assert (line["status"], line["code"]) == (503, "draining")
+        assert line["tokens"] == (play.prompt if paid else 0)
+        assert set(play.proxy.tokens_used().values()) == {line["tokens"]}
+
+
+@both_loops
+def test_a_request_that_arrives_in_pieces_meanwhile(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body that is complete only after the drain's time is over: the upstream is not called any more."""
+    monkeypatch.setattr(server, "LAST_WORDS", 1.5)
+    monkeypatch.setattr(server, "FLUSH", 1)
+    with playing(loop, "0.2") as play, connect(play.proxy) as client:
+        request = chat_request(play.proxy, **question("nothing"))
+        client.sendall(request[:-10])
+        eventually(lambda: play.proxy.service.app.busy)
+        play.end()
+        eventually(lambda: play.proxy.lines("draining"))
+        time.sleep(0.5)
+        client.sendall(request[-10:])
+        assert read_until(client, b"}}").startswith(b"HTTP/1.1 503 ")
+        play.assert_over()
+        assert play.proxy.line()["code"] == "draining"
+        assert not any(play.proxy.tokens_used().values())
+        assert play.upstream.seen == []
+
+
+@both_loops
+def test_a_client_that_does_not_read_holds_up_nothing(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the last word cannot be delivered the server ends without it, and the log says how the stream ended."""
+    monkeypatch.setattr(server, "LAST_WORDS", 0.5)
+    monkeypatch.setattr(server, "FLUSH", 1)
+    with playing(loop, "0.2") as play:
+        play.ask("flood", buffers=SMALL)
+        time.sleep(0.5)
+        began = time.monotonic()
+        play.end()
+        play.assert_over()
+        assert time.monotonic() - began < PATIENCE / 2
+        line = play.proxy.line()
+        assert line["ending"] == "drained"
+        assert line["tokens"] == play.prompt + line["events"] > play.prompt
+        assert set(play.proxy.tokens_used().values()) == {line["tokens"]}
