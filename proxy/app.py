@@ -52,7 +52,7 @@ from proxy.session import ID_BYTES, Revocations, Session, Sessions, set_cookie
 from proxy.settings import Settings
 from proxy.transport import ResponseStream
 from proxy.upstream import Attempts, Upstream
-from proxy.visit import Visit
+from proxy.visit import Visit, bare_refusal
 
 Handler = Callable[[Visit], Awaitable[None]]
 
@@ -171,7 +171,11 @@ class ChatProxy:
         await self.transport.aclose()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self.router(scope, receive, send)
+        try:
+            await self.router(scope, receive, send)
+        except Exception as error:  # noqa: BLE001  # a bug before there is a visit, or in serving a file
+            self.logs.bug(error)
+            await bare_refusal(send, InternalError())
 
     # ---- the way of a request -------------------------------------------------------------------------------------
 
@@ -324,8 +328,9 @@ class ChatProxy:
         if cookies:
             try:
                 return self.open_session(visit, cookies)
-            except Refusal:
-                self.requests.charge(refuse, Subject("refused", visit.caller.key))
+            except Refusal as refusal:
+                if refusal.code != "session_expired":
+                    self.requests.charge(refuse, Subject("refused", visit.caller.key))
         self.edge.check_origin(visit.found)
         return self.mint_session(visit)
 

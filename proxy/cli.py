@@ -104,53 +104,51 @@ def milliseconds(written: str) -> float:
 
 def run_serve(options: argparse.Namespace) -> int:
     chosen = settings.load(options.config, os.environ)
-    listener = listener_for(chosen.server)
-    uvloop.run(Service(as_bound(chosen, listener), listener, Logs(chosen.log)).run())
+    with listener_for(chosen.server) as listener:
+        uvloop.run(Service(as_bound(chosen, listener), listener, Logs(chosen.log)).run())
     return 0
 
 
 def run_demo(options: argparse.Namespace) -> int:
-    key = f"sk-demo-{secrets.token_urlsafe(24)}"
-    upstream = listener_for(settings.Server(port=0))
-    variables = {
-        "SERVER_PORT": str(options.port),
-        "UPSTREAM_BASE_URL": f"http://127.0.0.1:{upstream.getsockname()[1]}/v1",
-        "UPSTREAM_API_KEY": key,
-        "POLICY_MODELS": ",".join(demo.MODELS),
-        "LIMITS_NEW_SESSIONS": "1000/hour",  # every private window of whoever builds a page is one
-        "LOG_FORMAT": "text",
-    }
-    chosen = settings.from_variables({f"{settings.PREFIX}{name}": value for name, value in variables.items()})
-    listener = listener_for(chosen.server)
-    chosen = as_bound(chosen, listener)
-
-    async def both() -> None:
-        model = uvicorn_for(demo.build(api_key=key), 75, lifespan="off")
-        serving = asyncio.create_task(model.serve(sockets=[upstream]))
-        print(f"Open {chosen.server.public_url} - the chat page, answered by a demo model. Ctrl-C ends it.", flush=True)
-        await Service(chosen, listener, Logs(chosen.log, Descriptor(sys.stderr.fileno()))).run()
-        model.end()
-        await serving
-
-    uvloop.run(both())
+    with listener_for(settings.Server(port=0)) as upstream:
+        variables = {
+            "SERVER_PORT": str(options.port),
+            "UPSTREAM_BASE_URL": f"http://127.0.0.1:{upstream.getsockname()[1]}/v1",
+            "UPSTREAM_API_KEY": f"sk-demo-{secrets.token_urlsafe(24)}",
+            "POLICY_MODELS": ",".join(demo.MODELS),
+            "LIMITS_NEW_SESSIONS": "1000/hour",  # every private window of whoever builds a page is one
+            "LOG_FORMAT": "text",
+        }
+        chosen = settings.from_variables({f"{settings.PREFIX}{name}": value for name, value in variables.items()})
+        with listener_for(chosen.server) as listener:
+            uvloop.run(serve_demo(as_bound(chosen, listener), listener, upstream))
     return 0
+
+
+async def serve_demo(chosen: settings.Settings, listener: socket.socket, upstream: socket.socket) -> None:
+    model = uvicorn_for(demo.build(api_key=chosen.upstream.api_key.value), 75, lifespan="off")
+    serving = asyncio.create_task(model.serve(sockets=[upstream]))
+    print(f"Open {chosen.server.public_url} - the chat page, answered by a demo model. Ctrl-C ends it.", flush=True)
+    await Service(chosen, listener, Logs(chosen.log, Descriptor(sys.stderr.fileno()))).run()
+    model.end()
+    await serving
 
 
 def run_upstream(options: argparse.Namespace) -> int:
     key = os.environ.get(f"{settings.PREFIX}UPSTREAM_API_KEY", "").strip() or None
-    listener = listener_for(settings.Server(port=options.port))
-
-    async def serve() -> None:
-        model = uvicorn_for(demo.build(api_key=key, delay_seconds=options.delay_ms / 1000), 75, lifespan="off")
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, model.end)
-        port = listener.getsockname()[1]
-        wanted = "the key in CHAT_PROXY_UPSTREAM_API_KEY" if key else "any key"
-        print(f"The demo model answers at http://127.0.0.1:{port}/v1 to {wanted}. Ctrl-C ends it.", flush=True)
-        await model.serve(sockets=[listener])
-
-    uvloop.run(serve())
+    with listener_for(settings.Server(port=options.port)) as listener:
+        uvloop.run(serve_model(listener, key, options.delay_ms / 1000))
     return 0
+
+
+async def serve_model(listener: socket.socket, key: str | None, delay_seconds: float) -> None:
+    model = uvicorn_for(demo.build(api_key=key, delay_seconds=delay_seconds), 75, lifespan="off")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, model.end)
+    port = listener.getsockname()[1]
+    wanted = "the key in CHAT_PROXY_UPSTREAM_API_KEY" if key else "any key"
+    print(f"The demo model answers at http://127.0.0.1:{port}/v1 to {wanted}. Ctrl-C ends it.", flush=True)
+    await model.serve(sockets=[listener])
 
 
 def listener_for(server: settings.Server) -> socket.socket:
@@ -169,9 +167,22 @@ def listener_for(server: settings.Server) -> socket.socket:
 def run_check(options: argparse.Namespace) -> int:
     chosen = settings.load(options.config, os.environ)
     print("ok       settings: every value is valid")
-    if not chosen.limits.tokens_total:
-        print("warning  limits.tokens_total is not set: nothing bounds what all visitors together may spend")
-    return asyncio.run(check_upstream(chosen))
+    for warning in warnings_about(chosen):
+        print(f"warning  {warning}")
+    return uvloop.run(check_upstream(chosen))
+
+
+def warnings_about(chosen: settings.Settings) -> list[str]:
+    """What is valid and yet unlikely to be meant."""
+    limits, longest = chosen.limits, chosen.policy.max_output_tokens
+    found = [
+        f"limits.{name} allows less than one answer of policy.max_output_tokens: every question would be refused"
+        for name in ("tokens_per_session", "tokens_per_address", "tokens_total")
+        if any(rate.amount <= longest for rate in getattr(limits, name))
+    ]
+    if not limits.tokens_total:
+        found.append("limits.tokens_total is not set: nothing bounds what all visitors together may spend")
+    return found
 
 
 async def check_upstream(chosen: settings.Settings) -> int:

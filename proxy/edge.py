@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from urllib.parse import urlsplit
 
-from proxy.errors import BodyTooLarge, CrossOrigin, InvalidRequest, UnsupportedMediaType
+from proxy.errors import BodyTooLarge, CrossOrigin, InvalidRequest, LengthRequired, UnsupportedMediaType
 from proxy.settings import Network, Server
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -150,16 +150,18 @@ class Edge:
     # ---- the body's outside ---------------------------------------------------------------------------------------
 
     def check_body(self, found: Found) -> None:
-        """Raises UnsupportedMediaType unless it says JSON, BodyTooLarge when it announces too much."""
+        """Raises UnsupportedMediaType unless it says JSON, LengthRequired or BodyTooLarge by what it announces."""
         kind = re.split(rb"[;,]", found.get(b"content-type", b""), maxsplit=1)[0]
         if kind.strip().lower() != b"application/json":
             raise UnsupportedMediaType
         length = found.get(b"content-length")
-        if length is not None:
-            if not length.isdigit():
-                raise InvalidRequest("The Content-Length is not a number.")
-            if len(length) > 18 or int(length) > self.max_body_bytes:
-                raise BodyTooLarge
+        if length is None:
+            if b"transfer-encoding" not in found:
+                raise LengthRequired
+        elif not length.isdigit():
+            raise InvalidRequest("The Content-Length is not a number.")
+        elif len(length) > 18 or int(length) > self.max_body_bytes:
+            raise BodyTooLarge
 
 
 def loopback_twins(public_url: str) -> set[str]:

@@ -28,6 +28,7 @@ from typing import ClassVar
 
 Headers = list[tuple[bytes, bytes]]
 
+PATIENCE = 60.0  # seconds of Retry-After beyond which a client had better not sit and retry by itself
 DEFAULT_WAIT = 1.0  # seconds of Retry-After on a 429 or 503 when nobody knows better; the contract wants one always
 
 
@@ -86,8 +87,11 @@ class Refusal(Exception):
             headers.append((b"retry-after-ms", b"%d" % max(1, ceil(wait * 1000))))
         if self.closes:
             headers.append((b"connection", b"close"))
-        if self.should_retry is not None:
-            headers.append((b"x-should-retry", b"true" if self.should_retry else b"false"))
+        should_retry = self.should_retry
+        if should_retry is None and wait is not None and wait > PATIENCE:
+            should_retry = False
+        if should_retry is not None:
+            headers.append((b"x-should-retry", b"true" if should_retry else b"false"))
         return headers
 
 

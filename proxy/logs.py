@@ -38,7 +38,7 @@ class Output(Protocol):
 
 class Descriptor:
     """A file descriptor as an output, without Python's buffer: a thread that hangs in a write holds the buffer's lock,
-    and the interpreter, which flushes at exit, would die of that instead of ending."""
+    and the interpreter, which flushes at exit, would wait for that lock for ever."""
 
     def __init__(self, number: int) -> None:
         self.number = number

@@ -53,13 +53,19 @@ class Page:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *self.headers]
+                message["headers"] = [*map(relative, message["headers"]), *self.headers]
             await send(message)
 
         try:
             await self.files(scope, receive, send_with_headers)
         except HTTPException:
             await self.nothing(scope, receive, send)
+
+
+def relative(header: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
+    """A redirect to a folder without scheme and host: those of our socket are not the ones that people see."""
+    name, value = header
+    return (name, b"/" + value.split(b"/", 3)[3]) if name == b"location" else header
 
 
 def page_folder(configured: str | None) -> Path | None:

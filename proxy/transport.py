@@ -24,20 +24,21 @@ import re
 import ssl
 from collections.abc import AsyncIterator, Callable
 from dataclasses import InitVar, dataclass, field
-from typing import NamedTuple, Protocol, cast
+from typing import Protocol, cast
 
 import certifi
 import httptools
 import httpx
 
-MAX_FIELDS = 100  # header fields of one section; servers send 10 to 30, and each costs memory
-MAX_BARREN_BYTES = 65536  # in a row without a body byte (status lines, headers, trailers); servers send 1 to 8 KiB
-HELD_HIGH_WATER = 65536  # held body bytes that stop the reading; one more read (256 KiB on both loops) may come on top
-STALE_SECONDS = 2.0  # a race with the server's idle limit is lost within a round trip; later it is a failed request
-IDLE_SECONDS = 30.0  # below the 60 to 75 s of common front ends, so that the race is rare
+MAX_FIELDS = 100  # of one header section; servers send 10 to 30, and each costs memory
+MAX_BARREN_BYTES = 65536  # in a row with no body byte among them (heads, trailers); servers send 1 to 8 KiB
+HELD_HIGH_WATER = 65536  # held body bytes that stop the reading; one more read, 256 KiB, may come on top
+STALE_SECONDS = 2.0  # a race with the server's idle limit is lost within a round trip, not later
+IDLE_SECONDS = 30.0  # below the 60 to 75 s of common front ends, so that this race is rare
 MAX_IDLE = 100  # sockets kept for nobody; beyond it the oldest goes
 
-TIMEOUTS = {"read": httpx.ReadTimeout, "write": httpx.WriteTimeout}  # httpx's names; "pool" has no meaning here
+TIMEOUTS = {"read": httpx.ReadTimeout, "write": httpx.WriteTimeout}  # there is no pool to time out
+Origin = tuple[str, str, int]  # scheme, host, port: what a connection can be used again for
 VERSIONS = {"1.1": b"HTTP/1.1", "1.0": b"HTTP/1.0"}
 TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+").fullmatch  # RFC 9110 section 5.6.2
 TARGET = re.compile(rb"[!-~]+").fullmatch
@@ -54,34 +55,27 @@ class Sink(Protocol):
         """Once, and last; None when the body is complete by its framing. Never called after the consumer's `abort`."""
 
 
-class Origin(NamedTuple):
-    """What a connection can be reused for."""
-
-    scheme: str
-    host: str
-    port: int
-
-
 class _Outgoing:
-    """A request as bytes, for one attempt. Raises LocalProtocolError rather than send what could be read differently."""
+    """A request as bytes, for one attempt. What could be read differently is a LocalProtocolError instead."""
 
     __slots__ = ("_left", "head")
 
     def __init__(self, request: httpx.Request) -> None:
         method, target, raw = request.method.encode(), request.url.raw_path, request.headers.raw
-        if not (TOKEN(method) and TARGET(target) and all([TOKEN(name) and VALUE(value) for name, value in raw])):
+        legal = all([TOKEN(name) and VALUE(value) for name, value in raw])
+        if not (legal and TOKEN(method) and TARGET(target)):
             raise httpx.LocalProtocolError("illegal character in the method, the target or a header")
         fields = b"".join([b"%b: %b\r\n" % field for field in raw])
         self.head = b"%b %b HTTP/1.1\r\n%b\r\n" % (method, target, fields)
         names = [name.lower() for name, _ in raw]
-        if names.count(b"host") != 1 or names.count(b"content-length") + names.count(b"transfer-encoding") > 1:
-            raise httpx.LocalProtocolError("not exactly one Host, or more than one header that frames the body")
-        chunked = b"transfer-encoding" in names
-        framing = b"transfer-encoding" if chunked else b"content-length"
-        value = raw[names.index(framing)][1].lower() if framing in names else b"0"
-        if value != b"chunked" if chunked else not value.isdigit():
+        lengths, codings = names.count(b"content-length"), names.count(b"transfer-encoding")
+        if names.count(b"host") != 1 or lengths + codings > 1:
+            raise httpx.LocalProtocolError("not one Host, or several headers that frame the body")
+        framing = b"transfer-encoding" if codings else b"content-length"
+        value = raw[names.index(framing)][1] if lengths or codings else b"0"
+        if not (value.lower() == b"chunked" if codings else value.isdigit()):
             raise httpx.LocalProtocolError(f"{framing.decode()} is {value.decode('latin-1')!r}")
-        self._left = None if chunked else int(value)  # body bytes still to come, when their number is declared
+        self._left = None if codings else int(value)  # body bytes still to come, if their number is declared
 
     def frame(self, part: bytes) -> bytes:
         """One part of the body as it goes out."""
@@ -111,7 +105,7 @@ class _Answer:
     keep_alive: bool = False
     silent: bool = True  # not one byte came
     ended: bool = False  # no further byte belongs to it
-    fault: httpx.RemoteProtocolError | None = None
+    fault: httpx.TransportError | None = None
     on_body: Callable[[bytes], None] = field(init=False)
     _parser: httptools.HttpResponseParser = field(init=False)
     _framed: bool = False  # its headers tell where the body ends
@@ -158,8 +152,9 @@ class _Answer:
         self.keep_alive = False
         if not self.ended:
             self.ended = True
-            self.fault = httpx.RemoteProtocolError(str(error))
-            self.fault.__cause__ = error
+            if not isinstance(error, httpx.TransportError):
+                error = httpx.RemoteProtocolError(str(error))
+            self.fault = error
 
     def on_message_begin(self) -> None:
         if self.ended:
@@ -182,12 +177,15 @@ class _Answer:
         self.version = VERSIONS.get(self._parser.get_http_version(), b"")
         if status < 200 or not self.version:
             raise httpx.RemoteProtocolError("a status or a version that nobody asked for")
-        if len(self.reason) + sum([len(name) + len(value) for name, value in fields]) > MAX_BARREN_BYTES:
+        size = len(self.reason)
+        for name, value in fields:
+            size += len(name) + len(value)
+            if (kind := name.lower()) in (b"content-length", b"transfer-encoding"):
+                if self._framed or (kind == b"transfer-encoding" and value.lower() != b"chunked"):
+                    raise httpx.RemoteProtocolError("a body framed twice, or in a coding other than chunked")
+                self._framed = True
+        if size > MAX_BARREN_BYTES:
             raise httpx.RemoteProtocolError("too many bytes of headers")
-        codings = [value.lower() for name, value in fields if name.lower() == b"transfer-encoding"]
-        if codings not in ([], [b"chunked"]):
-            raise httpx.RemoteProtocolError("a transfer-encoding other than chunked")
-        self._framed = bool(codings) or any(name.lower() == b"content-length" for name, _ in fields)
         self.status, self.headers, self.keep_alive = status, fields, self._parser.should_keep_alive()
         if self.to_head:
             self.ended = True
@@ -247,8 +245,8 @@ class _Connection(asyncio.Protocol):
         self._transport = None
         if self._stream is None:
             self.abort()
-        elif exc is None:  # under TLS an EOF without close_notify comes this way: nobody vouches that it is the end
-            self.fail(httpx.RemoteProtocolError("the server closed the connection without ending the TLS session"))
+        elif exc is None:  # on uvloop, a TLS connection that ends without close_notify: it may have been cut
+            self.fail(httpx.RemoteProtocolError("the server closed the connection within the TLS session"))
         else:
             failed = httpx.WriteError if self._stream._sending else httpx.ReadError
             self.fail(failed(str(exc) or type(exc).__name__), cause=exc)
@@ -300,13 +298,14 @@ class _Connection(asyncio.Protocol):
     def _settle(self, stream: ResponseStream) -> None:
         """The answer has ended: the connection is kept or closed, and then the stream hears of it."""
         self._detach()
-        transport = self.open
-        if stream._answer.keep_alive and not stream._sending and transport and not transport.get_write_buffer_size():
+        answer, transport = stream._answer, self.open
+        sent = not stream._sending and transport is not None and not transport.get_write_buffer_size()
+        if answer.keep_alive and sent:
             self.resume()
             self.owner._keep(self)
         else:
             self.abort()
-        stream._finish(stream._answer.fault)
+        stream._finish(answer.fault)
 
     def _detach(self) -> None:
         if self._stream is not None:
@@ -581,20 +580,20 @@ class Transport(httpx.AsyncBaseTransport):
             await self._emptied.wait()
 
     async def _connect(self, origin: Origin, seconds: float | None) -> _Connection:
-        loop = asyncio.get_running_loop()
+        connect = asyncio.get_running_loop().create_connection
         connection = _Connection(self, origin)
-        context, name = (self._ssl_context, origin.host) if origin.scheme == "https" else (None, None)
-        address = origin.host, origin.port
+        scheme, host, port = origin
+        tls, name = (self._ssl_context, host) if scheme == "https" else (None, None)
         self._connections.add(connection)
         try:
             async with asyncio.timeout(seconds) as connection.deadline:
                 if not self._closed:
-                    await loop.create_connection(lambda: connection, *address, ssl=context, server_hostname=name)
-            if self._closed:
-                raise ConnectionAbortedError("the transport was closed")
+                    await connect(lambda: connection, host, port, ssl=tls, server_hostname=name)
+            if self._closed or not connection.open:
+                raise ConnectionAbortedError("the connection was closed before its first request")
         except BaseException as error:
             connection.abort()
-            self._forget(connection)  # uvloop calls connection_made, but no connection_lost, of what is cancelled here
+            self._forget(connection)  # after a cancellation uvloop calls no connection_lost
             if isinstance(error, TimeoutError) and not self._closed:
                 raise httpx.ConnectTimeout("the server took too long to connect") from error
             if isinstance(error, (OSError, ValueError)):  # ValueError: a host name that no resolver takes
@@ -644,4 +643,4 @@ class Transport(httpx.AsyncBaseTransport):
 def _origin(url: httpx.URL) -> Origin:
     if url.scheme not in ("http", "https"):
         raise httpx.UnsupportedProtocol(f"the scheme is {url.scheme!r}, not http or https")
-    return Origin(url.scheme, url.raw_host.decode("ascii"), url.port or (443 if url.scheme == "https" else 80))
+    return url.scheme, url.raw_host.decode("ascii"), url.port or (443 if url.scheme == "https" else 80)

@@ -43,7 +43,6 @@ RETRIED = frozenset({429, 502, 503, 529})
 FIRST_PAUSE = 0.5  # seconds before the first retry; doubled each time (the guide's 2 ** attempt, begun earlier)
 LONGEST_PAUSE = 8.0  # seconds; a browser waits meanwhile
 LONGEST_WAIT = 86400.0  # seconds: whoever asks for more than a day has not meant it
-PATIENCE = 60.0  # seconds of Retry-After beyond which a client had better not retry by itself
 LONGEST_ERROR = 64 * 1024  # bytes of an error's body that are read for its code
 LONGEST_ANSWER = 8 << 20  # bytes of an answer that is not streamed
 ERROR_BODY_TIMEOUT = 5.0  # seconds for an error's body: only its code is wanted
@@ -211,7 +210,7 @@ class Upstream:
         except TimeoutError:
             raise GatewayTimeout(should_retry=False, reason="no answer in time", billed=attempts.sent) from None
         except Refusal as refusal:
-            if attempts.retries or (refusal.retry_after or 0) > PATIENCE:
+            if attempts.retries:
                 refusal.should_retry = False
             raise
 

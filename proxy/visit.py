@@ -97,3 +97,11 @@ class Visit:
         if not any(name == b"ratelimit" for name, _ in headers):
             headers += limit_headers(self.standings)
         await self.answer(refusal.status, refusal.body(), headers)
+
+
+async def bare_refusal(send: Send, refusal: Refusal) -> None:
+    """An answer to a request of which nothing is known. Raises when another answer has begun; uvicorn then hangs up."""
+    body = refusal.body()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *API_HEADERS]
+    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from proxy.edge import LONGEST_REMEMBERED, REMEMBERED, UNIX, Address, Caller, Edge, cookies_named, gather, parse_address
-from proxy.errors import BodyTooLarge, CrossOrigin, InvalidRequest, Refusal, UnsupportedMediaType
+from proxy.errors import BodyTooLarge, CrossOrigin, InvalidRequest, LengthRequired, Refusal, UnsupportedMediaType
 from proxy.settings import Server, peer
 
 Pairs = list[tuple[bytes, bytes]]
@@ -409,7 +409,7 @@ CONTENT_TYPES = [
 )
 def test_content_type_rule(lines: list[str], passes: bool) -> None:
     """A body passes as JSON only under the name that no form can send."""
-    found = gather(headers(*lines))
+    found = gather(headers(*lines, "Content-Length: 2"))
     if passes:
         SITES["local"].check_body(found)
     else:
@@ -419,7 +419,7 @@ def test_content_type_rule(lines: list[str], passes: bool) -> None:
 
 LENGTHS = [
     # label, Content-Length lines, refusal
-    ("none: chunked, counted as it comes", [], None),
+    ("none at all", [], LengthRequired),
     ("0", ["0"], None),
     ("the most", ["1024"], None),
     ("one more", ["1025"], BodyTooLarge),
@@ -450,6 +450,11 @@ def test_content_length_rule(written: list[str], refusal: type[Refusal] | None) 
         with pytest.raises(refusal) as raised:
             edge.check_body(found)
         assert type(raised.value) is refusal
+
+
+def test_chunked_body_is_counted_as_it_comes() -> None:
+    """A chunked body announces no length and needs none."""
+    SITES["local"].check_body(gather(headers("Content-Type: application/json", "Transfer-Encoding: chunked")))
 
 
 def test_media_type_comes_before_length() -> None:

@@ -1025,3 +1025,44 @@ def test_no_page(upstream: ScriptedUpstream) -> None:
         assert code_of(Program(proxy).send("GET", "/")) == (404, "not_found")
         assert code_of(Program(proxy).send("GET", "/page.js")) == (404, "not_found")
         assert Program(proxy).chat().status == 200
+
+
+def test_redirects_keep_the_origin(upstream: ScriptedUpstream, tmp_path: Path) -> None:
+    """A folder's address without its slash leads to the one with it, under the name that people see."""
+    Path(tmp_path, "docs").mkdir()
+    Path(tmp_path, "docs", "index.html").write_text("docs")
+    with running(upstream.base_url, SERVER_STATIC_DIR=str(tmp_path)) as proxy:
+        reply = Program(proxy).send("GET", "/docs")
+        assert (reply.status, reply.headers["location"]) == (307, "/docs/")
+        assert Program(proxy).send("GET", "/docs/").body == b"docs"
+
+
+# ---- bugs ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_bug_is_an_answer_in_our_shape(upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes wrong inside, and however early: 500 `internal_error`, and the log has places but no texts."""
+
+    def bug(*arguments: object) -> None:
+        raise RuntimeError("what the visitor wrote")
+
+    with running(upstream.base_url) as proxy:
+        app = proxy.service.app
+        for place, name in ((app.edge, "caller"), (app.edge, "check_origin"), (app.tokens, "reserve")):
+            with monkeypatch.context() as patched:
+                patched.setattr(place, name, bug)
+                reply = Program(proxy).chat()
+            assert (reply.status, reply.error["code"]) == (500, "internal_error")
+            assert b"visitor wrote" not in reply.body
+        assert Program(proxy).chat().status == 200
+        eventually(lambda: len(proxy.lines("bug")) == 3)
+        assert b"visitor wrote" not in proxy.output.getvalue()
+
+
+def test_a_long_wait_is_not_for_clients_to_sit_out(upstream: ScriptedUpstream) -> None:
+    """Where waiting takes more than a minute, OpenAI's clients are told not to retry by themselves."""
+    with running(upstream.base_url, LIMITS_PER_SESSION="1/hour") as proxy:
+        visitor = Program(proxy)
+        assert visitor.chat().headers["x-should-retry"] is None
+        refused = visitor.chat()
+        assert (refused.status, refused.headers["x-should-retry"]) == (429, "false")
