@@ -67,8 +67,9 @@ encode = msgspec.json.Encoder().encode
 class Resource:
     """One address: its methods, and what all answers have in common."""
 
-    def __init__(self, proxy: ChatProxy, **methods: Handler) -> None:
+    def __init__(self, proxy: ChatProxy, route: str | None = None, **methods: Handler) -> None:
         self.proxy = proxy
+        self.route = route  # as the log names it; what a visitor typed does not belong there
         self.methods = methods
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -89,7 +90,7 @@ class Resource:
             if not visit.began:
                 await visit.refuse(InternalError())
         finally:
-            proxy.settle(visit)
+            proxy.settle(visit, self.route)
             proxy.leave()
 
     def handler(self, visit: Visit) -> Handler:
@@ -123,6 +124,7 @@ class ChatProxy:
         self.randomness = randomness
         self.edge = Edge(server)
         self.cookie = "__Host-chat" if server.is_https else "chat"
+        self.session_secret = session.secret
         keys = session.secret.lines() if session.secret else [secrets.token_urlsafe(32)]
         self.sessions = Sessions(keys, lifetime=session.lifetime, idle=session.idle)
         self.revocations = Revocations()
@@ -145,16 +147,17 @@ class ChatProxy:
         self.router = self.build_router()
 
     def build_router(self) -> Router:
-        chat = Resource(self, POST=self.chat)
-        session = Resource(self, GET=self.show_session, DELETE=self.end_session)
+        api: dict[str, dict[str, Handler]] = {
+            "/api/chat": {"POST": self.chat},
+            "/api/v1/chat/completions": {"POST": self.chat},
+            "/api/v1/models": {"GET": self.list_models},
+            "/api/session": {"GET": self.show_session, "DELETE": self.end_session},
+        }
         nothing = Resource(self)
         page = page_folder(self.settings.server.static_dir)
         return Router(
             [
-                Route("/api/chat", chat),
-                Route("/api/v1/chat/completions", chat),
-                Route("/api/v1/models", Resource(self, GET=self.list_models)),
-                Route("/api/session", session),
+                *(Route(path, Resource(self, path, **methods)) for path, methods in api.items()),
                 Route("/healthz", Probe(lambda: True)),
                 Route("/readyz", Probe(lambda: not self.draining)),
                 Mount("/api", nothing),
@@ -431,7 +434,7 @@ class ChatProxy:
         if now > relay.first_at and relay.events.count > 1:
             metrics.rate.observe(relay.events.count / (now - relay.first_at))
 
-    def settle(self, visit: Visit) -> None:
+    def settle(self, visit: Visit, route: str | None) -> None:
         """The request's one log line and its place in the metrics."""
         self.metrics.requests.labels(str(visit.status)).inc()
         if visit.ending is not None:
@@ -443,7 +446,7 @@ class ChatProxy:
             "request",
             request_id=visit.request_id,
             address=visit.caller.shown,
-            route=f"{visit.method} {visit.path}" if visit.status not in (404, 405) else visit.status,
+            route=f"{visit.method} {route}" if route else None,
             status=visit.status,
             code=visit.code,
             ending=visit.ending,
@@ -463,9 +466,11 @@ class ChatProxy:
     def reload_secrets(self) -> None:
         """Reads the secrets' files again. Live streams keep the key they began with; nobody is logged out."""
         self.upstream.key.reload()
-        if self.settings.session.secret is not None:
-            keys = self.settings.session.secret.again().lines()
+        if self.session_secret is not None:
+            self.session_secret = self.session_secret.again()
+            keys = self.session_secret.lines()
             self.sessions = Sessions(keys, lifetime=self.sessions.lifetime, idle=self.sessions.idle)
+        self.logs.line("secrets_read")
 
 
 def refusal_before_start(interruption: Interruption, attempts: Attempts) -> Refusal:

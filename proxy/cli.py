@@ -9,6 +9,7 @@ import secrets
 import signal
 import socket
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import uvloop
@@ -104,8 +105,13 @@ def milliseconds(written: str) -> float:
 
 def run_serve(options: argparse.Namespace) -> int:
     chosen = settings.load(options.config, os.environ)
-    with listener_for(chosen.server) as listener:
-        uvloop.run(Service(as_bound(chosen, listener), listener, Logs(chosen.log)).run())
+    with ExitStack() as listeners:
+        listener = listeners.enter_context(listener_for(chosen.server))
+        metrics = None
+        if chosen.metrics.port:
+            configured = settings.Server(host=chosen.metrics.host, port=chosen.metrics.port)
+            metrics = listeners.enter_context(listener_for(configured, "metrics"))
+        uvloop.run(Service(as_bound(chosen, listener), listener, Logs(chosen.log), metrics).run())
     return 0
 
 
@@ -151,13 +157,13 @@ async def serve_model(listener: socket.socket, key: str | None, delay_seconds: f
     await model.serve(sockets=[listener])
 
 
-def listener_for(server: settings.Server) -> socket.socket:
+def listener_for(server: settings.Server, section: str = "server") -> socket.socket:
     """The listening socket. Raises SettingsError in words that say which one could not be had."""
     try:
         return listen(server)
     except OSError as error:
-        name, place = ("server.socket", "there") if server.socket else ("server.port", f"on port {server.port}")
-        fault = settings.Fault(name, "", f"cannot listen {place}: {error.strerror or error}")
+        name, place = ("socket", "there") if server.socket else ("port", f"on port {server.port}")
+        fault = settings.Fault(f"{section}.{name}", "", f"cannot listen {place}: {error.strerror or error}")
         raise settings.SettingsError([fault]) from None
 
 

@@ -65,7 +65,7 @@ def listen(server: ServerSettings) -> socket.socket:
 
 def listen_on_path(path: Path) -> socket.socket:
     """A Unix socket that its owner and group may use; a dead one of an earlier run is replaced."""
-    if path.is_socket():
+    if path.is_socket() and not is_alive(path):
         path.unlink()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     mask = os.umask(0o117)
@@ -78,6 +78,17 @@ def listen_on_path(path: Path) -> socket.socket:
     finally:
         os.umask(mask)
     return listener
+
+
+def is_alive(path: Path) -> bool:
+    """Does somebody listen there?"""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return False
+        return True
 
 
 def as_bound(settings: Settings, listener: socket.socket) -> Settings:
@@ -209,15 +220,17 @@ class MetricsPage:
 class Service:
     """One running chat-proxy: its servers and the way it ends."""
 
-    def __init__(self, settings: Settings, listener: socket.socket, logs: Logs) -> None:
+    def __init__(
+        self, settings: Settings, listener: socket.socket, logs: Logs, metrics_listener: socket.socket | None = None
+    ) -> None:
         self.listener = listener
+        self.metrics_listener = metrics_listener
         self.logs = logs
         self.drain_seconds = settings.server.drain_seconds
         self.app = ChatProxy(settings, transport=Transport(ssl_context=ssl_context(settings)), logs=logs)
         keep_alive = settings.server.keep_alive_seconds
         self.server = uvicorn_for(Guard(self.app), keep_alive, http=GuardedProtocol, lifespan="on")
         self.metrics = uvicorn_for(MetricsPage(self.app.metrics), keep_alive, lifespan="off")
-        self.metrics_settings = settings.metrics
         self.ending = asyncio.Event()
         self.at_once = asyncio.Event()
 
@@ -239,9 +252,8 @@ class Service:
 
     async def serve(self) -> None:
         servers = [(self.server, self.listener)]
-        if self.metrics_settings.port:
-            configured = ServerSettings(host=self.metrics_settings.host, port=self.metrics_settings.port)
-            servers.append((self.metrics, listen(configured)))
+        if self.metrics_listener is not None:
+            servers.append((self.metrics, self.metrics_listener))
         gc.collect()
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)

@@ -280,26 +280,30 @@ def not_yet(value: object) -> bool:
 
 
 class Secret:
-    """A secret's value and where to read it again. Never shown: not by repr, not by str, not in a fault."""
+    """A secret's value and where to read it again. Never shown: not by repr, not by str, not in a fault.
 
-    __slots__ = ("path", "value")
+    `check` is what the value has to pass, then as now; it gives back the normal form or raises Wrong.
+    """
 
-    def __init__(self, value: str, path: Path | None = None) -> None:
+    __slots__ = ("check", "path", "value")
+
+    def __init__(self, value: str, path: Path | None = None, check: Callable[[str], str] = str) -> None:
         self.value = value
         self.path = path
+        self.check = check
 
     def lines(self) -> list[str]:
         return [line.strip() for line in self.value.split("\n") if line.strip()]
 
     def again(self) -> Secret:
-        """The secret as its file holds it now; itself when it came from no file, or the file is gone or empty."""
+        """The secret as its file holds it now; itself without a file, or while that holds nothing valid."""
         if self.path is None:
             return self
         try:
-            value = self.path.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError):
+            value = self.check(self.path.read_text(encoding="utf-8").strip())
+        except (OSError, UnicodeDecodeError, Wrong):
             return self
-        return Secret(value, self.path) if value else self
+        return Secret(value, self.path, self.check)
 
     def __repr__(self) -> str:
         return "Secret(...)"
@@ -547,7 +551,7 @@ class Loader:
         try:
             found = self.find_secret(section, spec.name, variable)
             if found is not None:
-                return Secret(check(utf8(found.value)), found.path)
+                return Secret(check(utf8(found.value)), found.path, check)
         except OSError as error:  # its filename may be a key, put into ..._FILE by mistake
             self.faults.append(Fault(name, self.sources[name], f"cannot be read: {error.strerror}"))
         except UnicodeDecodeError:

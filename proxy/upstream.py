@@ -90,7 +90,7 @@ class ApiKey:
     def reload(self) -> None:
         self._look_again = self._clock() + KEY_CHECK
         again = self._secret.again()
-        if again.value != self._secret.value and re.fullmatch(r"[!-~]+", again.value):
+        if again != self._secret:
             self.pieces = pieces_of(again.value, self._secret.value)
             self._secret = again
 

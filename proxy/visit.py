@@ -29,7 +29,7 @@ class Visit:
     """One request: what is known about it so far, and how it is answered."""
 
     __slots__ = (
-        *("_base_headers", "began", "caller", "code", "cookies", "ending", "found", "log", "method", "path", "reason"),
+        *("_base_headers", "began", "caller", "code", "cookies", "ending", "found", "log", "method", "reason"),
         *("receive", "request_id", "send", "standings", "started", "status"),
     )
 
@@ -48,7 +48,6 @@ class Visit:
         self.send = send
         self._base_headers = base_headers
         self.method: str = scope["method"]
-        self.path: str = scope["path"]
         self.caller = caller
         self.found = found
         self.request_id = request_id

@@ -352,13 +352,14 @@ def running(upstream: str, *, key: str | None = None, loop: str = "uvloop", **ov
     }
     chosen = from_variables({f"CHAT_PROXY_{name}": value for name, value in variables.items()})
     listener = listen(chosen.server)
+    metrics = listen(settings.Server(port=chosen.metrics.port)) if chosen.metrics.port else None
     chosen = as_bound(chosen, listener)
     output = io.BytesIO()
     started: list[Running] = []
     ready = threading.Event()
 
     async def serve() -> None:
-        service = Service(chosen, listener, Logs(chosen.log, output))
+        service = Service(chosen, listener, Logs(chosen.log, output), metrics)
         proxy = Running(service, chosen, asyncio.get_running_loop(), key, output)
 
         class Recording(server.GuardedProtocol):
@@ -449,12 +450,28 @@ def chat(proxy: Running, *, stream: bool = True, headers: dict[str, str] | None 
     )
 
 
-def raw_chat(proxy: Running, **fields: Any) -> socket.socket:
-    """A socket on which a streaming chat request was sent."""
+def chat_request(proxy: Running, **fields: Any) -> bytes:
+    """A streaming chat request, byte for byte."""
     body = json.dumps({"messages": [{"role": "user", "content": "hi"}], "stream": True, **fields}).encode()
-    sock = socket.create_connection(("127.0.0.1", proxy.port), PATIENCE)
     head = f"POST /api/chat HTTP/1.1\r\nhost: 127.0.0.1:{proxy.port}\r\ncontent-type: application/json\r\n"
-    sock.sendall(head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body)
+    return head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body
+
+
+def connect(proxy: Running, buffers: int = 0) -> socket.socket:
+    """A connection to the proxy; with `buffers`, the kernel's own on this way back have so many bytes and fill soon."""
+    sock = socket.socket()
+    sock.settimeout(PATIENCE)
+    if buffers:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffers)
+        proxy.service.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffers)
+    sock.connect(("127.0.0.1", proxy.port))
+    return sock
+
+
+def raw_chat(proxy: Running, *, buffers: int = 0, **fields: Any) -> socket.socket:
+    """A socket on which a streaming chat request was sent."""
+    sock = connect(proxy, buffers)
+    sock.sendall(chat_request(proxy, **fields))
     return sock
 
 
@@ -468,13 +485,13 @@ def read_until(sock: socket.socket, wanted: bytes) -> bytes:
     return data
 
 
-def chunks(sock: socket.socket) -> Iterator[bytes]:
-    """The body of a streamed answer, chunk by chunk as it comes; what is left of its head is skipped.
+def chunks(sock: socket.socket, *, begun: bool = False) -> Iterator[bytes]:
+    """The body of a streamed answer, chunk by chunk as it comes; of one that has `begun`, what is left of it.
 
     Raises AssertionError when it is cut.
     """
     with sock.makefile("rb") as file:
-        while (line := file.readline()) != b"\r\n":
+        while not begun and (line := file.readline()) != b"\r\n":
             assert line, "closed before the body"
         while line := file.readline():
             data = file.read(int(line, 16) + 2)

@@ -6,10 +6,11 @@ import json
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 from harness import LOOPS, Peer, Reply, Running, Script, ScriptedUpstream, chat, running
 
-from proxy import policy
+from proxy import logs, policy
 
 __all__ = ["LOOPS", "Act", "Stage", "always", "prompt_tokens"]
 
@@ -47,6 +48,7 @@ class Stage:
     @contextmanager
     def open(self) -> Iterator[Stage]:
         with (
+            patch.object(logs, "BATCH_EVERY", 0.002),  # each case waits for its line
             ScriptedUpstream(always(lambda peer: self.act(peer))) as self.upstream,
             running(self.upstream.base_url, loop=self.loop, **self.settings) as self.proxy,
         ):

@@ -21,7 +21,7 @@ from proxy import events as module
 from proxy.events import BOM, HOLD, Ending, Events, KeyEcho, Usage, data_of, is_plain, usage_of
 
 FULL = bool(os.environ.get("CHAT_PROXY_FULL"))
-tuning = tuned(max_examples=3000 if FULL else 300, deadline=None)
+tuning = tuned(max_examples=3000 if FULL else 200, deadline=None)
 
 KEY = random_key().encode()
 SMALL = 512  # bytes: the hold of tests that pass it in many ways

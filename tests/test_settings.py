@@ -353,7 +353,8 @@ def test_toml_value_refused(label: str, tmp_path: Path) -> None:
 
 def test_infinity_and_dates_of_toml_are_refused(tmp_path: Path) -> None:
     """What TOML has and JSON has not is a wrong type, not a crash."""
-    written = "[upstream]\nidle_timeout = inf\ntotal_timeout = 12:00:00\nretries = 2026-01-01\n[policy]\nsystem_prompt = {a = 1}\n"
+    written = "[upstream]\nidle_timeout = inf\ntotal_timeout = 12:00:00\nretries = 2026-01-01\n"
+    written += "[policy]\nsystem_prompt = {a = 1}\n"
     with refused("upstream.idle_timeout", "upstream.total_timeout", "upstream.retries", "policy.system_prompt"):
         from_toml(tmp_path, written)
 
