@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import os
 import secrets
 import time
@@ -138,6 +139,8 @@ class ChatProxy:
         self.metrics = Metrics(settings.policy.models)
         self.metrics.streams.set_function(lambda: self.leases.live)
         self.base_headers: Headers = [HSTS] if server.is_https else []
+        self.run_id = randomness(6).hex()  # with a number behind it, the id of a request: unique, and cheap
+        self.numbers = itertools.count(1)
         self.draining = False
         self.is_cut = False  # the drain's time is over
         self.busy = 0  # requests being answered
@@ -373,7 +376,7 @@ class ChatProxy:
         found = gather(scope["headers"])
         peer = scope["client"]
         caller = self.edge.caller(peer[0] if peer else None, found)
-        request_id = self.edge.request_id(caller, found) or self.randomness(12).hex()
+        request_id = self.edge.request_id(caller, found) or f"{self.run_id}-{next(self.numbers):x}"
         return Visit(
             scope, receive, send, caller=caller, found=found, base_headers=self.base_headers, request_id=request_id
         )

@@ -15,6 +15,7 @@ import base64
 import hashlib
 import hmac
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from itsdangerous import Signer
 
@@ -24,6 +25,7 @@ SALT = b"chat-proxy.session"
 SEPARATOR = "."
 LONGEST_COOKIE = 1024  # bytes; ours are under 200 in anonymous mode, and a subject is bounded by the login
 ID_BYTES = 16
+REMEMBERED = 4096  # cookies whose signature is known to hold: a few megabytes, and no HMAC for every request of a page
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class Sessions:
         self.derive_key = hmac.digest(keys[0].encode(), b"chat-proxy.derived", "sha256")
         self.lifetime = lifetime
         self.idle = idle
+        self._verified = lru_cache(REMEMBERED)(self.verify)  # only what held is kept: a refusal raises
 
     # ---- making ---------------------------------------------------------------------------------------------------
 
@@ -90,18 +93,20 @@ class Sessions:
         value = cookies[0]
         if len(value) > LONGEST_COOKIE or not value.isascii():
             raise Unauthenticated(reason="session cookie is too long or not ASCII")
-        for age, signer in enumerate(self.signers):
-            payload, _, _ = value.rpartition(SEPARATOR.encode())
-            if hmac.compare_digest(signer.sign(payload), value):  # unsign takes many spellings of one signature
-                return self.judge(parse(payload.decode()), now, revocations, old_key=age > 0)
-        raise Unauthenticated(reason="session cookie has no valid signature")
-
-    def judge(self, session: Session, now: float, revocations: Revocations, *, old_key: bool) -> Opened:
+        session, old_key = self._verified(value)
         if revocations.until(session.id) >= session.issued:
             raise Unauthenticated(reason="session was revoked")
         if now >= self.expires_at(session):
             raise SessionExpired
         return Opened(session, stale=old_key or now - session.renewed > self.idle / 4)
+
+    def verify(self, value: bytes) -> tuple[Session, bool]:
+        """What a cookie says, and whether it is under an old key. Raises Unauthenticated."""
+        payload, _, _ = value.rpartition(SEPARATOR.encode())
+        for age, signer in enumerate(self.signers):
+            if hmac.compare_digest(signer.sign(payload), value):  # unsign takes many spellings of one signature
+                return parse(payload.decode()), age > 0
+        raise Unauthenticated(reason="session cookie has no valid signature")
 
 
 def parse(payload: str) -> Session:

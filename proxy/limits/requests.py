@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from limits import RateLimitItem
 from limits.storage import MovingWindowSupport, Storage
@@ -59,6 +59,15 @@ def refuse(request: Subject) -> None:
 Event = Callable[[Subject], None]
 
 
+class Counted(NamedTuple):
+    """One window of one subject: its key in the storage, when its oldest entry was made, and how many it has."""
+
+    limit: Limit
+    key: str
+    oldest: float
+    used: int
+
+
 class RequestLimits(Limiter):
     """The request limits of one server, counted in this process."""
 
@@ -92,32 +101,38 @@ class RequestLimits(Limiter):
 
     def standings(self, event: Event, subject: Subject) -> list[Standing]:
         """Where the subject stands in every window of the event; nothing is charged."""
-        return [self.standing(limit, *self.count(limit, subject), taken=0) for limit in self.registered(event)]
+        return [self.standing(counted, taken=0) for counted in self.count(event, subject)]
 
     def charge(self, event: Event, subject: Subject) -> list[Standing]:
         """Books one event in all its windows, or in none. Raises TooMany, TooManySessions, with a true Retry-After."""
-        counted = [(limit, *self.count(limit, subject)) for limit in self.registered(event)]
-        full = [entry for entry in counted if entry[2] >= entry[0].limit.amount]
+        windows = self.count(event, subject)
+        full = [counted for counted in windows if counted.used >= counted.limit.limit.amount]
         if full:
-            standings = [self.standing(*entry, taken=0) for entry in full]
-            longest = max(standings, key=lambda standing: standing.resets_in)
+            standings = [self.standing(counted, taken=0) for counted in full]
+            longest = max(standing.resets_in for standing in standings)
             refusal = TooManySessions if event is mint else TooMany
             headers = limit_headers(standings)
-            raise refusal(retry_after=longest.resets_in, headers=headers) from RateLimitExceeded(full[0][0])
-        for limit, _, _ in counted:
-            self.limiter.hit(limit.limit, *key_of(limit, subject))
-        return [self.standing(*entry, taken=1) for entry in counted]
+            raise refusal(retry_after=longest, headers=headers) from RateLimitExceeded(full[0].limit)
+        for limit, key, _, _ in windows:
+            self.storage.acquire_entry(key, limit.limit.amount, limit.limit.get_expiry())
+        return [self.standing(counted, taken=1) for counted in windows]
 
-    def count(self, limit: Limit, subject: Subject) -> tuple[float, int]:
-        item: RateLimitItem = limit.limit
-        key = item.key_for(*key_of(limit, subject))
-        storage = cast(MovingWindows, self.limiter.storage)
-        return storage.get_moving_window(key, item.amount, item.get_expiry())
+    def count(self, event: Event, subject: Subject) -> list[Counted]:
+        counted = []
+        for limit in self.registered(event):
+            key = limit.limit.key_for(*key_of(limit, subject))
+            counted.append(Counted(limit, key, *self.storage.get_moving_window(key, 0, limit.limit.get_expiry())))
+        return counted
 
-    def standing(self, limit: Limit, oldest: float, count: int, *, taken: int) -> Standing:
+    @property
+    def storage(self) -> MovingWindows:
+        return cast(MovingWindows, self.limiter.storage)
+
+    def standing(self, counted: Counted, *, taken: int) -> Standing:
         """A moving window frees a place when its oldest entry leaves it."""
+        limit, _, oldest, used = counted
         item: RateLimitItem = limit.limit
-        remaining = item.amount - count - taken
+        remaining = item.amount - used - taken
         window = item.get_expiry()
         text = cast(str, limit.error_message)  # the rate as it was configured, where slowapi keeps words of ours
         return Standing(limit.scope, item.amount, max(0, remaining), oldest + window - self.clock(), window, text)
