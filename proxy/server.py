@@ -20,7 +20,7 @@ import ssl
 from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import certifi
 import uvicorn
@@ -39,6 +39,7 @@ from proxy.visit import API_HEADERS
 
 BACKLOG = 2048
 WRITE_DEADLINE = 30.0  # seconds a client may leave our bytes untaken: longer than any hiccup, short of a leak
+LOOKS = 10  # at what clients have not taken, within one WRITE_DEADLINE
 LAST_WORDS = 2.0  # seconds for the final events of a drain to reach their browsers
 FLUSH = 5  # seconds uvicorn may take to close what is left
 GC_THRESHOLDS = (50_000, 20, 50)  # streams make little garbage in cycles; the default looks for it far too often
@@ -102,7 +103,8 @@ class GuardedProtocol(HttpToolsProtocol):
     """uvicorn's protocol for one connection, within bounds. The app of its config says which bounds."""
 
     _address: str | None = None
-    _write_deadline: asyncio.TimerHandle | None = None
+    _unsent = 0  # bytes that the client had not taken when we looked last
+    _stuck_since = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -116,28 +118,45 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._address is not None:
             guard: Guard = self.config.app  # type: ignore[assignment]
             guard.leave(self._address)
-        self._take_off_deadline()
         super().connection_lost(exc)
 
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        if self.cycle is not None and not self.cycle.response_complete:
-            self.transport.abort()  # uvicorn would queue it and stop reading, and so not see the first one's disconnect
+    def eof_received(self) -> None:
+        """Who half-closes is gone; the loop would first wait until all that was written is taken."""
+        if self.is_answering:
+            self.hang_up()
 
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._write_deadline = self.loop.call_later(WRITE_DEADLINE, self.transport.abort)
+    # A second request while one is live ends the connection, however little of it has come: uvicorn would put it in
+    # the first one's place and stop reading, and so nobody would see the first one's disconnect.
 
-    def resume_writing(self) -> None:
-        self._take_off_deadline()
-        super().resume_writing()
+    def data_received(self, data: bytes) -> None:
+        if self.is_answering and not self.cycle.more_body:
+            self.hang_up()
+        else:
+            super().data_received(data)
 
-    def _take_off_deadline(self) -> None:
-        if self._write_deadline is not None:
-            self._write_deadline.cancel()
-            self._write_deadline = None
+    def on_headers_complete(self) -> None:
+        if self.is_answering:
+            self.hang_up()
+        else:
+            super().on_headers_complete()
+
+    @property
+    def is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def hang_up(self) -> None:
+        """Closes at once, and tells the request that is being answered, before more of this read can change it."""
+        self.transport.abort()
+        self.cycle.disconnected = True
+        self.cycle.message_event.set()
 
     def send_400_response(self, msg: str) -> None:
+        if self.is_answering and self.cycle.response_started:
+            self.hang_up()
+            return
+        if self.is_answering:  # it broke off within its body
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         body = InvalidRequest("The request is not valid HTTP.").body()
         head = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *API_HEADERS]
         lines = [
@@ -147,6 +166,15 @@ class GuardedProtocol(HttpToolsProtocol):
         ]
         self.transport.write(b"".join([*lines, body]))
         self.transport.close()
+
+    def check_writing(self, now: float) -> None:
+        """Aborts when the client has taken nothing of what waits for it for WRITE_DEADLINE seconds."""
+        unsent = self.transport.get_write_buffer_size()
+        if not unsent or unsent < self._unsent or not self._unsent:
+            self._stuck_since = now
+        self._unsent = unsent
+        if unsent and now - self._stuck_since >= WRITE_DEADLINE:
+            self.transport.abort()
 
 
 class Guard:
@@ -257,6 +285,7 @@ class Service:
         gc.collect()
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
+        self.look_at_writers()
         async with asyncio.TaskGroup() as tasks:
             for server, listener in servers:
                 tasks.create_task(server.serve(sockets=[listener]))
@@ -264,6 +293,14 @@ class Service:
             await self.drain()
             for server, _ in servers:
                 server.end()
+        self.next_look.cancel()
+
+    def look_at_writers(self) -> None:
+        """One timer for all connections: a deadline of each write would be paid by every token."""
+        loop = asyncio.get_running_loop()
+        for connection in list(self.server.server_state.connections):
+            cast(GuardedProtocol, connection).check_writing(loop.time())
+        self.next_look = loop.call_later(WRITE_DEADLINE / LOOKS, self.look_at_writers)
 
     def end(self) -> None:
         """What a signal does: the first begins the drain, the second ends it."""

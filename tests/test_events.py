@@ -190,6 +190,7 @@ def streams(draw: st.DrawFn) -> bytes:
 @example(b"data: x\n\nevent: ping\n\n: c\n\ndata: y\n\n", [])
 @example(b"data: x\r\n\r\ndata: y\r\n\r\n", [11])  # between the CR and the LF of the blank line
 @example(b"data: x\n\n\n\ndata: y\n\n", [])
+@example(b"data: x\r\rdata: y\n\n", [])
 def test_no_split_changes_a_byte_or_a_note(stream: bytes, places: list[int]) -> None:
     """Whole, byte by byte and cut at random, a stream comes out as it went in, and is read as the standard says."""
     noted, *_ = read(stream)
@@ -203,21 +204,23 @@ def test_no_split_changes_a_byte_or_a_note(stream: bytes, places: list[int]) -> 
 @given(streams(), st.lists(st.integers(0, 400), max_size=12))
 def test_only_whole_events_come_out_and_at_once(stream: bytes, places: list[int]) -> None:
     """After each part exactly the events that are complete by then are out, never a part of one."""
-    events, came, out = Events(KEY), b"", b""
+    events, came, out, starts = Events(KEY), b"", b"", set[int]()
     for part in cut_at(stream, places):
+        starts.add(len(came))
         came += part
         out += events.feed(part)
         _, event_end, _ = read(came)
         _, _, blank_end = read(out)
-        split_end = came[:event_end].endswith(b"\r\n")  # its LF may have come after the blank line was known
-        assert len(out) >= event_end - split_end
+        assert len(out) >= event_end - (event_end - 1 in starts)  # the LF of a CR LF that came after the rest had gone
         assert len(out) == blank_end
 
 
+FINISHES = b'"},"finish_reason":"stop"},{"index":1,"delta":{"content":"'
 RAW = (  # what may stand between the quotes of a content, or end them
     *(b"a", b" ", "ሰ".encode(), b"\\n", b"\\u0022", b"\\", b"\\\\", b'\\"', b"[DONE]"),
-    *(b'"', b'"error"', b"\n", b"\r", b"\n\n", b'","role":"assistant'),
-    *(b'"},"finish_reason":"stop","x":{"y":"', b'"},"finish_reason":null,"x":{"y":"'),
+    *(b'"', b'"error"', b"\n", b"\r", b'","role":"assistant'),
+    *(FINISHES, b'"},"finish_reason":null},{"delta":{"content":"', b'"}}],"error":"no","x":[{"y":{"content":"'),
+    *(b"\n\ndata: [DONE]\n\ndata: x", b"\r\rdata: [DONE]\r\rdata: x", b"\n\n", b"\r\r"),
 )
 contents = st.lists(st.sampled_from(RAW), max_size=3).map(b"".join)
 
@@ -229,7 +232,9 @@ contents = st.lists(st.sampled_from(RAW), max_size=3).map(b"".join)
     )
 )
 @example([delta("a"), delta("b"), delta("c").replace(b"null", b'"stop"')])
-@example([delta("a"), delta("@").replace(b"@", b'"},"finish_reason":"stop","x":{"y":"'), delta("c")])
+@example([delta("a"), delta("@").replace(b"@", FINISHES), delta("c")])
+@example([delta("a"), delta("@").replace(b"@", b"\n\ndata: [DONE]\n\ndata: x")])
+@example([delta("a"), delta("@").replace(b"@", b"\r\rdata: [DONE]\r\rdata: x")])
 @example([delta("a"), delta("a") + DONE, delta("a") + finish()])
 def test_events_that_look_like_those_before(parts: list[bytes]) -> None:
     """A long row of events that differ in their content only is read as each of them alone would be."""
@@ -270,6 +275,7 @@ NOT_PLAIN = {
     "an error": chunk(error={"message": "no"}),
     "a usage": usage(1, 2),
     "CR LF": delta("a").replace(b"\n", b"\r\n"),
+    "CR": b"data: x\r\rdata: y\n\n",
     "a comment": b": hello\n\n",
     "an event without data among others": delta("a") + b"event: ping\n\n" + delta("b"),
     "a blank line too many": delta("a") + b"\n\n",
@@ -426,6 +432,12 @@ def test_an_event_passed_on_early_is_counted_and_not_read(size: int, places: lis
         assert events.finished == (set() if early else {0})
 
 
+def test_an_event_passed_on_early_does_not_end_the_stream() -> None:
+    """What is left of it when it ends is no event, even if its last line reads like one."""
+    events, _ = fed([b"data: " + b"x" * HOLD, b"xxx\ndata: [DONE]", b"\n\n"])
+    assert (events.count, events.done) == (1, False)
+
+
 # ---- our key --------------------------------------------------------------------------------------------------------
 
 
@@ -502,6 +514,15 @@ def test_key_in_an_event_passed_on_early(before: int, after: int, places: list[i
             pytest.fail("the key passed")
     assert set(out.removeprefix(delta("a"))) <= set(b"data: .")
     assert out.startswith(delta("a"))
+
+
+@pytest.mark.parametrize("place", range(1, len(KEY)))
+def test_key_cut_where_a_part_goes_out_early(place: int) -> None:
+    """The part of a long event that goes out early ends before the first letter of the key."""
+    early = delta("a") + b"data: " + b"." * HOLD
+    safe = early[: len(early) + place - len(KEY) + 1]
+    assert leak([early + KEY[:place], KEY[place:] + b"\n\n"]) == safe
+    assert leak([early, KEY[:place], KEY[place:]]) == safe
 
 
 def test_key_after_the_last_whole_event() -> None:

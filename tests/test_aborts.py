@@ -1,0 +1,469 @@
+"""Gone means stopped: a client that leaves, in any phase and in any way, ends the upstream call and leaves nothing.
+
+FAULTS.md rows 25 to 29 and 41. What counts is measured at the upstream's socket. The bound on time is one of liveness,
+ten times the promise of 50 ms, plus what this machine kept the process waiting meanwhile; the figure itself is the
+benchmark's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import (
+    GOOD,
+    LOOPS,
+    Peer,
+    Running,
+    ScriptedUpstream,
+    chat_request,
+    connect,
+    delta,
+    eventually,
+    raw_chat,
+    read_until,
+    reset,
+    running,
+    streaming,
+)
+
+from proxy import policy, server
+
+BOUND = 0.5  # seconds
+MANY = 100
+SMALL = 16384  # bytes of socket buffers where a client is to block early
+
+FIRST, SECOND = delta("first"), delta("second")
+
+
+def half_close(sock: socket.socket) -> None:
+    sock.shutdown(socket.SHUT_WR)
+
+
+WAYS: dict[str, Callable[[socket.socket], None]] = {
+    "close": socket.socket.close,
+    "reset": reset,
+    "half-close": half_close,
+}
+
+both_loops = pytest.mark.parametrize("loop", LOOPS)
+all_ways = pytest.mark.parametrize("way", WAYS)
+
+
+class Noise:
+    """Within it, `worst` is the longest time for which this process was kept from running, in seconds."""
+
+    def __init__(self) -> None:
+        self.worst = 0.0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Noise:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.is_set():
+            before = time.monotonic()
+            time.sleep(0.005)
+            self.worst = max(self.worst, time.monotonic() - before - 0.005)
+
+
+# ---- the phases -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Scene:
+    """A phase on its stage: the upstream that plays it, the proxy, and the clients of the current round."""
+
+    phase: Phase
+    upstream: ScriptedUpstream
+    proxy: Running
+    clients: list[socket.socket] = field(default_factory=list)
+    closed: list[float] = field(default_factory=list)  # when the upstream's connections went, in order
+    pushed: int = 0  # events that the upstream could write
+    rounds: int = 0  # clients of earlier rounds
+    spent: int = 0  # tokens of earlier rounds
+
+    @property
+    def count(self) -> int:
+        return len(self.clients)
+
+    @property
+    def calls(self) -> int:
+        """Upstream connections that are doing something for us."""
+        transport: Any = self.proxy.service.app.transport
+        return int(transport.open_sockets - len(transport._idle))
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """The log lines of this round."""
+        return self.proxy.lines()[self.rounds :]
+
+    @contextmanager
+    def clients_there(self, count: int | None = None) -> Iterator[list[socket.socket]]:
+        """Within it all clients of a new round have reached the phase."""
+        self.upstream.seen.clear()
+        self.closed.clear()
+        self.pushed = 0
+        with ExitStack() as stack:
+            for _ in range(count or self.phase.count):
+                self.clients.append(stack.enter_context(closing(self.phase.ask(self.proxy))))
+            eventually(lambda: self.phase.reached(self))
+            yield self.clients
+            self.spent += sum(line.get("tokens", 0) for line in self.lines)
+            self.rounds += self.count
+            self.clients.clear()
+
+    def assert_stopped(self, left: float, noise: Noise) -> None:
+        """All calls have ended, soon after `left` (monotonic), and each is settled and logged as the phase says."""
+        proxy, phase, bound = self.proxy, self.phase, BOUND + 4 * noise.worst
+        wall = time.time() - time.monotonic()
+        if phase.calls:
+            eventually(lambda: len(self.closed) == self.count)
+            assert p99([moment - left for moment in self.closed]) < bound
+            eventually(lambda: not self.upstream.open)
+        lines = eventually(lambda: lines if len(lines := self.lines) == self.count else [])
+        assert p99([line["time"] - wall - left for line in lines]) < bound
+        proxy.assert_nothing_left()
+
+        question = chat_request(proxy).partition(b"\r\n\r\n")[2]
+        prompt = policy.apply(question, proxy.settings.policy).prompt_tokens if phase.prompt else 0
+        for line in lines:
+            assert (line["ending"], line["code"], line["status"]) == ("aborted", None, 200 if phase.begun else 499)
+            if phase.events is not None:
+                assert line.get("events", 0) == phase.events
+            assert line.get("tokens", 0) == prompt + line.get("events", 0)
+        used = self.spent + sum(line.get("tokens", 0) for line in lines)
+        assert set(proxy.tokens_used().values()) <= {used}
+        metrics = proxy.service.app.metrics.exposition().decode()
+        assert f'chat_proxy_stream_endings_total{{ending="aborted"}} {self.rounds + self.count}.0' in metrics
+        assert "chat_proxy_streams_active 0.0" in metrics
+
+
+def p99(latencies: list[float]) -> float:
+    return sorted(latencies)[max(0, round(len(latencies) * 0.99) - 1)]
+
+
+Act = Callable[[Scene, Peer], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A moment in which a client may leave.
+
+    `act` is the upstream's part after a request has come, `reached` tells that all clients are there. `events` is how
+    many of them the account carries, None where the log's own number must do; `prompt`: the prompt is paid for.
+    """
+
+    act: Act
+    reached: Callable[[Scene], object]
+    prompt: bool = True
+    events: int | None = 0
+    count: int = MANY
+    begun: bool = False  # our response has
+    calls: bool = True  # the upstream has a connection that must go
+    reads_request: bool = True
+    ask: Callable[[Running], socket.socket] = raw_chat
+    scheme: str = "http"
+
+
+def ask_half(proxy: Running) -> socket.socket:
+    """A request whose body stops halfway."""
+    sock = connect(proxy)
+    sock.sendall(chat_request(proxy)[:-20])
+    return sock
+
+
+def ask_whole(proxy: Running) -> socket.socket:
+    return raw_chat(proxy, stream=False)
+
+
+def ask_and_not_read(proxy: Running) -> socket.socket:
+    return raw_chat(proxy, buffers=SMALL)
+
+
+async def silent(scene: Scene, peer: Peer) -> None:
+    await peer.gone()
+
+
+async def not_now(scene: Scene, peer: Peer) -> None:
+    while True:
+        await peer.whole(b"", "503 Service Unavailable", "text/plain", "retry-after: 30")
+        await peer.request()  # of somebody else, who reuses the connection
+
+
+async def refused_slowly(scene: Scene, peer: Peer) -> None:
+    await peer.head("400 Bad Request", "application/json")
+    await peer.chunk(b'{"error": {"co')
+    await peer.gone()
+
+
+async def half_an_answer(scene: Scene, peer: Peer) -> None:
+    await peer.head(content_type="application/json")
+    await peer.chunk(b'{"choices": [')
+    await peer.gone()
+
+
+async def two_events(scene: Scene, peer: Peer) -> None:
+    await peer.head()
+    await peer.chunk(FIRST)
+    await peer.chunk(SECOND)
+    await peer.gone()
+
+
+async def while_it_stays(peer: Peer, sending: Awaitable[None]) -> None:
+    """Sends until the proxy has gone."""
+    task = asyncio.ensure_future(sending)
+    await peer.gone()
+    task.cancel()
+    with suppress(asyncio.CancelledError, ConnectionError):
+        await task
+
+
+async def a_little(scene: Scene, peer: Peer) -> None:
+    await peer.head()
+    for _ in range(18):  # more than the kernel takes for a client with a small buffer, less than makes a loop pause us
+        await peer.chunk(delta("x" * 4000))
+    await peer.gone()
+
+
+async def talking(scene: Scene, peer: Peer) -> None:
+    async def talk() -> None:
+        await peer.head()
+        while True:
+            await peer.chunk(FIRST)
+            await asyncio.sleep(0.05)
+
+    await while_it_stays(peer, talk())
+
+
+async def flooding(scene: Scene, peer: Peer) -> None:
+    flood = delta("x" * 4000)
+
+    async def pour() -> None:
+        await peer.head()
+        while True:
+            await peer.chunk(flood)
+            scene.pushed += 1
+
+    peer.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
+    await while_it_stays(peer, pour())
+
+
+def all_arrived(scene: Scene) -> bool:
+    return len(scene.upstream.seen) == scene.count
+
+
+def all_got(event: bytes) -> Callable[[Scene], bool]:
+    def got(scene: Scene) -> bool:
+        for client in scene.clients:
+            read_until(client, event)
+        return True
+
+    return got
+
+
+def all_blocked(scene: Scene) -> bool:
+    before = scene.pushed
+    time.sleep(0.1)
+    return all_arrived(scene) and before == scene.pushed > 0
+
+
+PHASES = {
+    "during its body": Phase(
+        silent, lambda scene: scene.proxy.service.app.busy == scene.count, prompt=False, calls=False, ask=ask_half
+    ),
+    "in backoff": Phase(not_now, lambda scene: all_arrived(scene) and not scene.calls, prompt=False, calls=False),
+    "connecting": Phase(  # in TLS, so that the upstream's socket can tell
+        silent, lambda scene: scene.upstream.open == scene.count, prompt=False, reads_request=False, scheme="https"
+    ),
+    "before headers": Phase(silent, all_arrived),
+    "mid-stream": Phase(talking, all_got(FIRST), events=None, begun=True),
+    "in silence": Phase(two_events, all_got(SECOND), events=2, begun=True),
+    "blocked on a slow reader": Phase(flooding, all_blocked, events=None, begun=True, count=20, ask=ask_and_not_read),
+    "in silence, with bytes left untaken": Phase(
+        a_little, all_arrived, events=18, begun=True, count=20, ask=ask_and_not_read
+    ),
+    "before a whole answer": Phase(silent, all_arrived, count=20, ask=ask_whole),
+    "within a whole answer": Phase(half_an_answer, all_arrived, count=20, ask=ask_whole),
+    "within an error's body": Phase(refused_slowly, all_arrived, count=20),
+}
+
+
+@contextmanager
+def playing(phase: str, loop: str) -> Iterator[Scene]:
+    """The phase's upstream and a proxy in front of it."""
+    chosen = PHASES[phase]
+    scenes: list[Scene] = []
+
+    async def script(peer: Peer) -> None:
+        scene = scenes[0]
+        try:
+            if chosen.reads_request:
+                await peer.request()
+            await chosen.act(scene, peer)
+        finally:
+            scene.closed.append(time.monotonic())
+
+    with ScriptedUpstream(script) as upstream:
+        base_url = upstream.base_url.replace("http", chosen.scheme, 1)
+        with running(base_url, loop=loop, SERVER_DRAIN_SECONDS="1") as proxy:
+            scenes.append(Scene(chosen, upstream, proxy))
+            yield scenes[0]
+
+
+# ---- leaving ---------------------------------------------------------------------------------------------------------
+
+
+@both_loops
+@pytest.mark.parametrize("phase", PHASES)
+def test_leaving_ends_the_call(phase: str, loop: str, subtests: pytest.Subtests) -> None:
+    """However many leave at once, in whatever way and phase, each one's upstream call ends, and nothing stays."""
+    with playing(phase, loop) as scene:
+        for way, leave in WAYS.items():
+            with subtests.test(way), scene.clients_there() as clients, Noise() as noise:
+                left = time.monotonic()
+                for client in clients:
+                    leave(client)
+                scene.assert_stopped(left, noise)
+
+
+@both_loops
+@all_ways
+def test_leaving_ends_a_connection_attempt(way: str, loop: str) -> None:
+    """An upstream that does not even take the connection: the attempt is given up; nothing was asked or paid."""
+    with socket.socket() as jammed, ExitStack() as stack:
+        jammed.bind(("127.0.0.1", 0))
+        jammed.listen(0)
+        port = jammed.getsockname()[1]
+        for _ in range(2):  # fills the queue; the kernel answers no further one
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(("127.0.0.1", port))
+        with running(f"http://127.0.0.1:{port}/v1", loop=loop, UPSTREAM_CONNECT_TIMEOUT="60") as proxy:
+            before = attempts(port)
+            sock = stack.enter_context(closing(raw_chat(proxy)))
+            eventually(lambda: attempts(port) == before + 1)
+            with Noise() as noise:
+                left = time.monotonic()
+                WAYS[way](sock)
+                eventually(lambda: attempts(port) == before)
+                assert time.monotonic() - left < BOUND + 4 * noise.worst + 0.2
+            line = proxy.line()
+            assert (line["ending"], line["tokens"], line["status"]) == ("aborted", 0, 499)
+            assert set(proxy.tokens_used().values()) == {0}
+
+
+def attempts(port: int) -> int:
+    """Sockets that wait for the port to take their connection (SYN_SENT)."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(row[2].endswith(f":{port:04X}") and row[3] == "02" for row in rows)
+
+
+# ---- a second request (row 41) --------------------------------------------------------------------------------------
+
+SECOND_REQUESTS = {
+    "whole": b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n",
+    "its first byte": b"G",
+    "with a body": b"POST /api/chat HTTP/1.1\r\nhost: localhost\r\ncontent-length: 3\r\n\r\nabc",
+    "two of them": b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n" * 2,
+    "not HTTP": b"\x16\x03\x01\x02\x00",
+}
+
+
+@both_loops
+@pytest.mark.parametrize("phase", ["before headers", "in silence", "blocked on a slow reader"])
+def test_a_second_request_closes_the_connection(phase: str, loop: str, subtests: pytest.Subtests) -> None:
+    """Whoever pipelines while an answer is being written loses the connection, and the upstream its call."""
+    with playing(phase, loop) as scene:
+        for name, second in SECOND_REQUESTS.items():
+            with subtests.test(name), scene.clients_there(5) as clients, Noise() as noise:
+                left = time.monotonic()
+                for client in clients:
+                    client.sendall(second)
+                scene.assert_stopped(left, noise)
+                assert len(scene.upstream.seen) == 5
+                for client in clients:
+                    with suppress(ConnectionResetError):
+                        while client.recv(65536):
+                            pass
+
+
+@both_loops
+def test_two_requests_in_one_segment(loop: str) -> None:
+    """A second request that comes together with the first one: closed, and the upstream never called."""
+    with ScriptedUpstream(streaming(*GOOD)) as upstream, running(upstream.base_url, loop=loop) as proxy:
+        with connect(proxy) as sock:
+            sock.sendall(chat_request(proxy) * 2)
+            with suppress(ConnectionResetError):
+                assert sock.recv(65536) == b""
+            line = proxy.line()
+            assert (line["ending"], line["status"]) == ("aborted", 499)
+            assert not any(proxy.tokens_used().values())
+            proxy.assert_nothing_left()
+        assert upstream.seen == []
+
+
+@both_loops
+def test_requests_one_after_the_other_share_a_connection(loop: str) -> None:
+    """The guard against pipelining does not mind a connection that is used again after its answer."""
+    with ScriptedUpstream(streaming(*GOOD)) as upstream, running(upstream.base_url, loop=loop) as proxy:
+        with connect(proxy) as sock:
+            for count in range(1, 4):
+                sock.sendall(chat_request(proxy))
+                assert GOOD[-1] in read_until(sock, b"\r\n0\r\n\r\n")
+                assert proxy.line(count)["ending"] == "complete"
+        assert upstream.connections == 1
+
+
+# ---- a client that does not read (row 29) ---------------------------------------------------------------------------
+
+
+@both_loops
+@pytest.mark.parametrize("phase", ["blocked on a slow reader", "in silence, with bytes left untaken"])
+def test_a_client_that_stops_reading_is_closed_at_the_write_deadline(
+    phase: str, loop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not before it, and soon after it, however few bytes are waiting; what had been passed on is paid for."""
+    monkeypatch.setattr(server, "WRITE_DEADLINE", 1.0)
+    with playing(phase, loop) as scene, Noise() as noise:
+        if scene.phase.act is flooding:  # our own deadline, without the kernel's: a Unix socket has no other
+            scene.proxy.service.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0)
+        check_write_deadline(scene, noise)
+
+
+def check_write_deadline(scene: Scene, noise: Noise) -> None:
+    with scene.clients_there(5):
+        blocked = time.monotonic()
+        eventually(lambda: len(scene.closed) == 5)
+        assert min(scene.closed) > min(seen.arrived for seen in scene.upstream.seen) + 1.0
+        scene.assert_stopped(blocked + 2.0, noise)
+
+
+@both_loops
+def test_a_client_that_reads_slowly_is_not_closed(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The write deadline is for clients that take nothing: one that takes a little now and then goes on."""
+    monkeypatch.setattr(server, "WRITE_DEADLINE", 1.0)
+    with playing("blocked on a slow reader", loop) as scene, scene.clients_there(1) as clients:
+        until = time.monotonic() + 2.0
+        while time.monotonic() < until:
+            taken = 0
+            while taken < 200_000:  # more than what the buffers on our side hold, so that ours runs low meanwhile
+                taken += len(clients[0].recv(65536))
+            time.sleep(0.2)
+        assert scene.closed == []
+        clients[0].close()
+        eventually(lambda: scene.closed)

@@ -1,0 +1,299 @@
+"""The real clients, as users run them: the programs in tests/clients against the server, and the demo model behind it.
+
+openai-js comes from the npm registry into a folder that is kept between runs; package-lock.json says what it must be.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+from harness import (
+    DONE,
+    PATIENCE,
+    Peer,
+    Running,
+    ScriptedUpstream,
+    delta,
+    eventually,
+    finish,
+    random_key,
+    running,
+    streaming,
+)
+from stage import always
+
+from proxy import demo
+
+CLIENTS = Path(__file__).parent / "clients"
+LONGEST = 60.0  # seconds for one program; they take one or two
+INSTALLING = 300.0  # seconds for npm
+DELAY = 0.01  # seconds between two tokens of the demo model
+COMMANDS = {".py": [sys.executable], ".mjs": ["node"], ".sh": ["sh"]}
+STREAMING = ["stream.py", "stream_async.py", "stream.mjs"]
+
+HELLO = "hello"
+ANSWER = demo.answer(HELLO, demo.Staging(), (), None)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The demo model as a process of its own."""
+
+    base_url: str
+    key: str
+
+
+@contextmanager
+def command(*arguments: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    """`chat-proxy` with these arguments and settings, until the end of the `with`; then SIGTERM, and it must exit 0."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("CHAT_PROXY_")}
+    environment |= {f"CHAT_PROXY_{name}": value for name, value in variables.items()}
+    with subprocess.Popen(
+        [sys.executable, "-m", "proxy", *arguments], env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE) == 0
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    key = random_key()
+    with command("upstream", "--port", "0", "--delay-ms", str(DELAY * 1000), UPSTREAM_API_KEY=key) as process:
+        assert process.stdout is not None
+        url = next(word for word in process.stdout.readline().split() if word.startswith("http://"))
+        yield Model(url, key)
+
+
+@pytest.fixture(scope="module")
+def proxy(model: Model) -> Iterator[Running]:
+    with running(model.base_url, key=model.key, POLICY_MODELS="demo,demo-fast") as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The clients, with what they import beside them."""
+    folder = tmp_path_factory.mktemp("clients")
+    for program in CLIENTS.iterdir():
+        if program.is_file():
+            shutil.copy(program, folder)
+    (folder / "node_modules").symlink_to(installed())
+    return folder
+
+
+def installed() -> Path:
+    """openai-js as package-lock.json has it, installed once for this user and lock."""
+    lock = (CLIENTS / "package-lock.json").read_bytes()
+    name = f"chat-proxy-clients-{os.getuid()}-{hashlib.sha256(lock).hexdigest()[:16]}"
+    kept = Path(tempfile.gettempdir(), name)
+    if not kept.exists():
+        fresh = Path(tempfile.mkdtemp(prefix=f"{name}-"))
+        for file in ("package.json", "package-lock.json"):
+            shutil.copy(CLIENTS / file, fresh)
+        npm = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
+        subprocess.run(npm, cwd=fresh, check=True, timeout=INSTALLING)
+        try:
+            fresh.rename(kept)
+        except OSError:  # another session was faster
+            shutil.rmtree(fresh)
+    assert kept.stat().st_uid == os.getuid(), "somebody else made this folder"
+    return kept / "node_modules"
+
+
+def ran(program: str, proxy_url: str, folder: Path, prompt: str = HELLO) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "CHAT_PROXY_"))}
+    return subprocess.run(
+        [*COMMANDS[Path(program).suffix], program, proxy_url, prompt],
+        cwd=folder,
+        env=environment | {"PYTHONUTF8": "1"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=LONGEST,
+        check=False,
+    )
+
+
+def said(program: str, proxy_url: str, folder: Path, prompt: str = HELLO) -> str:
+    """What a program printed that must not fail."""
+    process = ran(program, proxy_url, folder, prompt)
+    assert (process.returncode, process.stderr) == (0, "")
+    return process.stdout
+
+
+def failed(program: str, proxy_url: str, folder: Path, prompt: str = HELLO) -> tuple[str, str]:
+    """What a program printed before it failed, and the class and the code of the error."""
+    process = ran(program, proxy_url, folder, prompt)
+    assert process.returncode == 1
+    name, code = process.stderr.partition(":")[0].split()
+    return process.stdout, f"{name} {code}"
+
+
+# ---- answers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("program", STREAMING)
+def test_a_streamed_answer(program: str, proxy: Running, folder: Path) -> None:
+    """The guide's loop (choices[0] of every chunk) prints the whole answer, with a made-up key; it never trips."""
+    before = len(proxy.lines())
+    assert said(program, proxy.url, folder) == ANSWER.text + "\n"
+    line = proxy.line(before + 1)
+    assert (line["ending"], line["route"]) == ("complete", "POST /api/v1/chat/completions")
+    assert line["events"] == len(ANSWER.pieces) + 3  # the role, the finish_reason and [DONE]; no usage was asked for
+
+
+@pytest.mark.parametrize("program", ["complete.py", "complete.mjs"])
+def test_a_whole_answer(program: str, proxy: Running, folder: Path) -> None:
+    """Without streaming, from the first model of /models."""
+    before = len(proxy.lines())
+    assert said(program, proxy.url, folder) == ANSWER.text + "\n"
+    assert proxy.line(before + 2)["model"] == "demo"
+
+
+@pytest.mark.parametrize("program", ["usage.py", "usage.mjs"])
+def test_the_usage_chunk_comes_through(program: str, proxy: Running, folder: Path) -> None:
+    """Who asks for the usage gets its chunk, unaltered; the same numbers are booked."""
+    before = len(proxy.lines())
+    *answer, usage = said(program, proxy.url, folder).splitlines()
+    assert "\n".join(answer) == ANSWER.text
+    prompt, completion = (int(number) for number in usage.removesuffix(" tokens").split(" + "))
+    assert completion == len(ANSWER.pieces)
+    assert proxy.line(before + 1)["tokens"] == prompt + completion
+
+
+def test_nobody_is_given_a_usage_unasked(folder: Path) -> None:
+    """The upstream is not asked for what the client did not ask for: a chunk without choices would break its loop."""
+    with ScriptedUpstream(streaming(delta("ok"), finish(), DONE)) as upstream:
+        with running(upstream.base_url, POLICY_MODELS="demo") as proxy:
+            assert said("stream.py", proxy.url, folder) == "ok\n"
+        assert "stream_options" not in upstream.seen[0].json
+
+
+# ---- endings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("program", STREAMING)
+def test_a_truncated_answer_is_an_error(program: str, proxy: Running, folder: Path) -> None:
+    """An answer that breaks off raises APIError in every client, after what came before it: none takes it for whole."""
+    before = len(proxy.lines())
+    printed, error = failed(program, proxy.url, folder, f"/cut {HELLO}")
+    assert error == "APIError stream_interrupted"
+    assert len(printed) > 10
+    assert ANSWER.text.startswith(printed)
+    assert proxy.line(before + 1)["ending"] == "truncated"
+    assert len(proxy.lines()) == before + 1, "it was not asked again"
+
+
+@pytest.mark.parametrize("program", STREAMING)
+def test_an_answer_without_done_is_whole(program: str, folder: Path) -> None:
+    """finish_reason without [DONE] is an end: no client raises."""
+    with (
+        ScriptedUpstream(streaming(delta("all of it"), finish())) as upstream,
+        running(upstream.base_url, POLICY_MODELS="demo") as proxy,
+    ):
+        assert said(program, proxy.url, folder) == "all of it\n"
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("program", ["stream.py", "stream.mjs"])
+def test_our_rate_limit(program: str, model: Model, folder: Path) -> None:
+    """Who has asked too often gets the clients' own RateLimitError, and at once: tomorrow is too far to wait for."""
+    settings = {"POLICY_MODELS": "demo", "LIMITS_PER_SESSION": "1/day"}
+    with running(model.base_url, key=model.key, **settings) as proxy:
+        assert said("complete.mjs", proxy.url, folder) == ANSWER.text + "\n"
+        assert failed(program, proxy.url, folder) == ("", "RateLimitError rate_limited")
+        assert [line["code"] for line in proxy.lines() if line["status"] == 429] == ["rate_limited"]
+
+
+@pytest.mark.parametrize("program", ["stream.py", "stream.mjs"])
+def test_their_rate_limit(program: str, folder: Path) -> None:
+    """The model's 429 is a RateLimitError too; what we have retried the client does not retry once more."""
+
+    async def act(peer: Peer) -> None:
+        await peer.whole(b"{}", "429 Too Many Requests", "application/json", "retry-after-ms: 20")
+
+    with ScriptedUpstream(always(act)) as upstream, running(upstream.base_url, POLICY_MODELS="demo") as proxy:
+        assert failed(program, proxy.url, folder) == ("", "RateLimitError upstream_rate_limited")
+        assert len(upstream.seen) == 3
+
+
+@pytest.mark.parametrize("program", ["stream.py", "stream.mjs"])
+def test_a_model_that_is_not_offered(program: str, folder: Path) -> None:
+    """A refusal of ours is the clients' own error class, with our code."""
+    with ScriptedUpstream(streaming()) as upstream, running(upstream.base_url, POLICY_MODELS="another") as proxy:
+        assert failed(program, proxy.url, folder) == ("", "BadRequestError model_not_allowed")
+        assert not upstream.seen
+
+
+# ---- curl, and both ends as processes -------------------------------------------------------------------------------
+
+
+def test_curl_shows_events_as_they_come(model: Model, folder: Path) -> None:
+    """`curl -N` on /api/chat, the server a process of its own: the first event is there long before the last."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = {"UPSTREAM_BASE_URL": model.base_url, "UPSTREAM_API_KEY": model.key, "POLICY_MODELS": "demo"}
+    with command("serve", SERVER_PORT=str(port), **variables) as serving:
+        url = f"http://127.0.0.1:{port}"
+        eventually(lambda: is_ready(url))
+        with subprocess.Popen(
+            ["sh", folder / "stream.sh", url, HELLO], stdout=subprocess.PIPE, encoding="utf-8"
+        ) as curl:
+            assert curl.stdout is not None
+            lines, times = [], []
+            for line in curl.stdout:
+                lines.append(line)
+                times.append(time.monotonic())
+        assert curl.returncode == 0
+        serving.send_signal(signal.SIGTERM)
+        assert serving.stdout is not None
+        log = serving.stdout.read()
+    events = [line.removeprefix("data: ") for line in lines if line != "\n"]
+    assert events[-1] == "[DONE]\n"
+    chunks = [json.loads(event) for event in events[:-1]]
+    assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == ANSWER.text
+    assert times[-1] - times[0] > len(ANSWER.pieces) * DELAY / 2
+    assert model.key not in log
+    assert [json.loads(line)["ending"] for line in log.splitlines() if '"POST /api/chat"' in line] == ["complete"]
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
+    except httpx.ConnectError:
+        return False
+
+
+# ---- what is committed ----------------------------------------------------------------------------------------------
+
+
+def test_the_lock_records_no_address() -> None:
+    """package-lock.json says what openai-js must be (a version and a digest), not where it was found."""
+    lock = json.loads((CLIENTS / "package-lock.json").read_text())
+    wanted = json.loads((CLIENTS / "package.json").read_text())["dependencies"]
+    packages = {name: found for name, found in lock["packages"].items() if name}
+    assert {name.removeprefix("node_modules/"): found["version"] for name, found in packages.items()} == wanted
+    assert all(found["integrity"].startswith("sha512-") for found in packages.values())
+    assert "resolved" not in str(lock)
+    assert "http" not in str(lock)
