@@ -26,6 +26,7 @@ import httpx
 import msgspec
 
 from proxy import settings
+from proxy.edge import gather
 from proxy.errors import (
     BadGateway,
     GatewayTimeout,
@@ -194,10 +195,14 @@ class Upstream:
         Raises a Refusal.
         """
         attempts.key = self.key.value()
-        headers = [*self.headers(attempts.key, request_id, wanted), (b"content-type", b"application/json")]
-        request = httpx.Request("POST", self.url, headers=headers, content=body)
-        request.extensions = self.timeouts(patience)
-        request.extensions["sent"] = attempts.mark_sent
+        headers = [
+            (b"host", self.url.netloc),  # given here with the length, since httpx takes longer to find them out
+            *self.headers(attempts.key, request_id, wanted),
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)),
+        ]
+        request = httpx.Request("POST", self.url, headers=headers, stream=httpx.ByteStream(body))
+        request.extensions = {**self.timeouts(patience), "sent": attempts.mark_sent}
         try:
             async with asyncio.timeout(patience) as deadline:
                 while True:
@@ -266,13 +271,13 @@ class Upstream:
 
     async def check_headers(self, response: httpx.Response, wanted: bytes) -> None:
         """Raises UpstreamProtocol unless the answer is what was asked for; its socket is closed then."""
-        headers = response.headers
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        encoding = headers.get("content-encoding", "identity").strip().lower()
-        if kind == wanted.decode() and encoding == "identity":
+        found = gather((name.lower(), value) for name, value in response.headers.raw)
+        kind = found.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        encoding = found.get(b"content-encoding", b"identity").strip().lower()
+        if kind == wanted and encoding == b"identity":
             return
         await response.aclose()
-        named = [self.shown(name, PLAIN_NAME) or "unreadable" for name in (kind, encoding)]
+        named = [self.shown(name.decode("latin-1"), PLAIN_NAME) or "unreadable" for name in (kind, encoding)]
         raise UpstreamProtocol(reason=f"content-type {named[0]}, content-encoding {named[1]}", billed=True)
 
     async def refuse_status(self, response: httpx.Response) -> NoReturn:
