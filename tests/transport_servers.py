@@ -78,13 +78,14 @@ def on_both_loops(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..
     on_loop.__signature__ = inspect.Signature([first, *parameters])  # type: ignore[attr-defined]
     on_loop.__name__, on_loop.__doc__, on_loop.__module__ = test.__name__, test.__doc__, test.__module__
     on_loop.pytestmark = list(getattr(test, "pytestmark", []))  # type: ignore[attr-defined]
-    return pytest.mark.parametrize("loop", LOOPS)(on_loop)
+    on_both: Callable[..., None] = pytest.mark.parametrize("loop", LOOPS)(on_loop)
+    return on_both
 
 
 async def settled(condition: Callable[[], object], seconds: float = LIVENESS) -> None:
     """Waits until `condition` holds."""
     async with asyncio.timeout(seconds):
-        while not condition():
+        while not condition():  # noqa: ASYNC110  # conditions are of the kernel's making; nobody sets an event
             await asyncio.sleep(0.002)
 
 
@@ -290,7 +291,7 @@ class Certificates:
         return context
 
 
-# ---- real servers: each answers the same paths, as a process that prints its port --------------------------------------
+# ---- real servers: each answers the same paths, as a process that prints its port ---------------------------------
 
 TREE = {"/fixed": b"hello", "/big": b"0123456789abcdef" * 65536, "/nothing": b""}
 PARTS = [b"data: %d\n\n" % i for i in range(20)]
@@ -324,7 +325,7 @@ def serve_uvicorn(http: str) -> None:
 
     listener = socket.create_server(("127.0.0.1", 0))
     print(listener.getsockname()[1], flush=True)
-    config = uvicorn.Config(asgi, http=http, lifespan="off", log_level="error", ws="none")  # type: ignore[arg-type]
+    config = uvicorn.Config(asgi, http=http, lifespan="off", log_level="error", ws="none")
     uvicorn.Server(config).run(sockets=[listener])
 
 
