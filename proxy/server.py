@@ -167,13 +167,19 @@ class GuardedProtocol(HttpToolsProtocol):
         self.transport.write(b"".join([*lines, body]))
         self.transport.close()
 
+    def resume_writing(self) -> None:
+        self._unsent = 0  # the client took most of what waited
+        super().resume_writing()
+
     def check_writing(self, now: float) -> None:
-        """Aborts when the client has taken nothing of what waits for it for WRITE_DEADLINE seconds."""
+        """Aborts when the client has taken nothing of what waits for it for WRITE_DEADLINE seconds.
+
+        As much as before is the sign of that. More is none: it may take less than comes, until the buffer is full.
+        """
         unsent = self.transport.get_write_buffer_size()
-        if not unsent or unsent < self._unsent or not self._unsent:
-            self._stuck_since = now
-        self._unsent = unsent
-        if unsent and now - self._stuck_since >= WRITE_DEADLINE:
+        if not unsent or unsent != self._unsent:
+            self._unsent, self._stuck_since = unsent, now
+        elif now - self._stuck_since >= WRITE_DEADLINE:
             self.transport.abort()
 
 

@@ -312,7 +312,7 @@ ROWS = {
     ),
     "a whole answer that is reset": Row(resets_in_its_answer, UpstreamProtocol, True, stream=False, reason="ReadError"),
     "a whole answer that is too long": Row(
-        saying("200 OK", body=b" " * (upstream.LONGEST_ANSWER + 1)), UpstreamProtocol, True, stream=False
+        saying("200 OK", body=b" " * (upstream.LONGEST_ANSWER + 1_000_000)), UpstreamProtocol, True, stream=False
     ),
 }  # fmt: skip
 
@@ -467,7 +467,7 @@ def test_bad_certificate(trusted: bool, loop: str, tmp_path: Path) -> None:
         url = f"https://127.0.0.1:{port}/v1"
         overrides = {"UPSTREAM_CA_FILE": str(tmp_path / "ca.pem")} if trusted else {}
         with running(url, loop=loop, **overrides) as proxy:
-            reason = "IP address mismatch" if trusted else "certificate"
+            reason = "ConnectError: " + ("IP address mismatch" if trusted else "unable to get local issuer")
             refused(proxy, UpstreamUnreachable, retries=0, reason=reason)
 
 
@@ -512,10 +512,10 @@ def test_backoff_grows_and_stays_inside_first_byte_timeout() -> None:
     ):
         began = time.monotonic()
         assert chat(proxy).status == 502
-        assert time.monotonic() - began < 1.8
+        assert time.monotonic() - began < 3
         first, second = gaps(server)[:2]
-        assert 0.25 <= first < 0.6
-        assert 0.5 <= second < 1.1
+        assert upstream.FIRST_PAUSE / 2 <= first
+        assert upstream.FIRST_PAUSE <= second
         assert proxy.line()["retries"] == len(server.seen) - 1
 
 
@@ -536,14 +536,17 @@ def test_a_client_that_leaves_in_the_pause_is_not_asked_for(loop: str) -> None:
 @pytest.mark.parametrize(
     ("header", "least", "most"),
     [
-        (lambda: "retry-after: 1", 1.0, 1.5),
-        (lambda: "retry-after-ms: 150", 0.15, 0.24),
-        (lambda: f"retry-after: {formatdate(time.time() + 2, usegmt=True)}", 0.9, 2.3),
+        (lambda: "retry-after: 1", 1.0, 3.0),
+        (lambda: "retry-after-ms: 150", 0.15, 2.0),
+        (lambda: f"retry-after: {formatdate(time.time() + 2, usegmt=True)}", 0.9, 4.0),
     ],
     ids=["seconds", "milliseconds", "date"],
 )
-def test_the_upstream_says_how_long(header: Callable[[], str], least: float, most: float) -> None:
-    """Retry-After in seconds, as a date and in milliseconds is waited for, not more and not less."""
+def test_the_upstream_says_how_long(
+    header: Callable[[], str], least: float, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Retry-After in seconds, as a date and in milliseconds is waited for, not our own pause."""
+    monkeypatch.setattr(upstream, "FIRST_PAUSE", 20.0)
 
     async def busy(peer: Peer) -> None:
         await saying("429 Too Many Requests", header())(peer)
@@ -582,6 +585,24 @@ def test_a_whole_answer_has_total_timeout(begun: bool, loop: str) -> None:
         assert reply.headers["x-should-retry"] == "false"
         eventually(lambda: not server.open)
         assert proxy.line()["tokens"] == prompt_tokens(proxy, stream=False)
+
+
+@both_loops
+def test_an_upstream_that_does_not_read(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upstream that does not take the request's body is too slow like one that does not answer."""
+    monkeypatch.setattr(upstream, "WRITE_TIMEOUT", 0.3)
+    room = {"SERVER_MAX_BODY_BYTES": str(64 << 20), "POLICY_MAX_INPUT_CHARS": str(64 << 20)}
+    messages = [{"role": "user", "content": "x" * (32 << 20)}]  # more than the kernel takes for it
+
+    async def deaf(peer: Peer) -> None:
+        await asyncio.Event().wait()
+
+    with ScriptedUpstream(deaf) as server, running(server.base_url, loop=loop, **room) as proxy:
+        reply = chat(proxy, messages=messages)
+        assert (reply.status, reply.error["code"]) == (504, "upstream_timeout")
+        line = proxy.line()
+        assert line["reason"] == "WriteTimeout"
+        assert line["tokens"] == prompt_tokens(proxy, messages=messages)
 
 
 def test_a_slow_error_body_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -825,6 +846,17 @@ WAITS: list[tuple[dict[str, str], float | None]] = [
 ]
 
 
+@pytest.fixture
+def far_from_utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine whose clock is set to Tokyo's time."""
+    monkeypatch.setenv("TZ", "JST-9")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.usefixtures("far_from_utc")
 @pytest.mark.parametrize(("headers", "expected"), WAITS)
 def test_retry_after(headers: dict[str, str], expected: float | None) -> None:
     """Seconds, milliseconds and dates of all forms; what cannot be meant is none."""

@@ -1,0 +1,42 @@
+"""The benchmark runs, and finds no fault: a smoke test, its figures mean nothing at this size."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bench import compare
+
+
+def test_benchmark_compares_and_finds_no_fault(tmp_path: Path) -> None:
+    """A tiny run prints every row with a figure for both proxies, and no byte was changed by either."""
+    command = [sys.executable, compare.__file__, "--quick", "--seconds", "0.3", "--streams", "10"]
+    done = subprocess.run([*command, "--json", str(tmp_path / "all.json")], capture_output=True, text=True, timeout=60)
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    for row in compare.ROWS:
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith(row.label)]
+        ours, theirs, ratio = line.removeprefix(row.label).split()
+        assert float(ours) >= 0
+        assert float(theirs) >= 0
+        assert ratio != ""
+    assert "faults of chat-proxy: 0" in done.stdout
+    results = json.loads((tmp_path / "all.json").read_text())
+    assert [result["faults"] for target in results.values() for result in target.values()] == [{}] * 12
+
+
+@pytest.mark.parametrize(
+    ("result", "found"),
+    [
+        ({"faults": {}}, []),
+        ({"faults": {"bytes": 2}}, ["idle: 2 x bytes"]),
+        ({"faults": {}, "left": 5, "never": 1}, ["idle: 1 of 5 calls were never closed"]),
+    ],
+)
+def test_benchmark_names_faults(result: dict[str, object], found: list[str]) -> None:
+    """Changed bytes, and calls that stayed open, are told by scenario and number."""
+    assert compare.faults_of({"idle": result}) == found
