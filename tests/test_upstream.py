@@ -514,8 +514,8 @@ def test_backoff_grows_and_stays_inside_first_byte_timeout() -> None:
         assert chat(proxy).status == 502
         assert time.monotonic() - began < 3
         first, second = gaps(server)[:2]
-        assert upstream.FIRST_PAUSE / 2 <= first
-        assert upstream.FIRST_PAUSE <= second
+        assert first >= upstream.FIRST_PAUSE / 2
+        assert second >= upstream.FIRST_PAUSE
         assert proxy.line()["retries"] == len(server.seen) - 1
 
 
