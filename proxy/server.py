@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import gc
 import logging
 import os
 import signal
 import socket
 import ssl
+import sys
+import termios
 from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
@@ -176,11 +179,20 @@ class GuardedProtocol(HttpToolsProtocol):
 
         As much as before is the sign of that. More is none: it may take less than comes, until the buffer is full.
         """
-        unsent = self.transport.get_write_buffer_size()
+        unsent = self.transport.get_write_buffer_size() + unsent_by_kernel(self.transport)
         if not unsent or unsent != self._unsent:
             self._unsent, self._stuck_since = unsent, now
         elif now - self._stuck_since >= WRITE_DEADLINE:
             self.transport.abort()
+
+
+def unsent_by_kernel(transport: asyncio.Transport) -> int:
+    """Bytes in the socket's send queue that the client has not acknowledged (tcp(7), SIOCOUTQ)."""
+    try:
+        queued = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+    except (OSError, ValueError):  # the socket has just gone
+        return 0
+    return int.from_bytes(queued, sys.byteorder)
 
 
 class Guard:
