@@ -79,7 +79,8 @@ class Resource:
         proxy.enter()
         try:
             try:
-                await self.handler(visit)(visit)
+                handler = await self.handler(visit)
+                await handler(visit)
             except Refusal as refusal:
                 proxy.alarm_if_due(visit, refusal)
                 await visit.refuse(proxy.limited(visit, refusal))
@@ -94,8 +95,9 @@ class Resource:
             proxy.settle(visit, self.route)
             proxy.leave()
 
-    def handler(self, visit: Visit) -> Handler:
+    async def handler(self, visit: Visit) -> Handler:
         if self.proxy.draining:
+            await visit.drop_body()
             raise Draining
         if not self.methods:
             raise NotFound
@@ -147,6 +149,7 @@ class ChatProxy:
         self.quiet = asyncio.Event()  # set while there are none
         self.quiet.set()
         self.live: set[Leash] = set()  # those among them that the drain lets go on for a while
+        self.nothing = Resource(self)
         self.router = self.build_router()
 
     def build_router(self) -> Router:
@@ -156,7 +159,7 @@ class ChatProxy:
             "/api/v1/models": {"GET": self.list_models},
             "/api/session": {"GET": self.show_session, "DELETE": self.end_session},
         }
-        nothing = Resource(self)
+        nothing = self.nothing
         page = page_folder(self.settings.server.static_dir)
         return Router(
             [
@@ -178,7 +181,8 @@ class ChatProxy:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await self.router(scope, receive, send)
+            address = self.nothing if is_disguised(scope) else self.router
+            await address(scope, receive, send)
         except Exception as error:  # noqa: BLE001  # a bug before there is a visit, or in serving a file
             self.logs.bug(error)
             await bare_refusal(send, InternalError())
@@ -458,6 +462,13 @@ class ChatProxy:
             **visit.log,
         )
 
+    def note_no_request(self, peer: str | None, refusal: Refusal) -> None:
+        """The same for what the guard refused before it became a request."""
+        self.metrics.requests.labels(str(refusal.status)).inc()
+        self.metrics.refusals.labels(refusal.code).inc()
+        address = self.edge.caller(peer, {}).shown
+        self.logs.line("request", address=address, route=None, status=refusal.status, code=refusal.code)
+
     def alarm_if_due(self, visit: Visit, refusal: Refusal) -> None:
         """The key does not work, or comes back: both want the operator, not the visitor."""
         if isinstance(refusal, UpstreamAuth) or refusal.leaked:
@@ -474,6 +485,12 @@ class ChatProxy:
             keys = self.session_secret.lines()
             self.sessions = Sessions(keys, lifetime=self.sessions.lifetime, idle=self.sessions.idle)
         self.logs.line("secrets_read")
+
+
+def is_disguised(scope: Scope) -> bool:
+    """An address of the API in escapes: whoever looks at paths in front of us may have taken it for another."""
+    path: str = scope.get("path", "")  # a lifespan scope has none
+    return path.startswith("/api") and path.encode() != scope["raw_path"]
 
 
 def refusal_before_start(interruption: Interruption, attempts: Attempts) -> Refusal:

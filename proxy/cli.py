@@ -17,7 +17,7 @@ import uvloop
 from proxy import __version__, demo, settings
 from proxy.errors import Refusal
 from proxy.logs import Descriptor, Logs
-from proxy.server import Service, as_bound, listen, ssl_context, uvicorn_for
+from proxy.server import Service, allow_all_descriptors, as_bound, listen, ssl_context, uvicorn_for
 from proxy.transport import Transport
 from proxy.upstream import Upstream
 
@@ -105,6 +105,7 @@ def milliseconds(written: str) -> float:
 
 def run_serve(options: argparse.Namespace) -> int:
     chosen = settings.load(options.config, os.environ)
+    allow_all_descriptors()
     with ExitStack() as listeners:
         listener = listeners.enter_context(listener_for(chosen.server))
         metrics = None

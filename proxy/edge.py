@@ -121,6 +121,10 @@ class Edge:
     def is_proxy(self, address: Address) -> bool:
         return any(address in network for network in self.networks)
 
+    def is_proxy_at(self, peer: str) -> bool:
+        address = parse_address(peer)
+        return address is not None and self.is_proxy(address)
+
     def request_id(self, caller: Caller, found: Found) -> str | None:
         """The id that a trusted proxy gave this request; anyone else's is not believed."""
         given = found.get(b"x-request-id")

@@ -176,7 +176,6 @@ class LengthRequired(Refusal):
 
 class BodyTooLarge(Refusal):
     status, type, code = 413, "invalid_request_error", "body_too_large"
-    closes = True
     message = "The request is too large. Shorten the conversation or start a new one."
 
 

@@ -2,49 +2,44 @@
 
 Rules:
 1. We make the listening socket ourselves, with TCP_NODELAY on: accepted sockets inherit it whatever uvicorn does.
-2. What a socket may do to us has a bound: sockets an address, bytes it does not take, requests it piles up.
-3. First SIGTERM or Ctrl-C: no new work, live answers go on for `drain_seconds`, then end with an event. Second: now.
-4. Nothing of uvicorn's own texts reaches a client.
+2. First SIGTERM or Ctrl-C: no new work, live answers go on for `drain_seconds`, then end with an event. Second: now.
+3. Descriptors are kept in reserve: who is refused while they run short is told so, and those served notice nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
+import errno
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import ssl
-import sys
-import termios
-from collections import Counter
+import stat
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import certifi
 import uvicorn
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from proxy.app import ChatProxy
-from proxy.edge import parse_address
-from proxy.errors import InvalidRequest
+from proxy.guard import Guard, GuardedProtocol
 from proxy.logs import Bridge, Logs
 from proxy.metrics import Metrics
 from proxy.settings import Server as ServerSettings
 from proxy.settings import Settings, on_port
 from proxy.transport import Transport
-from proxy.visit import API_HEADERS
 
 BACKLOG = 2048
-WRITE_DEADLINE = 30.0  # seconds a client may leave our bytes untaken: longer than any hiccup, short of a leak
-LOOKS = 10  # at what clients have not taken, within one WRITE_DEADLINE
 LAST_WORDS = 2.0  # seconds for the final events of a drain to reach their browsers
 FLUSH = 5  # seconds uvicorn may take to close what is left
+DESCRIPTORS_USED = 0.8  # of those allowed: beyond it newcomers are refused, so that those served can go on
+OWN_DESCRIPTORS = 32  # that no visitor causes: listeners, the log, the event loop's, the libraries' files
 GC_THRESHOLDS = (50_000, 20, 50)  # streams make little garbage in cycles; the default looks for it far too often
 
 
@@ -68,7 +63,13 @@ def listen(server: ServerSettings) -> socket.socket:
 
 
 def listen_on_path(path: Path) -> socket.socket:
-    """A Unix socket that its owner and group may use; a dead one of an earlier run is replaced."""
+    """A Unix socket that its owner and group may use; a dead one of an earlier run is replaced.
+
+    Not where anybody could put another in its place.
+    """
+    folder = path.parent.stat().st_mode
+    if folder & stat.S_IWOTH and not folder & stat.S_ISVTX:
+        raise PermissionError(errno.EPERM, "everybody may write to its folder")
     if path.is_socket() and not is_alive(path):
         path.unlink()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -100,124 +101,6 @@ def as_bound(settings: Settings, listener: socket.socket) -> Settings:
     if settings.server.socket or settings.server.port:
         return settings
     return on_port(settings, listener.getsockname()[1])
-
-
-class GuardedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol for one connection, within bounds. The app of its config says which bounds."""
-
-    _address: str | None = None
-    _unsent = 0  # bytes that the client had not taken when we looked last
-    _stuck_since = 0.0
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        guard: Guard = self.config.app  # type: ignore[assignment]
-        if self.client is not None and not guard.admit(self.client[0]):
-            transport.abort()
-        elif self.client is not None:
-            self._address = self.client[0]
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._address is not None:
-            guard: Guard = self.config.app  # type: ignore[assignment]
-            guard.leave(self._address)
-        super().connection_lost(exc)
-
-    def eof_received(self) -> None:
-        """Who half-closes is gone; the loop would first wait until all that was written is taken."""
-        if self.is_answering:
-            self.hang_up()
-
-    # A second request while one is live ends the connection, however little of it has come: uvicorn would put it in
-    # the first one's place and stop reading, and so nobody would see the first one's disconnect.
-
-    def data_received(self, data: bytes) -> None:
-        if self.is_answering and not self.cycle.more_body:
-            self.hang_up()
-        else:
-            super().data_received(data)
-
-    def on_headers_complete(self) -> None:
-        if self.is_answering:
-            self.hang_up()
-        else:
-            super().on_headers_complete()
-
-    @property
-    def is_answering(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
-
-    def hang_up(self) -> None:
-        """Closes at once, and tells the request that is being answered, before more of this read can change it."""
-        self.transport.abort()
-        self.cycle.disconnected = True
-        self.cycle.message_event.set()
-
-    def send_400_response(self, msg: str) -> None:
-        if self.is_answering and self.cycle.response_started:
-            self.hang_up()
-            return
-        if self.is_answering:  # it broke off within its body
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
-        body = InvalidRequest("The request is not valid HTTP.").body()
-        head = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *API_HEADERS]
-        lines = [
-            STATUS_LINE[400],
-            *(name + b": " + value + b"\r\n" for name, value in head),
-            b"connection: close\r\n\r\n",
-        ]
-        self.transport.write(b"".join([*lines, body]))
-        self.transport.close()
-
-    def resume_writing(self) -> None:
-        self._unsent = 0  # the client took most of what waited
-        super().resume_writing()
-
-    def check_writing(self, now: float) -> None:
-        """Aborts when the client has taken nothing of what waits for it for WRITE_DEADLINE seconds.
-
-        As much as before is the sign of that. More is none: it may take less than comes, until the buffer is full.
-        """
-        unsent = self.transport.get_write_buffer_size() + unsent_by_kernel(self.transport)
-        if not unsent or unsent != self._unsent:
-            self._unsent, self._stuck_since = unsent, now
-        elif now - self._stuck_since >= WRITE_DEADLINE:
-            self.transport.abort()
-
-
-def unsent_by_kernel(transport: asyncio.Transport) -> int:
-    """Bytes in the socket's send queue that the client has not acknowledged (tcp(7), SIOCOUTQ)."""
-    try:
-        queued = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
-    except (OSError, ValueError):  # the socket has just gone
-        return 0
-    return int.from_bytes(queued, sys.byteorder)
-
-
-class Guard:
-    """The application as uvicorn sees it, and the count of sockets by address."""
-
-    def __init__(self, app: ChatProxy) -> None:
-        self.app = app
-        self.most = app.settings.server.connections_per_address
-        self.sockets: Counter[str] = Counter()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self.app(scope, receive, send)
-
-    def admit(self, address: str) -> bool:
-        """Counts a socket in; not those of trusted proxies, which speak for many."""
-        parsed = parse_address(address)
-        if self.sockets[address] >= self.most and not (parsed and self.app.edge.is_proxy(parsed)):
-            return False
-        self.sockets[address] += 1
-        return True
-
-    def leave(self, address: str) -> None:
-        self.sockets[address] -= 1
-        if not self.sockets[address]:
-            del self.sockets[address]
 
 
 class Uvicorn(uvicorn.Server):
@@ -273,9 +156,18 @@ class Service:
         self.metrics_listener = metrics_listener
         self.logs = logs
         self.drain_seconds = settings.server.drain_seconds
-        self.app = ChatProxy(settings, transport=Transport(ssl_context=ssl_context(settings)), logs=logs)
+        self.transport = Transport(ssl_context=ssl_context(settings))
+        self.app = ChatProxy(settings, transport=self.transport, logs=logs)
+        self.most_sockets = resource.getrlimit(resource.RLIMIT_NOFILE)[0] * DESCRIPTORS_USED - OWN_DESCRIPTORS
+        self.guard = Guard(
+            self.app,
+            most_sockets=settings.server.connections_per_address,
+            is_proxy=self.app.edge.is_proxy_at,
+            note=self.app.note_no_request,
+            is_crowded=self.is_crowded,
+        )
         keep_alive = settings.server.keep_alive_seconds
-        self.server = uvicorn_for(Guard(self.app), keep_alive, http=GuardedProtocol, lifespan="on")
+        self.server = uvicorn_for(self.guard, keep_alive, http=GuardedProtocol, lifespan="on")
         self.metrics = uvicorn_for(MetricsPage(self.app.metrics), keep_alive, lifespan="off")
         self.ending = asyncio.Event()
         self.at_once = asyncio.Event()
@@ -303,7 +195,7 @@ class Service:
         gc.collect()
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
-        self.look_at_writers()
+        self.guard.start()
         async with asyncio.TaskGroup() as tasks:
             for server, listener in servers:
                 tasks.create_task(server.serve(sockets=[listener]))
@@ -311,14 +203,11 @@ class Service:
             await self.drain()
             for server, _ in servers:
                 server.end()
-        self.next_look.cancel()
+        self.guard.stop()
 
-    def look_at_writers(self) -> None:
-        """One timer for all connections: a deadline of each write would be paid by every token."""
-        loop = asyncio.get_running_loop()
-        for connection in list(self.server.server_state.connections):
-            cast(GuardedProtocol, connection).check_writing(loop.time())
-        self.next_look = loop.call_later(WRITE_DEADLINE / LOOKS, self.look_at_writers)
+    def is_crowded(self) -> bool:
+        """Visitors and their upstream calls hold so many sockets that descriptors may run out."""
+        return len(self.guard.open) + self.transport.open_sockets > self.most_sockets
 
     def end(self) -> None:
         """What a signal does: the first begins the drain, the second ends it."""
@@ -333,7 +222,7 @@ class Service:
         await first_of(self.drain_seconds, self.app.quiet, self.at_once)
         self.app.cut()
         await first_of(LAST_WORDS, self.app.quiet)
-        for connection in list(self.server.server_state.connections):
+        for connection in tuple(self.guard.open):
             if self.app.busy:  # with somebody who does not take our last words
                 connection.transport.abort()
 
@@ -344,6 +233,13 @@ async def first_of(seconds: float, *events: asyncio.Event) -> None:
     await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     for future in waiting:
         future.cancel()
+
+
+def allow_all_descriptors() -> None:
+    """Raises the soft limit to the hard one: the usual 1024 are for programs that use select(), which we do not."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # some systems call it unlimited and then do not allow that
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def ssl_context(settings: Settings) -> ssl.SSLContext | None:

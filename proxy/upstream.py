@@ -12,6 +12,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import errno
 import re
 import socket
 import ssl
@@ -29,6 +30,7 @@ from proxy import settings
 from proxy.edge import gather
 from proxy.errors import (
     BadGateway,
+    Busy,
     GatewayTimeout,
     Refusal,
     UpstreamAuth,
@@ -224,6 +226,8 @@ class Upstream:
         try:
             response = await self.transport.handle_async_request(request)
         except httpx.ConnectError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.EMFILE, errno.ENFILE):
+                raise Busy(reason=describe(error)) from error
             if not isinstance(error.__cause__, ssl.SSLError):
                 return UpstreamUnreachable(reason=describe(error)), None
             refuse_transport(error)

@@ -7,13 +7,15 @@ Rules:
 
 from __future__ import annotations
 
+import asyncio
 import time
+from contextlib import suppress
 from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
 
 from proxy.edge import Caller, Found
-from proxy.errors import BodyTooLarge, Headers, Refusal
+from proxy.errors import BodyTooLarge, Headers, Refusal, RequestTimeout
 from proxy.limits import Standing, limit_headers
 from proxy.relay import ClientGone
 
@@ -22,6 +24,9 @@ API_HEADERS: Headers = [
     (b"x-content-type-options", b"nosniff"),
     (b"content-security-policy", b"default-src 'none'"),
 ]
+BODY_SECONDS = 10.0  # for a request's body to be in
+BODY_RATE = 16 * 1024  # bytes a second that a long one may take on top: a slow uplink, not a drip
+DROPPED_BYTES = 8 << 20  # of an unwanted body; who sends more may find the connection reset
 CLIENT_CLOSED = 499  # nginx's status for a caller that left before it was answered; it stands in logs only
 
 
@@ -62,19 +67,33 @@ class Visit:
         self.log: dict[str, Any] = {}
 
     async def body(self, most: int) -> bytes:
-        """The request's body. Raises BodyTooLarge beyond `most` bytes, ClientGone when it does not come whole."""
+        """The request's body.
+
+        Raises BodyTooLarge beyond `most` bytes, RequestTimeout when it comes too slowly, ClientGone when not whole.
+        """
         parts: list[bytes] = []
         size = 0
-        while True:
-            message = await self.receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGone
-            parts.append(message["body"])
-            size += len(message["body"])
-            if size > most:
-                raise BodyTooLarge
-            if not message["more_body"]:
-                return b"".join(parts)
+        try:
+            async with asyncio.timeout(BODY_SECONDS) as deadline:
+                while True:
+                    message = await self.receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone
+                    part = message["body"]
+                    parts.append(part)
+                    size += len(part)
+                    if size > most:
+                        raise BodyTooLarge
+                    if not message["more_body"]:
+                        return b"".join(parts)
+                    extend(deadline, len(part) / BODY_RATE)
+        except TimeoutError:
+            raise RequestTimeout from None
+
+    async def drop_body(self) -> None:
+        """Lets a body come that nobody wants: closing while it does would take the answer with it."""
+        with suppress(Refusal):
+            await self.body(DROPPED_BYTES)
 
     def head(self, status: int, headers: Headers) -> Message:
         """The start of the response: ours from the first header to the last."""
@@ -96,6 +115,12 @@ class Visit:
         if not any(name == b"ratelimit" for name, _ in headers):
             headers += limit_headers(self.standings)
         await self.answer(refusal.status, refusal.body(), headers)
+
+
+def extend(deadline: asyncio.Timeout, seconds: float) -> None:
+    due = deadline.when()
+    if due is not None and not deadline.expired():
+        deadline.reschedule(due + seconds)
 
 
 async def bare_refusal(send: Send, refusal: Refusal) -> None:

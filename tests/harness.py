@@ -19,11 +19,13 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import uvloop
 
-from proxy import server, settings
+from proxy import settings
+from proxy.guard import GuardedProtocol
 from proxy.logs import Logs
 from proxy.server import Service, as_bound, listen
 from proxy.settings import from_variables
@@ -271,6 +273,12 @@ class Running:
         return self.settings.server.port
 
     @property
+    def upstream_sockets(self) -> int:
+        """Live, idle and connecting."""
+        transport: Any = self.service.app.transport
+        return int(transport.open_sockets)
+
+    @property
     def url(self) -> str:
         return self.settings.server.public_url
 
@@ -362,7 +370,7 @@ def running(upstream: str, *, key: str | None = None, loop: str = "uvloop", **ov
         service = Service(chosen, listener, Logs(chosen.log, output), metrics)
         proxy = Running(service, chosen, asyncio.get_running_loop(), key, output)
 
-        class Recording(server.GuardedProtocol):
+        class Recording(GuardedProtocol):
             def connection_made(self, transport: Any) -> None:
                 super().connection_made(cast(asyncio.Transport, Recorded(transport, proxy.sent)))
 
@@ -473,6 +481,12 @@ def raw_chat(proxy: Running, *, buffers: int = 0, **fields: Any) -> socket.socke
     sock = connect(proxy, buffers)
     sock.sendall(chat_request(proxy, **fields))
     return sock
+
+
+def attempts(port: int) -> int:
+    """Sockets of this machine that wait for the port to take their connection (SYN_SENT)."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(row[2].endswith(f":{port:04X}") and row[3] == "02" for row in rows)
 
 
 def read_until(sock: socket.socket, wanted: bytes) -> bytes:

@@ -36,7 +36,7 @@ from harness import (
     streaming,
 )
 
-from proxy import policy, server
+from proxy import guard, policy
 
 BOUND = 0.5  # seconds
 MANY = 100
@@ -471,7 +471,7 @@ def test_a_client_that_stops_reading_is_closed_at_the_write_deadline(
     phase: str, loop: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not before it, and soon after it, however few bytes are waiting; what had been passed on is paid for."""
-    monkeypatch.setattr(server, "WRITE_DEADLINE", 1.0)
+    monkeypatch.setattr(guard, "WRITE_DEADLINE", 1.0)
     with playing(phase, loop) as scene, Noise() as noise:
         if scene.phase.act is flooding:  # our own deadline, without the kernel's: a Unix socket has no other
             scene.proxy.service.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0)
@@ -496,7 +496,7 @@ def read_some(sock: socket.socket, size: int) -> None:
 @both_loops
 def test_a_client_that_reads_slowly_is_not_closed(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The write deadline is for clients that take nothing: one that takes a little now and then goes on."""
-    monkeypatch.setattr(server, "WRITE_DEADLINE", 1.0)
+    monkeypatch.setattr(guard, "WRITE_DEADLINE", 1.0)
     with playing("blocked on a slow reader", loop) as scene, scene.clients_there(1) as clients:
         until = time.monotonic() + 2.0
         while time.monotonic() < until:

@@ -1,0 +1,323 @@
+"""The guard: what a socket may do to us before, around and after its requests, on uvicorn's httptools protocol.
+
+Rules:
+1. Whatever a socket takes of us has a bound: time for its head, bytes and fields of it, sockets an address, requests
+   it piles up, time it leaves our bytes untaken, descriptors that all of them together hold.
+2. A request that two programs could read differently is refused, not interpreted: nginx in front must have seen the
+   same one.
+3. No text of uvicorn's own reaches a client: what is refused here is told in the shape of all our errors.
+4. Deadlines are looked at by one timer for all sockets. One a socket would be paid by every request, and one a write
+   by every token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import re
+import sys
+import termios
+from collections import Counter
+from collections.abc import Callable
+from typing import cast
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from proxy.errors import Busy, Headers, HeadersTooLarge, InvalidRequest, Refusal, RequestTimeout
+from proxy.visit import API_HEADERS
+
+HEAD_SECONDS = 10.0  # for a request's head to be in, from the socket's first moment or the request's first byte
+MAX_HEAD_BYTES = 32 * 1024  # nginx passes on 4 x 8 KiB; browsers stop at 4 KiB a cookie
+MAX_FIELDS = 100  # browsers send 15 to 25, proxies add a few
+WRITE_DEADLINE = 30.0  # seconds a client may leave our bytes untaken: longer than any hiccup, short of a leak
+LOOKS = 10  # at what clients have not taken, within one WRITE_DEADLINE
+TICK = 0.5  # seconds between two looks at what is overdue
+
+HOST = re.compile(rb"(?:[A-Za-z0-9._~%-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")  # RFC 9110 section 7.2, without oddities
+PROBES = (b"/healthz", b"/readyz")
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """uvicorn's protocol for one connection, within bounds. The app of its config is the Guard."""
+
+    _address: str | None = None
+    _head = 0  # bytes of a request whose head is not in yet
+    _refused = False
+    _unsent = 0  # bytes that the client had not taken when we looked last
+    _stuck_since = 0.0
+
+    # ---- the socket comes and goes --------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if self.client is not None and not self.guard.admit(self.client[0]):
+            transport.abort()
+            return
+        self._address = self.client[0] if self.client is not None else None
+        self.guard.wait_for(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.guard.leave(self, self._address)
+        super().connection_lost(exc)
+
+    def eof_received(self) -> None:
+        """Who half-closes is gone; the loop would first wait until all that was written is taken."""
+        if self.is_answering:
+            self.hang_up()
+
+    @property
+    def guard(self) -> Guard:
+        return cast(Guard, self.config.app)
+
+    @property
+    def is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def is_in_body(self) -> bool:
+        """The head of a request is in, its body is not; it may have been answered already."""
+        return self.cycle is not None and self.cycle.more_body
+
+    # ---- a request comes in ---------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return  # what still comes is read only so that the refusal is not lost in a reset
+        if self.is_in_body:
+            super().data_received(data)
+        elif self.is_answering:
+            # A second request while one is live, however little of it has come: uvicorn would put it in the first
+            # one's place and stop reading, and so nobody would see the first one's disconnect.
+            self.hang_up()
+        else:
+            self.receive_head(data)
+
+    def receive_head(self, data: bytes) -> None:
+        self.guard.expect(self)
+        self._head += len(data)
+        super().data_received(data)
+        if self._head > MAX_HEAD_BYTES and not self._refused:
+            self.refuse(HeadersTooLarge())
+
+    def on_headers_complete(self) -> None:
+        if self.is_answering:
+            self.hang_up()
+            return
+        self.check_head()
+        self._head = 0
+        self.guard.reading.pop(self, None)
+        super().on_headers_complete()
+
+    def check_head(self) -> None:
+        """Raises a Refusal, which the parser brings to send_400_response."""
+        if self._head > MAX_HEAD_BYTES and size_of(self.url, self.headers) > MAX_HEAD_BYTES:
+            raise HeadersTooLarge
+        if self.parser.should_upgrade():
+            raise InvalidRequest("This server speaks HTTP/1.1 only, without upgrades.")
+        check_head(self.parser.get_http_version(), self.url, self.headers)
+        if self.guard.is_crowded() and self.url not in PROBES:
+            raise Busy
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.more_body:  # answered before its body had come: that is dropped, for a while
+            if self.expect_100_continue:
+                self.transport.close()  # nobody can know whether the body follows
+            else:
+                self.guard.wait_for(self)
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        if self.cycle.response_complete:
+            self.cycle.more_body = False
+            self.guard.wait_for(self)
+
+    # ---- refusing -------------------------------------------------------------------------------------------------
+
+    def send_400_response(self, msg: str) -> None:
+        """Where uvicorn goes when the parser, or a callback of it, gave up. Called while the error is handled."""
+        error = sys.exc_info()[1]
+        cause = error.__context__ if error is not None else None
+        self.refuse(cause if isinstance(cause, Refusal) else InvalidRequest("The request is not valid HTTP."))
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Answers, and closes our half. The other half is read for a while, or the answer might be lost in a reset."""
+        if self.is_answering and self.cycle.response_started:
+            self.hang_up()
+            return
+        if self.is_answering:  # it broke off within its body
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        else:
+            self.guard.note(self.client[0] if self.client else None, refusal)
+        self._refused = True
+        self.transport.write(as_bytes(refusal))
+        self.transport.write_eof()
+        self.guard.wait_for(self)
+
+    def hang_up(self) -> None:
+        """Closes at once, and tells the request that is being answered, before more of this read can change it."""
+        self.transport.abort()
+        self.cycle.disconnected = True
+        self.cycle.message_event.set()
+
+    def give_up(self) -> None:
+        """HEAD_SECONDS are over."""
+        if self._head and not self._refused:
+            self.refuse(RequestTimeout())
+            self.transport.close()
+        else:
+            self.transport.abort()
+
+    # ---- an answer goes out ---------------------------------------------------------------------------------------
+
+    def resume_writing(self) -> None:
+        self._unsent = 0  # the client took most of what waited
+        super().resume_writing()
+
+    def check_writing(self, now: float) -> None:
+        """Aborts when the client has taken nothing of what waits for it for WRITE_DEADLINE seconds.
+
+        As much as before is the sign of that. More is none: it may take less than comes, until the buffer is full.
+        """
+        unsent = self.transport.get_write_buffer_size() + unsent_by_kernel(self.transport)
+        if not unsent or unsent != self._unsent:
+            self._unsent, self._stuck_since = unsent, now
+        elif now - self._stuck_since >= WRITE_DEADLINE:
+            self.transport.abort()
+
+
+def check_head(version: str, target: bytes, headers: Headers) -> None:
+    """Raises a Refusal for a head that is too long in fields, or that is not plainly one request to this server.
+
+    The parser has refused most of what is malformed; this is what it lets pass (RFC 9112 sections 3.2 and 6.1).
+    """
+    if len(headers) > MAX_FIELDS:
+        raise HeadersTooLarge
+    if version not in ("1.0", "1.1"):
+        raise InvalidRequest("This server speaks HTTP/1.1.")
+    if not target.startswith(b"/") or not target.isascii() or b"#" in target:
+        raise InvalidRequest("The request's target must be a path.")
+    hosts = [value for name, value in headers if name == b"host"]
+    if len(hosts) > 1 or (not hosts and version == "1.1") or not all(HOST.fullmatch(host) for host in hosts):
+        raise InvalidRequest("The request needs exactly one valid Host.")
+    codings = [value for name, value in headers if name == b"transfer-encoding"]
+    if codings and (version == "1.0" or len(codings) > 1 or codings[0].strip().lower() != b"chunked"):
+        raise InvalidRequest("The request's body must be framed by its length, or chunked.")
+    if codings and any(name == b"content-length" for name, _ in headers):
+        raise InvalidRequest("The request's body is framed twice.")
+
+
+def size_of(target: bytes, headers: Headers) -> int:
+    """Bytes of a head as its parts; what separates them is not counted."""
+    return len(target) + sum(len(name) + len(value) for name, value in headers)
+
+
+def as_bytes(refusal: Refusal) -> bytes:
+    """A whole response, for a request that never became one."""
+    body = refusal.body()
+    headers = [(name, value) for name, value in refusal.headers() if name != b"connection"]
+    head = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        *headers,
+        *API_HEADERS,
+        (b"connection", b"close"),
+    ]
+    lines = [STATUS_LINE[refusal.status], *(b"%b: %b\r\n" % field for field in head), b"\r\n"]
+    return b"".join([*lines, body])
+
+
+def unsent_by_kernel(transport: asyncio.Transport) -> int:
+    """Bytes in the socket's send queue that the client has not acknowledged (tcp(7), SIOCOUTQ)."""
+    try:
+        queued = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+    except (OSError, ValueError):  # the socket has just gone
+        return 0
+    return int.from_bytes(queued, sys.byteorder)
+
+
+class Guard:
+    """The application as uvicorn sees it, and what is known about all of its sockets together.
+
+    `most_sockets` of one address, unless `is_proxy` says that it speaks for many. `note` hears of each refusal that
+    never became a request. `is_crowded`: the process is about to run out of descriptors.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        most_sockets: int,
+        is_proxy: Callable[[str], bool],
+        note: Callable[[str | None, Refusal], None],
+        is_crowded: Callable[[], bool],
+    ) -> None:
+        self.app = app
+        self.most_sockets = most_sockets
+        self.is_proxy = is_proxy
+        self.note = note
+        self.is_crowded = is_crowded
+        self.sockets: Counter[str] = Counter()
+        self.open: set[GuardedProtocol] = set()
+        self.reading: dict[GuardedProtocol, float] = {}  # who owes us something, since when; the longest first
+        self._timer: asyncio.TimerHandle | None = None
+        self._writers_at = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app(scope, receive, send)
+
+    # ---- sockets --------------------------------------------------------------------------------------------------
+
+    def admit(self, address: str) -> bool:
+        """Counts a socket in."""
+        if self.sockets[address] >= self.most_sockets and not self.is_proxy(address):
+            return False
+        self.sockets[address] += 1
+        return True
+
+    def leave(self, connection: GuardedProtocol, address: str | None) -> None:
+        self.open.discard(connection)
+        self.reading.pop(connection, None)
+        if address is not None:
+            self.sockets[address] -= 1
+            if not self.sockets[address]:
+                del self.sockets[address]
+
+    def expect(self, connection: GuardedProtocol) -> None:
+        """The head of a request has begun; it owes us the rest, if it does not already."""
+        if connection not in self.reading:
+            self.reading[connection] = asyncio.get_running_loop().time()
+
+    def wait_for(self, connection: GuardedProtocol) -> None:
+        """From now on it owes us something: a request, or its going."""
+        self.open.add(connection)
+        self.reading.pop(connection, None)
+        self.expect(connection)
+
+    # ---- time -----------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(TICK, self.look)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def look(self) -> None:
+        now = asyncio.get_running_loop().time()
+        self.end_overdue(now)
+        if now >= self._writers_at:
+            self._writers_at = now + WRITE_DEADLINE / LOOKS
+            for connection in tuple(self.open):
+                connection.check_writing(now)
+        self.start()
+
+    def end_overdue(self, now: float) -> None:
+        while self.reading:
+            connection, since = next(iter(self.reading.items()))
+            if since + HEAD_SECONDS > now:
+                return
+            del self.reading[connection]
+            connection.give_up()
