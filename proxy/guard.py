@@ -197,7 +197,7 @@ def check_head(version: str, target: bytes, headers: Headers) -> None:
         raise HeadersTooLarge
     if version not in ("1.0", "1.1"):
         raise InvalidRequest("This server speaks HTTP/1.1.")
-    if not target.startswith(b"/") or not target.isascii() or b"#" in target:
+    if not target.startswith(b"/") or b"#" in target:
         raise InvalidRequest("The request's target must be a path.")
     hosts = [value for name, value in headers if name == b"host"]
     if len(hosts) > 1 or (not hosts and version == "1.1") or not all(HOST.fullmatch(host) for host in hosts):
@@ -205,8 +205,6 @@ def check_head(version: str, target: bytes, headers: Headers) -> None:
     codings = [value for name, value in headers if name == b"transfer-encoding"]
     if codings and (version == "1.0" or len(codings) > 1 or codings[0].strip().lower() != b"chunked"):
         raise InvalidRequest("The request's body must be framed by its length, or chunked.")
-    if codings and any(name == b"content-length" for name, _ in headers):
-        raise InvalidRequest("The request's body is framed twice.")
 
 
 def size_of(target: bytes, headers: Headers) -> int:

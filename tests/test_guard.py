@@ -114,13 +114,15 @@ def test_a_silent_socket_is_closed_without_a_word(loop: str, hurried: None) -> N
 
 @both_loops
 @pytest.mark.parametrize("reused", [False, True], ids=["first", "on a connection in use"])
-def test_a_head_must_come_in_time(loop: str, reused: bool, hurried: None) -> None:
+def test_a_head_must_come_in_time(loop: str, reused: bool, hurried: None, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(loop) as (proxy, upstream), connect(proxy) as sock:
         if reused:
             sock.sendall(head(proxy, request="GET /healthz HTTP/1.1"))
             read_until(sock, b'{"status":"ok"}')
             time.sleep(SHORT * 1.5)  # waiting between requests is no fault
         assert refused(drip(sock, chat_request(proxy))) == (408, "request_timeout")
+        monkeypatch.setattr(guard, "HEAD_SECONDS", 10 * PATIENCE)  # it was closed, and not for another deadline
+        eventually(lambda: not proxy.service.guard.open)
         assert upstream.connections == 0
         assert (proxy.line()["status"], proxy.line()["code"]) == (408, "request_timeout")
 
@@ -178,6 +180,29 @@ def test_what_comes_after_its_answer_is_dropped_for_a_while(loop: str, hurried: 
         read_until(sock, b'{"status":"ok"}')  # the rest came, and so the connection goes on
         sock.sendall(head(proxy, "Content-Length: 30", request="POST /api/nowhere HTTP/1.1") + b"x" * 29)
         assert to_the_end(sock).count(b"HTTP/1.1 ") == 1
+
+
+@both_loops
+def test_the_next_head_is_bounded_too(loop: str) -> None:
+    """... after a body that came when its request was answered already."""
+    with serving(loop) as (proxy, _), connect(proxy) as sock:
+        sock.sendall(head(proxy, "Content-Length: 30", request="POST /api/nowhere HTTP/1.1"))
+        read_until(sock, b'"not_found"}}')
+        sock.sendall(b"x" * 30)
+        eventually(lambda: not next(iter(proxy.service.guard.open)).is_in_body)
+        sock.sendall(b"GET / HTTP/1.1\r\nX: " + b"x" * 2 * MAX_HEAD_BYTES)
+        assert refused(to_the_end(sock)) == (431, "headers_too_large")
+
+
+@both_loops
+def test_a_long_body_during_a_drain_is_told_so(loop: str) -> None:
+    with serving(loop) as (proxy, upstream), connect(proxy) as sock:
+        proxy.service.app.draining = True
+        size = 6_000_000
+        lines = ("Content-Type: application/json", f"Content-Length: {size}")
+        sock.sendall(head(proxy, *lines, request="POST /api/chat HTTP/1.1") + b" " * size)
+        assert refused(to_the_end(sock)) == (503, "draining")
+        assert upstream.connections == 0
 
 
 @both_loops
