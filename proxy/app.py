@@ -9,7 +9,6 @@ of its lines is too. `Resource` is what all addresses have in common: refusals, 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
 import os
 import secrets
@@ -24,7 +23,8 @@ from starlette.routing import Mount, Route, Router
 from starlette.types import Receive, Scope, Send
 
 from proxy import __version__, policy
-from proxy.edge import Edge, cookies_named, gather
+from proxy.access import Access
+from proxy.edge import Edge, gather
 from proxy.errors import (
     Draining,
     GatewayTimeout,
@@ -43,13 +43,12 @@ from proxy.events import Ending, Events, Usage, usage_of
 from proxy.exchange import Event, Exchange, State
 from proxy.limits import Standing, Subject, limit_headers
 from proxy.limits.leases import Leases
-from proxy.limits.requests import RequestLimits, ask, mint, refuse
+from proxy.limits.requests import RequestLimits, ask, refuse
 from proxy.limits.tokens import Tokens
 from proxy.logs import Logs
 from proxy.metrics import Metrics
 from proxy.page import Page, Probe, page_folder
 from proxy.relay import ClientGone, Leash, Relay
-from proxy.session import ID_BYTES, Revocations, Session, Sessions, set_cookie
 from proxy.settings import Settings
 from proxy.transport import ResponseStream
 from proxy.upstream import Attempts, Upstream
@@ -124,14 +123,11 @@ class ChatProxy:
         self.settings = settings
         self.logs = logs
         self.wall = wall
-        self.randomness = randomness
         self.edge = Edge(server)
-        self.cookie = "__Host-chat" if server.is_https else "chat"
         self.session_secret = session.secret
-        keys = session.secret.lines() if session.secret else [secrets.token_urlsafe(32)]
-        self.sessions = Sessions(keys, lifetime=session.lifetime, idle=session.idle)
-        self.revocations = Revocations()
         self.requests = RequestLimits(settings.limits, clock)
+        keys = session.secret.lines() if session.secret else [secrets.token_urlsafe(32)]
+        self.access = Access(settings, self.edge, self.requests, logs, keys=keys, wall=wall, randomness=randomness)
         self.leases = Leases(settings.limits, server.max_streams)
         self.tokens = Tokens(settings.limits, clock)
         self.upstream = Upstream(
@@ -195,8 +191,8 @@ class ChatProxy:
         body = await visit.body(self.settings.server.max_body_bytes)
         if self.is_cut:  # it took longer to come than the drain had time
             raise Draining
-        session = self.session_of(visit)
-        subject = Subject(session.id, visit.caller.key)
+        session = self.access.session_of(visit)
+        subject = self.access.subject_of(session, visit)
         visit.standings = self.requests.charge(ask, subject)
         order = policy.apply(body, self.settings.policy)
         visit.log["model"] = order.model
@@ -271,78 +267,22 @@ class ChatProxy:
         await visit.answer(200, answer, limit_headers(visit.standings))
         return usage_of(answer) or Usage(order.prompt_tokens, len(answer) // BYTES_PER_TOKEN)
 
-    # ---- who is asking --------------------------------------------------------------------------------------------
-
-    def session_of(self, visit: Visit) -> Session:
-        """The session of the request's cookie, or a new one. Raises Unauthenticated and clears a cookie that is bad."""
-        cookies = cookies_named(visit.found, self.cookie.encode())
-        if cookies:
-            try:
-                return self.open_session(visit, cookies)
-            except Refusal as refusal:
-                if refusal.code != "session_expired":
-                    visit.cookies = [set_cookie(self.cookie, "", 0, secure=self.settings.server.is_https)]
-                    raise
-        return self.mint_session(visit)
-
-    def open_session(self, visit: Visit, cookies: list[bytes]) -> Session:
-        opened = self.sessions.open(cookies, self.wall(), self.revocations)
-        session = opened.session
-        if opened.stale:
-            session = self.sessions.renew(session, self.wall())
-            self.give_cookie(visit, session)
-        self.name_in_log(visit, session)
-        return session
-
-    def mint_session(self, visit: Visit) -> Session:
-        """A new session: a browser's own, or the one that all programs at this address share."""
-        if self.edge.is_browser(visit.found):
-            self.requests.charge(mint, Subject("new", visit.caller.key))
-            session = self.sessions.mint(self.wall(), self.randomness(ID_BYTES))
-        else:
-            session = self.sessions.mint_for_address(self.wall(), visit.caller.key, self.revocations)
-        self.give_cookie(visit, session)
-        self.name_in_log(visit, session)
-        return session
-
-    def give_cookie(self, visit: Visit, session: Session) -> None:
-        lives = self.sessions.expires_at(session) - int(self.wall())
-        value = self.sessions.seal(session)
-        visit.cookies = [set_cookie(self.cookie, value, lives, secure=self.settings.server.is_https)]
-
-    def name_in_log(self, visit: Visit, session: Session) -> None:
-        visit.log["session"] = hashlib.blake2b(
-            session.id.encode(), key=self.sessions.derive_key, digest_size=6
-        ).hexdigest()
-
     # ---- the small routes -----------------------------------------------------------------------------------------
 
     async def show_session(self, visit: Visit) -> None:
-        session = self.session_for_page(visit)
-        subject = Subject(session.id, visit.caller.key)
+        session = self.access.session_for_page(visit)
+        subject = self.access.subject_of(session, visit)
         standings = [*self.requests.standings(ask, subject), *self.tokens.standings(subject)]
         shown = {
             "session": {
                 "mode": session.mode,
                 "user": session.subject,
-                "expires_at": self.sessions.expires_at(session),
+                "expires_at": self.access.sessions.expires_at(session),
             },
             "models": self.settings.policy.models,
             "limits": [self.shown(standing) for standing in standings],
         }
         await visit.answer(200, encode(shown), [])
-
-    def session_for_page(self, visit: Visit) -> Session:
-        """The session of the cookie; a missing or bad one is replaced, for our own page only."""
-        cookies = cookies_named(visit.found, self.cookie.encode())
-        if cookies:
-            try:
-                return self.open_session(visit, cookies)
-            except Refusal as refusal:
-                if refusal.code != "session_expired":
-                    self.requests.charge(refuse, Subject("refused", visit.caller.key))
-        self.edge.check_origin(visit.found)
-        return self.mint_session(visit)
 
     def shown(self, standing: Standing) -> dict[str, Any]:
         return {
@@ -353,18 +293,9 @@ class ChatProxy:
         }
 
     async def end_session(self, visit: Visit) -> None:
-        """Logs out. Always succeeds: a cookie that is bad already is as dead as one can be."""
+        """Logs out. Always succeeds."""
         self.edge.check_origin(visit.found)
-        now = self.wall()
-        try:
-            opened = self.sessions.open(cookies_named(visit.found, self.cookie.encode()), now, self.revocations)
-        except Refusal:
-            pass  # nothing to revoke; the cookie is cleared below
-        else:
-            self.revocations.revoke(opened.session, now, now + self.settings.session.lifetime)
-            self.name_in_log(visit, opened.session)
-            self.logs.line("logout", session=visit.log["session"], request_id=visit.request_id)
-        visit.cookies = [set_cookie(self.cookie, "", 0, secure=self.settings.server.is_https)]
+        self.access.logout(visit)
         await visit.answer(200, b'{"logout_url":null}', [])
 
     async def list_models(self, visit: Visit) -> None:
@@ -482,8 +413,7 @@ class ChatProxy:
         self.upstream.key.reload()
         if self.session_secret is not None:
             self.session_secret = self.session_secret.again()
-            keys = self.session_secret.lines()
-            self.sessions = Sessions(keys, lifetime=self.sessions.lifetime, idle=self.sessions.idle)
+            self.access.use_keys(self.session_secret.lines())
         self.logs.line("secrets_read")
 
 

@@ -175,7 +175,8 @@ def logged(proxy: Running, reply: Reply) -> dict[str, Any]:
 
 
 def sealed(proxy: Running, session: Session) -> str:
-    return f"{proxy.service.app.cookie}={proxy.service.app.sessions.seal(session)}"
+    access = proxy.service.app.access
+    return f"{access.cookie}={access.sessions.seal(session)}"
 
 
 # ---- the servers ---------------------------------------------------------------------------------------------------
