@@ -64,6 +64,30 @@ BYTES_PER_TOKEN = 3  # of an answer whose upstream counted nothing: the policy's
 encode = msgspec.json.Encoder().encode
 
 
+class Bill:
+    """What one request cost: what the upstream counted, or else our estimate."""
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.used = Usage()
+        self.is_known = False
+
+    def note_stream(self, events: Events) -> None:
+        self.note(events.usage or Usage(self.prompt_tokens, events.count))
+
+    def note_answer(self, answer: bytes) -> None:
+        self.note(Usage(self.prompt_tokens, len(answer) // BYTES_PER_TOKEN))
+        self.note(usage_of(answer) or self.used)
+
+    def note_no_answer(self, *, paid: bool) -> None:
+        """Unless there was one, before something else went wrong."""
+        if paid and not self.is_known:
+            self.note(Usage(self.prompt_tokens))
+
+    def note(self, used: Usage) -> None:
+        self.used, self.is_known = used, True
+
+
 class Resource:
     """One address: its methods, and what all answers have in common."""
 
@@ -200,32 +224,32 @@ class ChatProxy:
             self.tokens.reserve(subject, order.prompt_tokens + order.choices * order.output_tokens) as reservation,
             self.leases.acquire(subject),
         ):
-            attempts = Attempts()
-            used = Usage()
+            attempts, bill = Attempts(), Bill(order.prompt_tokens)
             try:
                 if order.stream:
-                    used = await self.stream(visit, order, attempts)
+                    await self.stream(visit, order, attempts, bill)
                 else:
-                    used = await self.complete(visit, order, attempts)
+                    await self.complete(visit, order, attempts, bill)
             except Refusal as refusal:
-                used = Usage(order.prompt_tokens if refusal.billed else 0)
+                bill.note_no_answer(paid=refusal.billed)
                 raise
-            except ClientGone:
-                used = Usage(order.prompt_tokens if attempts.sent else 0)
+            except Exception:  # the client left, or a bug
+                bill.note_no_answer(paid=attempts.sent)
                 raise
             finally:
-                reservation.settle(used.prompt_tokens + used.completion_tokens)
-                self.count(visit, order, attempts, used)
+                reservation.settle(bill.used.prompt_tokens + bill.used.completion_tokens)
+                self.count(visit, order, attempts, bill.used)
 
-    async def stream(self, visit: Visit, order: policy.Order, attempts: Attempts) -> Usage:
-        """Relays one stream to its end, whatever the end. Returns what it cost; raises while nothing has begun."""
+    async def stream(self, visit: Visit, order: policy.Order, attempts: Attempts, bill: Bill) -> None:
+        """Relays one stream to its end, whatever the end. Raises while nothing has begun."""
         exchange = Exchange()
+        source: ResponseStream | None = None
         relay: Relay | None = None
         broke: Interruption | None = None
         try:
             async with Leash(visit.receive, self.live) as leash:
                 source = await self.upstream.stream(order.body, visit.request_id, attempts)
-                relay = self.relay(visit, order, source, leash)
+                relay = self.relay(visit, order, source, leash, attempts.key)
                 exchange.on(Event.BEGIN)
                 await relay.run(visit.head(200, [*STREAM_HEADERS, *limit_headers(visit.standings)]))
         except ClientGone:
@@ -242,20 +266,24 @@ class ChatProxy:
                 raise
             self.logs.bug(error, request_id=visit.request_id)
             broke = StreamFailed()
+        finally:
+            if source is not None:
+                source.abort()
+            if relay is not None:
+                bill.note_stream(relay.events)
         if exchange.state is State.STREAMING:
             broke = await relay.finish(broke)
             exchange.on(Event.BREAK if broke else Event.COMPLETE)
         self.note_stream(visit, relay, exchange.state, broke)
-        return relay.events.usage or Usage(order.prompt_tokens, relay.events.count)
 
-    def relay(self, visit: Visit, order: policy.Order, source: ResponseStream, leash: Leash) -> Relay:
+    def relay(self, visit: Visit, order: policy.Order, source: ResponseStream, leash: Leash, key: str) -> Relay:
         upstream, comment = self.settings.upstream, self.settings.server.comment_seconds
-        events = Events(self.upstream.key.value().encode(), order.choices)
+        events = Events(key.encode(), order.choices)
         idle, total = upstream.idle_timeout, upstream.total_timeout
         return Relay(source, visit.send, events, leash, idle=idle, total=total, comment=comment)
 
-    async def complete(self, visit: Visit, order: policy.Order, attempts: Attempts) -> Usage:
-        """Passes on one whole answer. Returns what it cost."""
+    async def complete(self, visit: Visit, order: policy.Order, attempts: Attempts, bill: Bill) -> None:
+        """Passes on one whole answer."""
         try:
             async with Leash(visit.receive, self.live) as leash:
                 answer = await self.upstream.complete(order.body, visit.request_id, attempts)
@@ -264,8 +292,8 @@ class ChatProxy:
             raise
         except Interruption as interruption:
             raise refusal_before_start(interruption, attempts) from None
+        bill.note_answer(answer)
         await visit.answer(200, answer, limit_headers(visit.standings))
-        return usage_of(answer) or Usage(order.prompt_tokens, len(answer) // BYTES_PER_TOKEN)
 
     # ---- the small routes -----------------------------------------------------------------------------------------
 

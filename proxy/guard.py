@@ -2,21 +2,18 @@
 
 Rules:
 1. Whatever a socket takes of us has a bound: time for its head, bytes and fields of it, sockets an address, requests
-   it piles up, time it leaves our bytes untaken, descriptors that all of them together hold.
+   it piles up, descriptors that all of them together hold. (That it takes our bytes the kernel sees to: server.py.)
 2. A request that two programs could read differently is refused, not interpreted: nginx in front must have seen the
    same one.
 3. No text of uvicorn's own reaches a client: what is refused here is told in the shape of all our errors.
-4. Deadlines are looked at by one timer for all sockets. One a socket would be paid by every request, and one a write
-   by every token.
+4. Deadlines are looked at by one timer for all sockets: one a socket would be paid by every request.
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import re
 import sys
-import termios
 from collections import Counter
 from collections.abc import Callable
 from typing import cast
@@ -30,8 +27,6 @@ from proxy.visit import API_HEADERS
 HEAD_SECONDS = 10.0  # for a request's head to be in, from the socket's first moment or the request's first byte
 MAX_HEAD_BYTES = 32 * 1024  # nginx passes on 4 x 8 KiB; browsers stop at 4 KiB a cookie
 MAX_FIELDS = 100  # browsers send 15 to 25, proxies add a few
-WRITE_DEADLINE = 30.0  # seconds a client may leave our bytes untaken: longer than any hiccup, short of a leak
-LOOKS = 10  # at what clients have not taken, within one WRITE_DEADLINE
 TICK = 0.5  # seconds between two looks at what is overdue
 
 HOST = re.compile(rb"(?:[A-Za-z0-9._~%-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")  # RFC 9110 section 7.2, without oddities
@@ -44,8 +39,6 @@ class GuardedProtocol(HttpToolsProtocol):
     _address: str | None = None
     _head = 0  # bytes of a request whose head is not in yet
     _refused = False
-    _unsent = 0  # bytes that the client had not taken when we looked last
-    _stuck_since = 0.0
 
     # ---- the socket comes and goes --------------------------------------------------------------------------------
 
@@ -170,23 +163,6 @@ class GuardedProtocol(HttpToolsProtocol):
         else:
             self.transport.abort()
 
-    # ---- an answer goes out ---------------------------------------------------------------------------------------
-
-    def resume_writing(self) -> None:
-        self._unsent = 0  # the client took most of what waited
-        super().resume_writing()
-
-    def check_writing(self, now: float) -> None:
-        """Aborts when the client has taken nothing of what waits for it for WRITE_DEADLINE seconds.
-
-        As much as before is the sign of that. More is none: it may take less than comes, until the buffer is full.
-        """
-        unsent = self.transport.get_write_buffer_size() + unsent_by_kernel(self.transport)
-        if not unsent or unsent != self._unsent:
-            self._unsent, self._stuck_since = unsent, now
-        elif now - self._stuck_since >= WRITE_DEADLINE:
-            self.transport.abort()
-
 
 def check_head(version: str, target: bytes, headers: Headers) -> None:
     """Raises a Refusal for a head that is too long in fields, or that is not plainly one request to this server.
@@ -227,15 +203,6 @@ def as_bytes(refusal: Refusal) -> bytes:
     return b"".join([*lines, body])
 
 
-def unsent_by_kernel(transport: asyncio.Transport) -> int:
-    """Bytes in the socket's send queue that the client has not acknowledged (tcp(7), SIOCOUTQ)."""
-    try:
-        queued = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
-    except (OSError, ValueError):  # the socket has just gone
-        return 0
-    return int.from_bytes(queued, sys.byteorder)
-
-
 class Guard:
     """The application as uvicorn sees it, and what is known about all of its sockets together.
 
@@ -261,7 +228,6 @@ class Guard:
         self.open: set[GuardedProtocol] = set()
         self.reading: dict[GuardedProtocol, float] = {}  # who owes us something, since when; the longest first
         self._timer: asyncio.TimerHandle | None = None
-        self._writers_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self.app(scope, receive, send)
@@ -304,12 +270,7 @@ class Guard:
             self._timer.cancel()
 
     def look(self) -> None:
-        now = asyncio.get_running_loop().time()
-        self.end_overdue(now)
-        if now >= self._writers_at:
-            self._writers_at = now + WRITE_DEADLINE / LOOKS
-            for connection in tuple(self.open):
-                connection.check_writing(now)
+        self.end_overdue(asyncio.get_running_loop().time())
         self.start()
 
     def end_overdue(self, now: float) -> None:

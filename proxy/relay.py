@@ -224,6 +224,9 @@ class Relay:
         except KeyEcho as echo:
             self._leak(echo)
             out = echo.safe
+        except Exception as error:  # noqa: BLE001  # a bug of ours, which the transport would take for a fault of theirs
+            self._stop(error)
+            return
         if out:
             if self.first_at is None:
                 self.first_at = now

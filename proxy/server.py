@@ -1,7 +1,9 @@
 """The server: the listener, uvicorn with a guarded protocol, signals, drain.
 
 Rules:
-1. We make the listening socket ourselves, with TCP_NODELAY on: accepted sockets inherit it whatever uvicorn does.
+1. We make the listening socket ourselves; accepted ones inherit its options, whatever uvicorn does: TCP_NODELAY, and
+   TCP_USER_TIMEOUT, with which the kernel closes what a client leaves untaken, be it without power or just not reading.
+   (tcp(7). On a Unix socket nginx is the client, and has a send_timeout of its own.)
 2. First SIGTERM or Ctrl-C: no new work, live answers go on for `drain_seconds`, then end with an event. Second: now.
 3. Descriptors are kept in reserve: who is refused while they run short is told so, and those served notice nothing.
 """
@@ -36,6 +38,7 @@ from proxy.settings import Settings, on_port
 from proxy.transport import Transport
 
 BACKLOG = 2048
+WRITE_DEADLINE = 30.0  # seconds a client may leave our bytes untaken: longer than any hiccup, short of a leak
 LAST_WORDS = 2.0  # seconds for the final events of a drain to reach their browsers
 FLUSH = 5  # seconds uvicorn may take to close what is left
 DESCRIPTORS_USED = 0.8  # of those allowed: beyond it newcomers are refused, so that those served can go on
@@ -54,6 +57,7 @@ def listen(server: ServerSettings) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(WRITE_DEADLINE * 1000))
         listener.bind(address)
         listener.listen(BACKLOG)
     except OSError:

@@ -234,7 +234,11 @@ class Upstream:
         except httpx.TransportError as error:
             refuse_transport(error)
         if response.status_code == 200:
-            await self.check_headers(response, wanted)
+            try:
+                self.check_headers(response, wanted)
+            except Exception:
+                await response.aclose()
+                raise
             return None, response
         try:
             await self.refuse_status(response)
@@ -273,14 +277,13 @@ class Upstream:
 
     # ---- responses ------------------------------------------------------------------------------------------------
 
-    async def check_headers(self, response: httpx.Response, wanted: bytes) -> None:
-        """Raises UpstreamProtocol unless the answer is what was asked for; its socket is closed then."""
+    def check_headers(self, response: httpx.Response, wanted: bytes) -> None:
+        """Raises UpstreamProtocol unless the answer is what was asked for."""
         found = gather((name.lower(), value) for name, value in response.headers.raw)
         kind = found.get(b"content-type", b"").partition(b";")[0].strip().lower()
         encoding = found.get(b"content-encoding", b"identity").strip().lower()
         if kind == wanted and encoding == b"identity":
             return
-        await response.aclose()
         named = [self.shown(name.decode("latin-1"), PLAIN_NAME) or "unreadable" for name in (kind, encoding)]
         raise UpstreamProtocol(reason=f"content-type {named[0]}, content-encoding {named[1]}", billed=True)
 

@@ -1,4 +1,4 @@
-"""An upstream that is faster than its client: what waits has a bound, and all of it arrives. FAULTS.md row 24.
+"""An upstream that is faster than its client: what waits has a bound, and all of it arrives.
 
 The sockets' buffers are made small at all four ends, so that what the upstream got rid of shows what the proxy holds.
 """
@@ -18,6 +18,7 @@ from itertools import chain, repeat
 from typing import Any
 
 import pytest
+from faults import fault
 from harness import (
     DONE,
     GOOD,
@@ -132,6 +133,7 @@ def narrow(proxy: Running) -> Callable[[], None]:
     return narrow_now
 
 
+@fault(24)
 @both_loops
 def test_a_slow_client_slows_the_upstream_and_gets_all(loop: str) -> None:
     """While the client does not read the upstream stands still, with little under way; then every byte comes."""
@@ -147,6 +149,8 @@ def test_a_slow_client_slows_the_upstream_and_gets_all(loop: str) -> None:
         line = flood.proxy.line()
         assert (line["ending"], line["status"], line["code"]) == ("complete", 200, None)
         assert line["bytes"] == flood.pushed
+        assert line["tokens"] == 7
+        assert len(flood.peer.upstream.seen) == 1
         assert set(flood.proxy.tokens_used().values()) == {7}  # what the upstream counted
 
 

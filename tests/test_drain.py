@@ -1,6 +1,7 @@
 """How a server ends: no new work, live answers to their end or to `drain_seconds`, then a word to the rest.
 
-FAULTS.md rows 31 and 32. `Service.end` is what a signal calls; the signals themselves are tested with real processes.
+Rows 31 and 32 of the fault table. `Service.end` is what a signal calls; the signals themselves are tested with real
+processes.
 """
 
 from __future__ import annotations
@@ -8,14 +9,19 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import os
+import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import fault
 from harness import (
     DONE,
     LOOPS,
@@ -35,6 +41,7 @@ from harness import (
     running,
     send,
 )
+from test_cli import serving
 
 from proxy import policy, server
 
@@ -42,6 +49,11 @@ FIRST, SECOND = delta("first"), delta("second")
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":4}}\n\n'
 LONG = "30"  # seconds of drain that no test here waits for
 SMALL = 16384  # bytes of socket buffers where a client is to block early
+
+FULL = os.environ.get("CHAT_PROXY_FULL") == "1"
+CROWD = 1000 if FULL else 100  # live streams; the default max_streams is as many
+PACE = CROWD / 1000  # seconds between two events of one stream of a crowd, which makes 1,000 a second in all
+ON_THE_WAY = 3  # events written that a cut stream need not have: one just then, one into the cut, one of patience
 
 both_loops = pytest.mark.parametrize("loop", LOOPS)
 
@@ -131,6 +143,7 @@ def code_of(event: bytes) -> str:
 # ---- while it drains ------------------------------------------------------------------------------------------------
 
 
+@fault(31)
 @both_loops
 def test_live_streams_run_on_and_new_requests_are_refused(loop: str) -> None:
     """After the first signal nobody begins anything and everybody finishes; the service ends with the last answer."""
@@ -206,6 +219,7 @@ def time_over(play: Play) -> None:
 both_ends = pytest.mark.parametrize("drain_seconds", ["0.3", LONG], ids=["time over", "second signal"])
 
 
+@fault(32)
 @both_loops
 @both_ends
 def test_what_is_live_then_gets_a_word_and_the_end(drain_seconds: str, loop: str) -> None:
@@ -294,3 +308,154 @@ def test_a_client_that_does_not_read_holds_up_nothing(loop: str, monkeypatch: py
         assert line["ending"] == "drained"
         assert line["tokens"] == play.prompt + line["events"] > play.prompt
         assert set(play.proxy.tokens_used().values()) == {line["tokens"]}
+
+
+# ---- a full house ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Crowd:
+    """Streams that go on until they may finish; `written` is how many events each of them has been given so far.
+
+    Each is told apart by its number, in the question and in every event, so that none gets a part of another's.
+    """
+
+    upstream: ScriptedUpstream = field(init=False)
+    may_finish: int = 0  # those with lower numbers
+    written: Counter[int] = field(default_factory=Counter)
+
+    async def script(self, peer: Peer) -> None:
+        while True:
+            number = int((await peer.request()).json["messages"][0]["content"])
+            await peer.head()
+            while number >= self.may_finish:
+                await peer.chunk(self.event(number, self.written[number]))
+                self.written[number] += 1
+                await asyncio.sleep(PACE)
+            await peer.chunk(finish())
+            await peer.chunk(DONE)
+            await peer.end()
+
+    def event(self, number: int, place: int) -> bytes:
+        return delta(f"{number}.{place}")
+
+    def events(self, number: int) -> bytes:
+        return b"".join(self.event(number, place) for place in range(self.written[number]))
+
+    def join(self, port: int, size: int, stack: ExitStack) -> list[socket.socket]:
+        """So many clients, each of which has its first event."""
+        clients = []
+        for number in range(size):
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", port), PATIENCE))
+            body = json.dumps({"messages": [{"role": "user", "content": str(number)}], "stream": True}).encode()
+            head = f"POST /api/chat HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\ncontent-type: application/json\r\n"
+            client.sendall(head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body)
+            clients.append(client)
+        eventually(lambda: len(self.written) == size and min(self.written.values()) >= 1, PATIENCE * 3)
+        return clients
+
+    def ending(self, number: int, client: socket.socket) -> str:
+        """How a client's answer ended, read to the end of its connection: "whole", or the code of our event.
+
+        Fails when it was cut, has lost or changed an event, or when there is anything else in it.
+        """
+        body = body_of(b"".join(iter(lambda: client.recv(65536), b"")))
+        *events, last = [event + b"\n\n" for event in body.removesuffix(b"\n\n").split(b"\n\n")]
+        if last == DONE:
+            assert body == self.events(number) + finish() + DONE
+            return "whole"
+        assert b"".join(events) == b"".join(self.event(number, place) for place in range(len(events)))
+        assert self.written[number] - ON_THE_WAY <= len(events) <= self.written[number], "events that came are missing"
+        return code_of(last)
+
+
+def body_of(answer: bytes) -> bytes:
+    """The body of a streamed answer that is all there was on its connection. Fails when the framing is cut or wrong."""
+    head, _, rest = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 "), head
+    body, size = b"", -1
+    while size:
+        line, _, rest = rest.partition(b"\r\n")
+        size = int(line, 16)  # of nothing, where the last chunk is missing
+        assert rest[size : size + 2] == b"\r\n", "cut within a chunk"
+        body, rest = body + rest[:size], rest[size + 2 :]
+    assert rest == b"", "bytes behind the last chunk"
+    return body
+
+
+@contextmanager
+def crowded(loop: str, drain_seconds: str) -> Iterator[tuple[Play, Crowd, list[socket.socket]]]:
+    server.allow_all_descriptors()  # four for each stream are ours
+    crowd = Crowd()
+    with ScriptedUpstream(crowd.script) as upstream:
+        settings = {"SERVER_DRAIN_SECONDS": drain_seconds, "LIMITS_STREAMS_PER_SESSION": str(CROWD)}
+        with running(upstream.base_url, loop=loop, **settings) as proxy, ExitStack() as stack:
+            yield Play(proxy, upstream), crowd, crowd.join(proxy.port, CROWD, stack)
+
+
+def endings_logged(proxy: Running) -> Counter[tuple[str, str | None]]:
+    """What the log says of all answers that were begun: ending and code."""
+    return Counter((line["ending"], line["code"]) for line in proxy.lines() if line["status"] == 200)
+
+
+@both_loops
+def test_a_full_house_goes_on_and_ends_whole(loop: str) -> None:
+    """While hundreds of streams are live and the drain has time: nobody new, and everybody there gets every event."""
+    with crowded(loop, LONG) as (play, crowd, clients):
+        proxy = play.proxy
+        play.end()
+        eventually(lambda: proxy.lines("draining"))
+        assert proxy.lines("draining")[0]["live"] == CROWD
+        before = crowd.written.copy()
+
+        assert send(proxy, "GET", "/readyz").status == 503
+        refused = chat(proxy)
+        assert (refused.status, refused.error["code"]) == (503, "draining")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.headers["connection"] == "close"
+
+        eventually(lambda: all(crowd.written[number] > before[number] + 1 for number in range(CROWD)), PATIENCE * 3)
+        assert len(proxy.service.app.live) == CROWD
+        crowd.may_finish = CROWD
+        assert [crowd.ending(number, client) for number, client in enumerate(clients)] == ["whole"] * CROWD
+        play.assert_over()
+        assert endings_logged(proxy) == {("complete", None): CROWD}
+        assert [line["code"] for line in proxy.lines() if line["status"] == 503] == ["draining"]
+
+
+@both_loops
+def test_a_full_house_is_told_when_the_time_is_over(loop: str) -> None:
+    """At the deadline those that had time are whole, each of the others has its events, one word, and an end."""
+    with crowded(loop, "4" if FULL else "1") as (play, crowd, clients):
+        play.end()
+        eventually(lambda: play.proxy.lines("draining"))
+        crowd.may_finish = CROWD // 2
+        endings = [crowd.ending(number, client) for number, client in enumerate(clients)]
+        play.assert_over()
+        counted = Counter(endings)
+        assert set(endings[CROWD // 2 :]) == {"draining"}, "these could not finish"
+        assert counted["whole"] + counted["draining"] == CROWD
+        assert counted["whole"] > 0  # all of the first half, unless this machine is busy
+        wanted = {("complete", None): counted["whole"], ("drained", "draining"): counted["draining"]}
+        assert endings_logged(play.proxy) == wanted
+
+
+def test_second_sigterm_of_a_process(tmp_path: Path) -> None:
+    """A real server and real signals: what ended before the second SIGTERM is whole, the rest is told; exit code 0."""
+    crowd, size = Crowd(), 20
+    with (
+        ScriptedUpstream(crowd.script) as upstream,
+        serving(tmp_path, upstream.base_url, LIMITS_STREAMS_PER_SESSION="20", SERVER_DRAIN_SECONDS=LONG) as process,
+        ExitStack() as stack,
+    ):
+        clients = crowd.join(process.port, size, stack)
+        process.tell(signal.SIGTERM)
+        eventually(lambda: process.get("/readyz")[0] == 503)
+        crowd.may_finish = size // 2
+        before = crowd.written.copy()
+        eventually(lambda: process.logged() and len(process.logged()) > size // 2)
+        process.tell(signal.SIGTERM)
+        endings = [crowd.ending(number, client) for number, client in enumerate(clients)]
+        assert endings == ["whole"] * (size // 2) + ["draining"] * (size // 2)
+        assert all(crowd.written[number] > before[number] for number in range(size // 2, size))
+        assert process.exit_code() == 0

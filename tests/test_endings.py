@@ -1,4 +1,4 @@
-"""How a stream ends: FAULTS.md rows 5 to 12 and 20 to 23 through the real server, every column of each.
+"""How a stream ends: rows 5 to 11 and 20 to 23 of the fault table through the real server, every column of each.
 
 `play` is one row: it runs the fault and checks what the client got, what the upstream saw, how the token account
 was settled, what the log says, and that nothing is left behind. That no key was seen the harness checks at the end.
@@ -20,6 +20,7 @@ from itertools import count as counting
 from typing import Any, SupportsIndex
 
 import pytest
+from faults import fault, numbered
 from harness import (
     DONE,
     LOOPS,
@@ -144,7 +145,7 @@ class Row:
     at_least: float = 0.0  # seconds
 
 
-def play(stage: Stage, row: Row) -> None:
+def play(stage: Stage, row: Row) -> Reply:
     proxy = stage.proxy
     began, used_before = time.monotonic(), proxy.tokens_used()
     reply, line, calls = stage.chat(row.act, **row.fields)
@@ -167,6 +168,7 @@ def play(stage: Stage, row: Row) -> None:
     used = prompt_tokens(proxy, **row.fields) + row.events if row.used is None else row.used
     assert line["tokens"] == used
     assert stage.settled(used_before) == {"tokens_per_session": used, "tokens_per_address": used}
+    return reply
 
 
 @pytest.fixture(scope="module", params=LOOPS)
@@ -239,13 +241,13 @@ WHOLE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("row", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("row", numbered(BROKEN))
 def test_a_broken_answer_never_looks_whole(row: Row, stage: Stage) -> None:
     """Rows 5 to 9: the whole events, our event, the end. No tail, no [DONE], no second call; the estimate is paid."""
     play(stage, row)
 
 
-@pytest.mark.parametrize("row", WHOLE.values(), ids=WHOLE)
+@pytest.mark.parametrize("row", numbered(WHOLE))
 def test_an_answer_that_ended_is_left_as_it_is(row: Row, stage: Stage) -> None:
     """Rows 10 and 11: once it has said its end, nothing is added, whatever becomes of the socket and within seconds."""
     play(stage, row)
@@ -286,6 +288,7 @@ OURS = {
 }
 
 
+@fault(20)
 def test_nothing_but_the_events_passes(stage: Stage) -> None:
     """Row 20: of the upstream's headers, interim answers and trailers the browser sees nothing; the stream is whole."""
 
@@ -297,14 +300,12 @@ def test_nothing_but_the_events_passes(stage: Stage) -> None:
         await peer.send(b"0\r\nset-cookie: late=1\r\nx-late: 1\r\n\r\n")
 
     del stage.proxy.sent[:]
-    reply, line, _ = stage.chat(act)
-    assert (reply.status, reply.body) == (200, HALF + finish() + USAGE + DONE)
+    reply = play(stage, Row(act, HALF + finish() + USAGE + DONE, None, "complete", 18, 4, reused=True))
     assert {name.lower() for name in reply.headers} == OURS
     assert [value.partition("=")[0] for value in reply.headers.get_all("set-cookie") or []] == ["chat"]
     assert reply.headers["content-security-policy"] == "default-src 'none'"
     for name in (b"early", b"hints", b"style.css", b"late", b"x-other", b"theirs"):
         assert name not in stage.proxy.sent.lower()
-    assert (line["ending"], line["tokens"]) == ("complete", 18)
 
 
 # ---- row 21: what passes, byte for byte -----------------------------------------------------------------------------
@@ -318,15 +319,14 @@ def in_line_ends(line_end: bytes) -> bytes:
     return line_end.join(said)
 
 
+@fault(21)
 @pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"], ids=["LF", "CRLF", "CR"])
 @pytest.mark.parametrize("size", [1, 3, 7, 1000])
 def test_every_byte_passes(size: int, line_end: bytes, stage: Stage) -> None:
     """Row 21: byte order mark, comments, UTF-8 and line ends arrive as they were sent, wherever the chunks are cut."""
     stream = in_line_ends(line_end)
     parts = [stream[i : i + size] for i in range(0, len(stream), size)]
-    reply, line, _ = stage.chat(stopping(clean, *parts))
-    assert reply.body == stream
-    assert (line["ending"], line["code"], line["tokens"], line["events"]) == ("complete", None, 18, 5)
+    play(stage, Row(stopping(clean, *parts), stream, None, "complete", 18, 5, reused=True))
 
 
 def test_each_event_passes_at_once(stage: Stage) -> None:
@@ -381,6 +381,7 @@ def drain(proxy: Running, buffer: bytearray) -> tuple[int, str]:
     return size, got.hexdigest()
 
 
+@fault(22)
 @both_loops
 def test_a_huge_event_passes_in_little_memory(loop: str) -> None:
     """Row 22: an event of 10 MB arrives byte for byte; from one read to the next no more than 1 MiB of it is held."""
@@ -412,10 +413,15 @@ def test_a_huge_event_passes_in_little_memory(loop: str) -> None:
         assert max(held) < MEGABYTE
         assert peak < 2 * MEGABYTE  # within one read, by the one stream that is being served
         line = proxy.line(2)
-        assert (line["ending"], line["events"], line["bytes"]) == ("complete", 2, len(stream))
-        assert line["tokens"] == prompt_tokens(proxy) + 2
+        assert (line["ending"], line["code"], line["events"]) == ("complete", None, 2)
+        assert line["bytes"] == len(stream)
+        used = prompt_tokens(proxy) + 2
+        assert line["tokens"] == used
+        assert proxy.tokens_used() == {"tokens_per_session": 2 * used, "tokens_per_address": 2 * used}
+        assert len(upstream.seen) == 2
 
 
+@fault(23)
 @both_loops
 def test_an_endless_answer_is_ended(loop: str) -> None:
     """Row 23: at total_timeout an answer that goes on and on gets an event, and its upstream is closed."""
@@ -438,9 +444,12 @@ def test_an_endless_answer_is_ended(loop: str) -> None:
         assert count > 10
         assert appended(reply, delta("again") * count) == "stream_too_long"
         eventually(lambda: not upstream.open)
+        assert len(upstream.seen) == 1
         line = proxy.line()
         assert (line["code"], line["ending"], line["events"]) == ("stream_too_long", "timeout", count)
-        assert proxy.tokens_used()["tokens_per_session"] == prompt_tokens(proxy) + count
+        used = prompt_tokens(proxy) + count
+        assert line["tokens"] == used
+        assert proxy.tokens_used() == {"tokens_per_session": used, "tokens_per_address": used}
 
 
 @both_loops

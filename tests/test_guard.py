@@ -44,7 +44,7 @@ from harness import (
     streaming,
 )
 
-from proxy import guard, visit
+from proxy import guard, server, visit
 from proxy.errors import HeadersTooLarge, InvalidRequest, Refusal
 from proxy.guard import MAX_FIELDS, MAX_HEAD_BYTES, check_head
 from proxy.server import listen_on_path
@@ -229,7 +229,7 @@ def nothing(proxy: Running) -> bytes:
 @both_loops
 def test_many_slow_sockets_disturb_nobody(loop: str, hurried: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slow heads, slow bodies, silence and clients that do not read: all closed in time, beside a stream in peace."""
-    monkeypatch.setattr(guard, "WRITE_DEADLINE", 2.0)
+    monkeypatch.setattr(server, "WRITE_DEADLINE", 2.0)
     count = 2000 if FULL else 200
     flood = [delta("x" * 60000)] * 400
 
