@@ -136,7 +136,7 @@ class Edge:
 
     def check_host(self, found: Found) -> None:
         """Raises CrossOrigin for a name that is not ours: DNS rebinding, or a proxy that does not pass Host on."""
-        if found.get(b"host", b"").lower() not in self.hosts:
+        if found.get(b"host", b"").strip().lower() not in self.hosts:
             raise CrossOrigin(reason="foreign Host")
 
     def check_origin(self, found: Found) -> None:

@@ -26,6 +26,7 @@ from proxy.visit import API_HEADERS
 
 HEAD_SECONDS = 10.0  # for a request's head to be in, from the socket's first moment or the request's first byte
 MAX_HEAD_BYTES = 32 * 1024  # nginx passes on 4 x 8 KiB; browsers stop at 4 KiB a cookie
+FRAMING_PER_BYTE = 8  # bytes of a body: as much as chunks of one byte each have
 MAX_FIELDS = 100  # browsers send 15 to 25, proxies add a few
 TICK = 0.5  # seconds between two looks at what is overdue
 
@@ -37,7 +38,7 @@ class GuardedProtocol(HttpToolsProtocol):
     """uvicorn's protocol for one connection, within bounds. The app of its config is the Guard."""
 
     _address: str | None = None
-    _head = 0  # bytes of a request whose head is not in yet
+    _spent = 0  # bytes of the request at hand beside its body: its head, chunk sizes, extensions, trailers
     _refused = False
 
     # ---- the socket comes and goes --------------------------------------------------------------------------------
@@ -77,40 +78,47 @@ class GuardedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return  # what still comes is read only so that the refusal is not lost in a reset
-        if self.is_in_body:
-            super().data_received(data)
-        elif self.is_answering:
+        if self.is_answering and not self.is_in_body:
             # A second request while one is live, however little of it has come: uvicorn would put it in the first
             # one's place and stop reading, and so nobody would see the first one's disconnect.
             self.hang_up()
-        else:
-            self.receive_head(data)
-
-    def receive_head(self, data: bytes) -> None:
-        self.guard.expect(self)
-        self._head += len(data)
+            return
+        if not self.is_in_body:
+            self.guard.expect(self)
+        self._spent += len(data)
         super().data_received(data)
-        if self._head > MAX_HEAD_BYTES and not self._refused:
+        if self._spent > self.most_beside_body and not self._refused:
             self.refuse(HeadersTooLarge())
+
+    @property
+    def most_beside_body(self) -> int:
+        return 2 * MAX_HEAD_BYTES if self.is_in_body else MAX_HEAD_BYTES
 
     def on_headers_complete(self) -> None:
         if self.is_answering:
             self.hang_up()
             return
         self.check_head()
-        self._head = 0
         self.guard.reading.pop(self, None)
         super().on_headers_complete()
 
     def check_head(self) -> None:
         """Raises a Refusal, which the parser brings to send_400_response."""
-        if self._head > MAX_HEAD_BYTES and size_of(self.url, self.headers) > MAX_HEAD_BYTES:
+        if self._spent > MAX_HEAD_BYTES and size_of(self.url, self.headers) > MAX_HEAD_BYTES:
             raise HeadersTooLarge
         if self.parser.should_upgrade():
             raise InvalidRequest("This server speaks HTTP/1.1 only, without upgrades.")
         check_head(self.parser.get_http_version(), self.url, self.headers)
         if self.guard.is_crowded() and self.url not in PROBES:
             raise Busy
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self.is_in_body:  # what comes there is a trailer: nobody asked for it, and it must not become a header
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self._spent -= (1 + FRAMING_PER_BYTE) * len(body)
+        super().on_body(body)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -121,6 +129,9 @@ class GuardedProtocol(HttpToolsProtocol):
                 self.guard.wait_for(self)
 
     def on_message_complete(self) -> None:
+        if self._spent > self.most_beside_body:
+            raise HeadersTooLarge
+        self._spent = 0
         super().on_message_complete()
         if self.cycle.response_complete:
             self.cycle.more_body = False
@@ -136,10 +147,11 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def refuse(self, refusal: Refusal) -> None:
         """Answers, and closes our half. The other half is read for a while, or the answer might be lost in a reset."""
-        if self.is_answering and self.cycle.response_started:
+        if self.is_in_body and self.cycle.response_started:
             self.hang_up()
             return
         if self.is_answering:  # it broke off within its body
+            self.cycle.waiting_for_100_continue = False
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         else:
@@ -157,7 +169,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def give_up(self) -> None:
         """HEAD_SECONDS are over."""
-        if self._head and not self._refused:
+        if self._spent and not self._refused:
             self.refuse(RequestTimeout())
             self.transport.close()
         else:
@@ -176,7 +188,7 @@ def check_head(version: str, target: bytes, headers: Headers) -> None:
     if not target.startswith(b"/") or b"#" in target:
         raise InvalidRequest("The request's target must be a path.")
     hosts = [value for name, value in headers if name == b"host"]
-    if len(hosts) > 1 or (not hosts and version == "1.1") or not all(HOST.fullmatch(host) for host in hosts):
+    if len(hosts) > 1 or (not hosts and version == "1.1") or not all(HOST.fullmatch(host.strip()) for host in hosts):
         raise InvalidRequest("The request needs exactly one valid Host.")
     codings = [value for name, value in headers if name == b"transfer-encoding"]
     if codings and (version == "1.0" or len(codings) > 1 or codings[0].strip().lower() != b"chunked"):

@@ -143,6 +143,9 @@ def as_text(fields: dict[str, Any]) -> bytes:
     return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line).encode() + b"\n"
 
 
+TOLD_ELSEWHERE = "Invalid HTTP request received."  # by uvicorn; the guard has a line of its own for each
+
+
 class Bridge(logging.Handler):
     """Lines of other packages (uvicorn's warnings) in our format: logger and template, never the arguments."""
 
@@ -151,5 +154,7 @@ class Bridge(logging.Handler):
         self.logs = logs
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.msg == TOLD_ELSEWHERE:
+            return
         level = "error" if record.levelno >= logging.ERROR else "warning"
         self.logs.line("library", level, logger=record.name, message=str(record.msg)[:200])

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import fault
 from harness import (
     DONE,
     GOOD,
@@ -52,6 +53,9 @@ from proxy.server import listen_on_path
 FULL = bool(os.environ.get("CHAT_PROXY_FULL"))
 SHORT = 0.6  # seconds: a deadline that a test waits for
 SOON = 6.0  # seconds: ten times that
+
+POST = "POST /api/chat HTTP/1.1"
+JSON = "Content-Type: application/json"
 
 both_loops = pytest.mark.parametrize("loop", LOOPS)
 
@@ -103,6 +107,7 @@ def refused(answer: bytes) -> tuple[int, str]:
 # ---- time -----------------------------------------------------------------------------------------------------------
 
 
+@fault(30)
 @both_loops
 def test_a_silent_socket_is_closed_without_a_word(loop: str, hurried: None) -> None:
     with serving(loop) as (proxy, _), connect(proxy) as sock:
@@ -112,6 +117,7 @@ def test_a_silent_socket_is_closed_without_a_word(loop: str, hurried: None) -> N
         assert proxy.lines() == []
 
 
+@fault(30)
 @both_loops
 @pytest.mark.parametrize("reused", [False, True], ids=["first", "on a connection in use"])
 def test_a_head_must_come_in_time(loop: str, reused: bool, hurried: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,6 +153,7 @@ def test_empty_lines_are_no_request(loop: str, hurried: None) -> None:
         assert refused(drip(sock, b"\r\n" * 1000)) == (408, "request_timeout")
 
 
+@fault(30)
 @both_loops
 @pytest.mark.parametrize("framing", ["Content-Length: 100", "Transfer-Encoding: chunked"])
 def test_a_body_must_come_in_time(loop: str, framing: str, hurried: None) -> None:
@@ -339,10 +346,45 @@ def test_a_body_that_is_too_large_is_told_so(loop: str) -> None:
         assert upstream.connections == 0
 
 
+ENDLESS = {
+    "trailers": b"A: b\r\n" * 10000,
+    "one trailer": b"A: " + b"b" * 60000,
+    "chunk extensions": b"5;a=" + b"b" * 60000,
+}
+
+
+@both_loops
+@pytest.mark.parametrize("what", ENDLESS)
+def test_the_framing_of_a_body_has_a_bound(loop: str, what: str) -> None:
+    """Nothing of it is kept, and who sends nothing else is told to stop."""
+    with serving(loop) as (proxy, upstream), connect(proxy) as sock:
+        chunk = b"" if "chunk" in what else b"2\r\n{}\r\n0\r\n"
+        sock.sendall(head(proxy, JSON, "Transfer-Encoding: chunked", request=POST) + chunk)
+        assert flooded(sock, ENDLESS[what]) in ((431, "headers_too_large"), (400, "invalid_request"))
+        assert upstream.connections == 0
+        (connection,) = proxy.service.guard.open or [None]
+        assert connection is None or len(connection.headers) < 10
+
+
+def flooded(sock: socket.socket, data: bytes) -> tuple[int, str]:
+    with suppress(ConnectionError):
+        for _ in range(200):
+            sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+    return refused(to_the_end(sock))
+
+
+@both_loops
+def test_chunks_of_one_byte_are_a_body_like_any_other(loop: str) -> None:
+    with serving(loop) as (proxy, _), connect(proxy) as sock:
+        body = json.dumps({"messages": [{"role": "user", "content": "x" * 20000}], "stream": True}).encode()
+        sock.sendall(head(proxy, JSON, "Transfer-Encoding: chunked", request=POST))
+        sock.sendall(b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n")
+        assert b" 200 OK" in read_until(sock, DONE)
+
+
 # ---- one request, one reading ---------------------------------------------------------------------------------------
 
-POST = "POST /api/chat HTTP/1.1"
-JSON = "Content-Type: application/json"
 TWO_READINGS: dict[str, Callable[[Running], bytes]] = {
     "no host": lambda proxy: head(proxy, host=False),
     "two hosts": lambda proxy: head(proxy, "Host: evil.example"),
@@ -377,6 +419,7 @@ TWO_READINGS: dict[str, Callable[[Running], bytes]] = {
 }
 
 
+@fault(39)
 @both_loops
 def test_what_could_be_read_in_two_ways_is_not_read(loop: str) -> None:
     with serving(loop) as (proxy, upstream):
@@ -434,6 +477,7 @@ def test_check_head(version: str, target: bytes, headers: Any, expected: type[Re
 # ---- descriptors ----------------------------------------------------------------------------------------------------
 
 
+@fault(36)
 @both_loops
 def test_newcomers_wait_when_descriptors_run_short(loop: str) -> None:
     """... and those who are served notice nothing; probes are answered, and all are served again afterwards."""
@@ -464,6 +508,7 @@ def test_newcomers_wait_when_descriptors_run_short(loop: str) -> None:
         assert set(proxy.tokens_used()) == {"tokens_per_session", "tokens_per_address"}
 
 
+@fault(36)
 @both_loops
 def test_no_descriptor_for_the_upstream(loop: str) -> None:
     """What others in the process use up is no fault of the model's server."""
