@@ -23,7 +23,7 @@ from starlette.routing import Mount, Route, Router
 from starlette.types import Receive, Scope, Send
 
 from proxy import __version__, policy
-from proxy.access import Access
+from proxy.access import CALLBACK, Access
 from proxy.edge import Edge, gather
 from proxy.errors import (
     Draining,
@@ -31,6 +31,7 @@ from proxy.errors import (
     Headers,
     InternalError,
     Interruption,
+    LimitsUnavailable,
     MethodNotAllowed,
     NotFound,
     Refusal,
@@ -42,13 +43,14 @@ from proxy.errors import (
 from proxy.events import Ending, Events, Usage, usage_of
 from proxy.exchange import Event, Exchange, State
 from proxy.limits import Standing, Subject, limit_headers
-from proxy.limits.leases import Leases
-from proxy.limits.requests import RequestLimits, ask, refuse
-from proxy.limits.tokens import Tokens
+from proxy.limits.allowance import Allowance
+from proxy.limits.requests import ask, refuse
+from proxy.login import LoginFailed
 from proxy.logs import Logs
 from proxy.metrics import Metrics
-from proxy.page import Page, Probe, page_folder
+from proxy.page import Page, Probe, failed_login, page_folder
 from proxy.relay import ClientGone, Leash, Relay
+from proxy.session import Session
 from proxy.settings import Settings
 from proxy.transport import ResponseStream
 from proxy.upstream import Attempts, Upstream
@@ -106,7 +108,7 @@ class Resource:
                 await handler(visit)
             except Refusal as refusal:
                 proxy.alarm_if_due(visit, refusal)
-                await visit.refuse(proxy.limited(visit, refusal))
+                await visit.refuse(await proxy.limited(visit, refusal))
         except ClientGone:
             visit.ending = "aborted"
         except Exception as error:  # noqa: BLE001  # the one place where a bug becomes an answer
@@ -143,23 +145,21 @@ class ChatProxy:
         wall: Callable[[], float] = time.time,
         randomness: Callable[[int], bytes] = os.urandom,
     ) -> None:
-        server, session = settings.server, settings.session
+        server = settings.server
         self.settings = settings
         self.logs = logs
         self.wall = wall
         self.edge = Edge(server)
-        self.session_secret = session.secret
-        self.requests = RequestLimits(settings.limits, clock)
-        keys = session.secret.lines() if session.secret else [secrets.token_urlsafe(32)]
-        self.access = Access(settings, self.edge, self.requests, logs, keys=keys, wall=wall, randomness=randomness)
-        self.leases = Leases(settings.limits, server.max_streams)
-        self.tokens = Tokens(settings.limits, clock)
+        self.limits = Allowance(settings.limits, server.max_streams, clock, self.note_store)
+        self.access = Access(
+            settings, self.edge, self.limits, transport, logs, clock=clock, wall=wall, randomness=randomness
+        )
         self.upstream = Upstream(
             settings.upstream, transport, user_agent=f"chat-proxy/{__version__}", random=secrets.SystemRandom().random
         )
         self.transport = transport
         self.metrics = Metrics(settings.policy.models)
-        self.metrics.streams.set_function(lambda: self.leases.live)
+        self.metrics.streams.set_function(lambda: self.limits.leases.live)
         self.base_headers: Headers = [HSTS] if server.is_https else []
         self.run_id = randomness(6).hex()  # with a number behind it, the id of a request: unique, and cheap
         self.numbers = itertools.count(1)
@@ -179,6 +179,11 @@ class ChatProxy:
             "/api/v1/models": {"GET": self.list_models},
             "/api/session": {"GET": self.show_session, "DELETE": self.end_session},
         }
+        if self.access.mode == "password":
+            api["/api/session"]["POST"] = self.log_in
+        if self.access.mode == "oidc":
+            api["/api/session/login"] = {"GET": self.start_login}
+            api[CALLBACK] = {"GET": self.finish_login}
         nothing = self.nothing
         page = page_folder(self.settings.server.static_dir)
         return Router(
@@ -196,7 +201,11 @@ class ChatProxy:
 
     @asynccontextmanager
     async def lifespan(self, app: Any) -> AsyncIterator[None]:
+        self.access.start()
+        self.limits.start()
         yield
+        self.access.stop()
+        await self.limits.aclose()
         await self.transport.aclose()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -215,15 +224,13 @@ class ChatProxy:
         body = await visit.body(self.settings.server.max_body_bytes)
         if self.is_cut:  # it took longer to come than the drain had time
             raise Draining
-        session = self.access.session_of(visit)
+        session = await self.access.session_of(visit)
         subject = self.access.subject_of(session, visit)
-        visit.standings = self.requests.charge(ask, subject)
-        order = policy.apply(body, self.settings.policy)
+        visit.standings = await self.limits.charge(ask, subject)
+        order = policy.apply(body, self.settings.policy, exact_usage=self.settings.limits.exact_usage)
         visit.log["model"] = order.model
-        with (
-            self.tokens.reserve(subject, order.prompt_tokens + order.choices * order.output_tokens) as reservation,
-            self.leases.acquire(subject),
-        ):
+        most = order.prompt_tokens + order.choices * order.output_tokens
+        async with await self.limits.hold(subject, most) as hold:
             attempts, bill = Attempts(), Bill(order.prompt_tokens)
             try:
                 if order.stream:
@@ -237,7 +244,7 @@ class ChatProxy:
                 bill.note_no_answer(paid=attempts.sent)
                 raise
             finally:
-                reservation.settle(bill.used.prompt_tokens + bill.used.completion_tokens)
+                hold.settle(bill.used.prompt_tokens + bill.used.completion_tokens)
                 self.count(visit, order, attempts, bill.used)
 
     async def stream(self, visit: Visit, order: policy.Order, attempts: Attempts, bill: Bill) -> None:
@@ -278,7 +285,7 @@ class ChatProxy:
 
     def relay(self, visit: Visit, order: policy.Order, source: ResponseStream, leash: Leash, key: str) -> Relay:
         upstream, comment = self.settings.upstream, self.settings.server.comment_seconds
-        events = Events(key.encode(), order.choices)
+        events = Events(key.encode(), order.choices, withhold_usage=order.usage_for_us)
         idle, total = upstream.idle_timeout, upstream.total_timeout
         return Relay(source, visit.send, events, leash, idle=idle, total=total, comment=comment)
 
@@ -298,19 +305,46 @@ class ChatProxy:
     # ---- the small routes -----------------------------------------------------------------------------------------
 
     async def show_session(self, visit: Visit) -> None:
-        session = self.access.session_for_page(visit)
-        subject = self.access.subject_of(session, visit)
-        standings = [*self.requests.standings(ask, subject), *self.tokens.standings(subject)]
+        await self.answer_account(visit, await self.access.session_for_page(visit))
+
+    async def log_in(self, visit: Visit) -> None:
+        self.edge.check_origin(visit.found)
+        self.edge.check_body(visit.found)
+        await self.answer_account(visit, await self.access.login(visit))
+
+    async def start_login(self, visit: Visit) -> None:
+        self.edge.check_origin(visit.found)
+        try:
+            await visit.redirect(await self.access.start_login(visit))
+        except LoginFailed as failed:
+            await self.tell_failed_login(visit, failed)
+
+    async def finish_login(self, visit: Visit) -> None:
+        """Comes from another site: what guards it is the flow's cookie, not the origin rule."""
+        try:
+            await visit.redirect(await self.access.finish_login(visit))
+        except LoginFailed as failed:
+            await self.tell_failed_login(visit, failed)
+
+    async def tell_failed_login(self, visit: Visit, failed: LoginFailed) -> None:
+        visit.reason = failed.reason
+        await visit.tell(failed.status, failed_login(failed.status, visit.request_id))
+
+    async def answer_account(self, visit: Visit, session: Session | None) -> None:
+        """Who the visitor is, what may be asked for, what is left; without a session only what anybody may know."""
         shown = {
             "session": {
-                "mode": session.mode,
-                "user": session.subject,
-                "expires_at": self.access.sessions.expires_at(session),
+                "mode": self.access.mode,
+                "user": session.subject if session else None,
+                "expires_at": self.access.sessions.expires_at(session) if session else None,
             },
             "models": self.settings.policy.models,
-            "limits": [self.shown(standing) for standing in standings],
+            "limits": [self.shown(standing) for standing in await self.standings(session, visit)],
         }
         await visit.answer(200, encode(shown), [])
+
+    async def standings(self, session: Session | None, visit: Visit) -> list[Standing]:
+        return await self.limits.standings(ask, self.access.subject_of(session, visit)) if session else []
 
     def shown(self, standing: Standing) -> dict[str, Any]:
         return {
@@ -324,7 +358,7 @@ class ChatProxy:
         """Logs out. Always succeeds."""
         self.edge.check_origin(visit.found)
         self.access.logout(visit)
-        await visit.answer(200, b'{"logout_url":null}', [])
+        await visit.answer(200, encode({"logout_url": await self.access.logout_url()}), [])
 
     async def list_models(self, visit: Visit) -> None:
         models = [
@@ -353,14 +387,14 @@ class ChatProxy:
         if not self.busy:
             self.quiet.set()
 
-    def limited(self, visit: Visit, refusal: Refusal) -> Refusal:
+    async def limited(self, visit: Visit, refusal: Refusal) -> Refusal:
         """Refusing costs something too: who is refused too often is told to wait instead."""
         if refusal.status not in (401, 403):
             return refusal
         try:
-            self.requests.charge(refuse, Subject("refused", visit.caller.key))
-        except TooMany as too_many:
-            return too_many
+            await self.limits.charge(refuse, Subject("refused", visit.caller.key))
+        except (TooMany, LimitsUnavailable) as instead:
+            return instead
         return refusal
 
     def cut(self) -> None:
@@ -428,6 +462,14 @@ class ChatProxy:
         address = self.edge.caller(peer, {}).shown
         self.logs.line("request", address=address, route=None, status=refusal.status, code=refusal.code)
 
+    def note_store(self, lost: str | None) -> None:
+        """The limits' store is lost, for this reason, or found again."""
+        self.metrics.store_up.set(0 if lost else 1)
+        if lost:
+            self.logs.line("limits_unavailable", "error", reason=lost, policy=self.settings.limits.when_store_fails)
+        else:
+            self.logs.line("limits_available")
+
     def alarm_if_due(self, visit: Visit, refusal: Refusal) -> None:
         """The key does not work, or comes back: both want the operator, not the visitor."""
         if isinstance(refusal, UpstreamAuth) or refusal.leaked:
@@ -439,9 +481,7 @@ class ChatProxy:
     def reload_secrets(self) -> None:
         """Reads the secrets' files again. Live streams keep the key they began with; nobody is logged out."""
         self.upstream.key.reload()
-        if self.session_secret is not None:
-            self.session_secret = self.session_secret.again()
-            self.access.use_keys(self.session_secret.lines())
+        self.access.reload()
         self.logs.line("secrets_read")
 
 

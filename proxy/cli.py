@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import getpass
 import os
+import re
 import secrets
 import signal
 import socket
 import sys
+import time
 from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 
 import uvloop
 
 from proxy import __version__, demo, settings
+from proxy.control import ControlFile
 from proxy.errors import Refusal
 from proxy.logs import Descriptor, Logs
 from proxy.server import Service, allow_all_descriptors, as_bound, listen, ssl_context, uvicorn_for
+from proxy.session import Decree
 from proxy.transport import Transport
 from proxy.upstream import Upstream
 
@@ -83,6 +89,19 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=run_upstream)
     command = commands.add_parser("new-secret", help="prints a fresh session secret")
     command.set_defaults(run=run_new_secret)
+    command = commands.add_parser(
+        "hash-password", help="asks for a password and prints its line for the passwords' file"
+    )
+    command.add_argument("user", nargs="?", help="none: one password for everybody")
+    command.set_defaults(run=run_hash_password)
+    command = commands.add_parser("sessions", help="ends sessions, in running servers too")
+    command = command.add_subparsers(required=True, metavar="COMMAND").add_parser("revoke", help="logs users out")
+    command.add_argument("--config", metavar="FILE", help="default: chat-proxy.toml, if there is one")
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("--user", help="all sessions of one user")
+    which.add_argument("--all", action="store_true", help="every session")
+    which.add_argument("--before", type=moment, metavar="TIME", help="begun before: 2026-01-31T12:00, or Unix seconds")
+    command.set_defaults(run=run_revoke)
     command = commands.add_parser("init", help="writes a commented chat-proxy.toml")
     command.set_defaults(run=run_init)
     return top
@@ -98,6 +117,15 @@ def milliseconds(written: str) -> float:
     if not 0 <= (number := float(written)) < 3_600_000:
         raise ValueError
     return number
+
+
+def moment(written: str) -> int:
+    """Unix seconds; a time without a zone is this machine's."""
+    now = time.time()
+    seconds = int(written) if written.isdecimal() else int(datetime.fromisoformat(written).timestamp())
+    if not 0 <= seconds <= now:
+        raise ValueError  # a time to come would end sessions that do not exist yet
+    return seconds
 
 
 # ---- serving ---------------------------------------------------------------------------------------------------------
@@ -213,6 +241,36 @@ async def check_upstream(chosen: settings.Settings) -> int:
 
 def run_new_secret(options: argparse.Namespace) -> int:
     print(secrets.token_urlsafe(32))
+    return 0
+
+
+def run_hash_password(options: argparse.Namespace) -> int:
+    from proxy.login.password import hashed  # argon2 is needed here and in its mode only
+
+    if sys.stdin.isatty():
+        password = getpass.getpass("Password: ")
+        if password != getpass.getpass("Once more: "):
+            print("chat-proxy: that was another one", file=sys.stderr)
+            return 2
+    else:
+        password = sys.stdin.readline().rstrip("\n")
+    if not password or (options.user is not None and not re.fullmatch(r"[^:\s]{1,128}", options.user)):
+        print("chat-proxy: wants a password that is not empty, and a user without colons and blanks", file=sys.stderr)
+        return 2
+    print(f"{options.user}:{hashed(password)}" if options.user else hashed(password))
+    return 0
+
+
+def run_revoke(options: argparse.Namespace) -> int:
+    chosen = settings.load(options.config, os.environ)
+    control = ControlFile(chosen.session.control_file)
+    if options.all:
+        control.change(Decree.revoking_all)
+    elif options.user is not None:
+        control.change(lambda decree: decree.revoking_user(options.user))
+    else:
+        control.change(lambda decree: decree.revoking_before(options.before))
+    print(f"Revoked, in {control.path}. Servers that use this file know it within a second.")
     return 0
 
 

@@ -143,6 +143,16 @@ class SessionExpired(Unauthenticated):
     message = "The session has expired. Please sign in again."
 
 
+class LoginRequired(Unauthenticated):
+    code = "login_required"
+    message = "Please sign in first."
+
+
+class InvalidCredentials(Unauthenticated):
+    code = "invalid_credentials"
+    message = "The name or the password is not right."
+
+
 class Forbidden(Refusal):
     status, type, code = 403, "permission_error", "not_allowed"
     message = "This is not allowed here."

@@ -1,7 +1,8 @@
 """Server-sent events as they pass: where an event ends, and what the stream says about its own end. Pure.
 
 Rules:
-1. No byte is ever altered, added or reordered. What goes in comes out, up to the last complete event.
+1. No byte is ever altered, added or reordered. What goes in comes out, up to the last complete event; only a chunk
+   that we asked for and the page did not, with the usage and no choices, is withheld.
 2. An event is complete at its blank line; a line ends with LF, CRLF or CR (WHATWG HTML, section 9.2.5).
 3. An event that does not end is held for `HOLD` bytes, then passed on as it comes: memory is bounded, bytes are not.
 4. Ordinary chunks are only searched, never parsed: this runs for every token of every user. What a search cannot
@@ -74,12 +75,13 @@ class Events:
     """One stream. Feed it what the socket gave; pass on what it returns."""
 
     __slots__ = (
-        *("_after", "_before", "_keep", "_key", "_lessons", "_tail"),
+        *("_after", "_before", "_keep", "_key", "_lessons", "_tail", "_withhold"),
         *("choices", "count", "done", "failed", "finished", "partial", "usage"),
     )
 
-    def __init__(self, key: bytes, choices: int = 1) -> None:
+    def __init__(self, key: bytes, choices: int = 1, *, withhold_usage: bool = False) -> None:
         self._key = key
+        self._withhold = withhold_usage
         self._before = b""  # what stands before and after the content in this stream's ordinary events, once known
         self._after = b""
         self._lessons = 0 if b'"' in key else LESSONS
@@ -99,9 +101,8 @@ class Events:
             return self.feed_split(data)
         if self.is_like_the_last(data):
             self.count += 1
-        else:
-            self.note(data)
-        return data
+            return data
+        return self.note(data)
 
     def is_like_the_last(self, data: bytes) -> bool:
         """One event that differs from an ordinary one before it in nothing but its content (rule 4).
@@ -138,7 +139,7 @@ class Events:
         out = bytes(tail[:cut])
         if cut:
             del tail[:cut]
-            self.note(out)
+            out = self.note(out)
         if self.partial or len(tail) > HOLD:
             return out + self.pass_on(out)
         return out
@@ -170,50 +171,66 @@ class Events:
 
     # ---- reading what passes --------------------------------------------------------------------------------------
 
-    def note(self, out: bytes) -> None:
-        """Takes note of whole events that are about to pass. Raises KeyEcho."""
+    def note(self, out: bytes) -> bytes:
+        """Takes note of whole events, and returns them as they may pass. Raises KeyEcho."""
         if self._key in out:
             raise KeyEcho(self.whole_events_before(out, out.index(self._key)))
+        begun = b""
         if self.partial:
             self.partial = False
             self.count += 1
-            out = b"".join(BLANK_LINE.split(out, 1)[1:])
-        if is_plain(out):
-            events = out.count(b"\n\n")
-            self.count += events
-            if self._lessons and events == 1:
-                self.learn(out)
-        else:
-            self.read(out)
+            begun, out = split_at(BLANK_LINE.search(out), out)
+        if not is_plain(out):
+            return begun + self.read(out)
+        events = out.count(b"\n\n")
+        self.count += events
+        if self._lessons and events == 1:
+            self.learn(out)
+        return begun + out
 
     def whole_events_before(self, out: bytes, place: int) -> bytes:
         safe = out[: last_boundary(out[:place], 0)]
-        if safe:
-            self.note(safe)
-        return safe
+        return self.note(safe) if safe else b""
 
-    def read(self, out: bytes) -> None:
-        for event in BLANK_LINE.split(out):
-            data = data_of(event)
-            if data is None:
-                continue
-            self.count += 1
-            if data.strip() == b"[DONE]":
-                self.done = True
-            else:
-                self.read_chunk(data)
+    def read(self, out: bytes) -> bytes:
+        """Reads event by event; returns all but what is withheld."""
+        kept, start = [], 0
+        for boundary in BLANK_LINE.finditer(out):
+            event, start = out[start : boundary.end()], boundary.end()
+            if not self.read_event(event):
+                kept.append(event)
+        return b"".join(kept) + out[start:]
 
-    def read_chunk(self, data: bytes) -> None:
+    def read_event(self, event: bytes) -> bool:
+        """Takes note of one event; true when it is not for the page."""
+        data = data_of(event)
+        if data is None:
+            return False
+        self.count += 1
+        if data.strip() == b"[DONE]":
+            self.done = True
+            return False
         try:
             chunk = decode_chunk(data)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            return  # not ours to judge: it passes as it is, and it says nothing about the end
+            return False  # not ours to judge: it passes as it is, and it says nothing about the end
         if chunk.error:  # the clients too take an empty one for none
             self.failed = True
         for choice in chunk.choices or ():
             if choice.finish_reason:  # some upstreams write "" where OpenAI has null
                 self.finished.add(choice.index)
-        self.usage = counted(chunk.usage) or self.usage
+        usage = counted(chunk.usage)
+        self.usage = usage or self.usage
+        if self._withhold and usage and chunk.choices == [] and not chunk.error:
+            self.count -= 1
+            return True
+        return False
+
+
+def split_at(boundary: re.Match[bytes] | None, data: bytes) -> tuple[bytes, bytes]:
+    """What goes up to the end of the boundary, and what comes behind it."""
+    end = boundary.end() if boundary else 0
+    return data[:end], data[end:]
 
 
 def last_boundary(data: bytes | bytearray, start: int) -> int:
@@ -242,7 +259,7 @@ def is_plain(out: bytes) -> bool:
         and (reasons == out.count(b'"finish_reason":null') or reasons == out.count(b'"finish_reason": null'))
         and b"[DONE]" not in out
         and b'"error"' not in out
-        and b'"usage"' not in out
+        and out.count(b'"usage"') == out.count(b'"usage":null')
         and b"\\u00" not in out
         and b"\r" not in out
     )

@@ -71,7 +71,8 @@ class Order:
 
     `output_tokens` is the limit of one choice. `prompt_tokens` estimates the messages as they go upstream and
     the optional values beside them (tools, ...): their JSON bytes / BYTES_PER_TOKEN, without the image URLs,
-    + IMAGE_TOKENS for each image. `include_usage`: the page asked for it in stream_options.
+    + IMAGE_TOKENS for each image. `include_usage`: the page asked for it in stream_options; `usage_for_us`: we did,
+    and the page must not see the answer.
     """
 
     body: bytes
@@ -81,26 +82,28 @@ class Order:
     output_tokens: int
     prompt_tokens: int
     include_usage: bool
+    usage_for_us: bool
 
 
-def apply(body: bytes, rules: settings.Policy) -> Order:
-    """The order that `body` places under `rules`.
+def apply(body: bytes, rules: settings.Policy, *, exact_usage: bool = False) -> Order:
+    """The order that `body` places under `rules`; with `exact_usage` the upstream is asked what a stream has cost.
 
     Raises InvalidJson, InvalidRequest, ModelNotAllowed, FieldNotAllowed, TooManyMessages, InputTooLong; their
     `param` is the field's path, like messages[3].content.
     """
     try:
-        return order(body, rules)
+        return order(body, rules, exact_usage)
     except RecursionError:
         raise errors.InvalidJson(f"The request {TOO_DEEP}.") from None
 
 
-def order(body: bytes, rules: settings.Policy) -> Order:
+def order(body: bytes, rules: settings.Policy, exact_usage: bool) -> Order:
     fields = parse(body)
     check_names(fields, allowed_names(rules))
     model, edits = choose_model(fields, rules)
     stream = boolean(fields.get("stream"), "stream")
     include_usage = usage_wanted(fields, stream)
+    usage_for_us = exact_usage and stream and not include_usage
     output_tokens, limits = limit_output(fields, rules)
     talk = Talk(rules)
     talk.read(fields.get("messages"))
@@ -108,6 +111,8 @@ def order(body: bytes, rules: settings.Policy) -> Order:
     if rules.system_prompt:
         edits["messages"] = Raw(messages)
     edits |= limits
+    if usage_for_us:
+        edits["stream_options"] = with_usage(fields)
     return Order(
         body=rewritten(fields, edits) if edits else body,
         model=model,
@@ -116,6 +121,7 @@ def order(body: bytes, rules: settings.Policy) -> Order:
         output_tokens=output_tokens,
         prompt_tokens=talk.tokens(len(messages) + unread_bytes(fields)),
         include_usage=include_usage,
+        usage_for_us=usage_for_us,
     )
 
 
@@ -294,6 +300,11 @@ def usage_wanted(fields: dict[str, Raw], stream: bool) -> bool:
     options = named(decode(OBJECT, fields["stream_options"], "stream_options"), "stream_options")
     check_lookalikes(options, STREAM_FIELDS, "stream_options")
     return boolean(options.get("include_usage"), "stream_options.include_usage")
+
+
+def with_usage(fields: dict[str, Raw]) -> Raw:
+    options = {} if absent(fields, "stream_options") else named(OBJECT.decode(fields["stream_options"]), "")
+    return Raw(msgspec.json.encode({**options, "include_usage": True}))
 
 
 def limit_output(fields: dict[str, Raw], rules: settings.Policy) -> tuple[int, Edits]:

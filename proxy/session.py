@@ -6,7 +6,8 @@ Rules:
 2. The first key signs, all of them verify. A cookie under an older key, or one older than a quarter of `idle`,
    is given anew; so rotation logs nobody out.
 3. A cookie is either ours and alive, ours and expired, or bad. Bad has one face to the outside.
-4. Revoking an id kills every cookie of that id issued until then, copies included.
+4. Revoking an id kills every cookie of that id issued until then, copies included. Revoking by generation kills
+   whatever was issued before the generation began: of one user, or of all.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import hmac
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import msgspec
 from itsdangerous import Signer
 
 from proxy.errors import SessionExpired, Unauthenticated
@@ -64,12 +66,21 @@ class Sessions:
 
     # ---- making ---------------------------------------------------------------------------------------------------
 
-    def mint(self, now: float, randomness: bytes, *, mode: str = "anonymous", subject: str | None = None) -> Session:
-        return Session(encode_id(randomness), mode, subject, int(now), int(now))
+    def mint(
+        self,
+        now: float,
+        randomness: bytes,
+        *,
+        mode: str = "anonymous",
+        subject: str | None = None,
+        generation: int = 0,
+    ) -> Session:
+        return Session(encode_id(randomness), mode, subject, int(now), int(now), generation)
 
     def mint_for_address(self, now: float, address: str, revocations: Revocations) -> Session:
         """The one session that all callers of an address share who keep no cookie, such as scripts and SDKs."""
-        session = self.mint(now, hmac.digest(self.derive_key, address.encode(), "sha256"))
+        randomness = hmac.digest(self.derive_key, address.encode(), "sha256")
+        session = self.mint(now, randomness, generation=revocations.decree.generation)
         issued = max(session.issued, revocations.until(session.id) + 1)
         return replace(session, issued=issued, renewed=issued)
 
@@ -94,7 +105,7 @@ class Sessions:
         if len(value) > LONGEST_COOKIE or not value.isascii():
             raise Unauthenticated(reason="session cookie is too long or not ASCII")
         session, old_key = self._verified(value)
-        if revocations.until(session.id) >= session.issued:
+        if revocations.kill(session):
             raise Unauthenticated(reason="session was revoked")
         if now >= self.expires_at(session):
             raise SessionExpired
@@ -119,11 +130,42 @@ def parse(payload: str) -> Session:
         raise Unauthenticated(reason="session cookie is of another version") from None
 
 
+class Decree(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What was revoked by hand. Each decree begins a new generation; cookies carry the one they were issued in.
+
+    Killed is who was issued in a generation before `everyone`, or before that of the subject in `users`, or before
+    `before` (Unix seconds).
+    """
+
+    generation: int = 0
+    everyone: int = 0
+    before: int = 0
+    users: dict[str, int] = {}  # msgspec copies it
+
+    def revoking_all(self) -> Decree:
+        return Decree(self.generation + 1, everyone=self.generation + 1, before=self.before)
+
+    def revoking_before(self, moment: int) -> Decree:
+        return Decree(self.generation + 1, self.everyone, max(self.before, moment), self.users)
+
+    def revoking_user(self, user: str) -> Decree:
+        users = {**self.users, user: self.generation + 1}
+        return Decree(self.generation + 1, self.everyone, self.before, users)
+
+    def kills(self, session: Session) -> bool:
+        least = max(self.everyone, self.users.get(session.subject or "", 0))
+        return session.generation < least or session.issued < self.before
+
+
 class Revocations:
-    """Ids that were logged out in this process, each until its last cookie has expired anyway."""
+    """What was revoked: ids that were logged out in this process, and the decree that holds for all processes."""
 
     def __init__(self) -> None:
-        self._until: dict[str, tuple[int, int]] = {}
+        self.decree = Decree()
+        self._until: dict[str, tuple[int, int]] = {}  # each until its last cookie has expired anyway
+
+    def kill(self, session: Session) -> bool:
+        return self.until(session.id) >= session.issued or self.decree.kills(session)
 
     def revoke(self, session: Session, now: float, forget_at: float) -> None:
         """Kills the cookies of this id issued until `now`, or until this one was when the clock has gone back since.
@@ -140,7 +182,7 @@ class Revocations:
         return entry[0] if entry else -1
 
 
-def set_cookie(name: str, value: str, max_age: int, *, secure: bool) -> bytes:
+def set_cookie(name: str, value: str, max_age: int, *, secure: bool, same_site: str = "Strict") -> bytes:
     """A Set-Cookie value (RFC 6265bis). HttpOnly: no script reads it; Strict: no foreign page sends it."""
     flags = "; Secure" if secure else ""
-    return f"{name}={value}; Path=/; Max-Age={max_age}; HttpOnly; SameSite=Strict{flags}".encode()
+    return f"{name}={value}; Path=/; Max-Age={max_age}; HttpOnly; SameSite={same_site}{flags}".encode()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import ipaddress
 import re
 import ssl
@@ -136,10 +137,8 @@ def texts(convert: Callable[[str], Any] = str) -> Kind:
     return Kind(lambda raw: [part.strip() for part in raw.split(",") if part.strip()], check)
 
 
-def choice(*offered: str, later: Iterable[str] = ()) -> Kind:
+def choice(*offered: str) -> Kind:
     def check(value: object) -> str:
-        if value in tuple(later):
-            raise Wrong(f"this version cannot do that yet; it offers {', '.join(offered)}")
         if not isinstance(value, str) or value not in offered:
             raise Wrong(f"wants one of {', '.join(offered)}")
         return value
@@ -229,6 +228,11 @@ def base_url(written: str) -> str:
     return url.scheme + written[len(url.scheme) :].rstrip("/")
 
 
+def issuer(written: str) -> str:
+    """An OpenID provider as it names itself, to the letter: a slash at the end belongs to the name."""
+    return written.strip() if not written.strip() or base_url(written) else ""
+
+
 def listening_host(written: str) -> str:
     """An address or a name to listen on, in a form that can be looked up at all."""
     written = written.strip()
@@ -265,18 +269,21 @@ def one_process(value: object) -> int:
     return count
 
 
-def memory_store(written: str) -> str:
+STORES = ("redis", "rediss", "unix", "redis+unix", "redis+sentinel")
+
+
+def store(written: str) -> str:
+    """Where limits count, as the `limits` package writes it."""
+    written = written.strip()
     if written == "memory://":
         return written
-    if urlsplit(written).scheme in ("redis", "rediss", "unix", "redis+sentinel"):
-        raise Wrong("this version counts in memory only: memory://")
-    raise Wrong("wants memory://")
-
-
-def not_yet(value: object) -> bool:
-    if check_boolean(value):
-        raise Wrong("this version cannot do that yet; leave it false")
-    return False
+    try:
+        valid = urlsplit(written).scheme in STORES and "://" in written
+    except ValueError:
+        valid = False
+    if not valid:
+        raise Wrong("wants memory://, redis://, rediss://, unix:// or redis+sentinel://")
+    return written.replace("unix://", "redis+unix://", 1) if written.startswith("unix://") else written
 
 
 class Secret:
@@ -326,6 +333,20 @@ def session_keys(written: str) -> str:
     lines = [line.strip() for line in written.split("\n") if line.strip()]
     if any(len(line) < SHORTEST_SECRET for line in lines) or not lines:
         raise Wrong(f"wants at least {SHORTEST_SECRET} characters a line; `chat-proxy new-secret` makes a good one")
+    return "\n".join(lines)
+
+
+ARGON2ID = r"\$argon2id\$v=19\$m=\d+,t=\d+,p=\d+\$[A-Za-z0-9+/]+\$[A-Za-z0-9+/]+"
+PASSWORD_LINE = re.compile(rf"(?:[^:\s]{{1,128}}:)?{ARGON2ID}")
+
+
+def password_lines(written: str) -> str:
+    lines = [line.strip() for line in written.split("\n") if line.strip()]
+    users = [line.partition(":")[0] for line in lines if not line.startswith("$")]
+    if not all(PASSWORD_LINE.fullmatch(line) for line in lines):
+        raise Wrong("wants lines like user:hash, or one hash for all; `chat-proxy hash-password` makes them")
+    if not lines or len(set(users)) != len(users) or (len(lines) > 1 and len(users) != len(lines)):
+        raise Wrong("wants one line a user, each user once; or one hash without a user, alone")
     return "\n".join(lines)
 
 
@@ -388,10 +409,27 @@ class Upstream:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    mode: str = setting(choice("anonymous", later=("password", "oidc", "header")), "anonymous")
+    mode: str = setting(choice("anonymous", "password", "oidc", "header"), "anonymous")
+    passwords: Secret | None = secret(password_lines, required=False)
     secret: Secret | None = secret(session_keys, required=False)
+    control_file: str = setting(text, "")
     lifetime: int = setting(whole(60, 365 * 86400), 604800)
     idle: int = setting(whole(60, 365 * 86400), 86400)
+
+
+@dataclass(frozen=True, slots=True)
+class Oidc:
+    issuer: str = setting(converted(issuer), "")
+    client_id: str = setting(text, "")
+    client_secret: Secret | None = secret(key_text, required=False)
+    scopes: tuple[str, ...] = setting(texts(), ("openid", "email"))
+    allowed_emails: tuple[str, ...] = setting(texts(str.lower), ())
+    allowed_domains: tuple[str, ...] = setting(texts(str.lower), ())
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    name: str = setting(converted(header_name), "X-Forwarded-Email")
 
 
 @dataclass(frozen=True, slots=True)
@@ -425,8 +463,8 @@ class Limits:
     tokens_per_session: tuple[Rate, ...] = setting(converted(rates), rates("200000/day"))
     tokens_per_address: tuple[Rate, ...] = setting(converted(rates), rates("1000000/day"))
     tokens_total: tuple[Rate, ...] = setting(converted(rates), rates(""))
-    exact_usage: bool = setting(Kind(boolean.decode, not_yet), False)
-    store: str = setting(converted(memory_store), "memory://")
+    exact_usage: bool = setting(boolean, False)
+    store: str = setting(converted(store), "memory://")
     when_store_fails: str = setting(choice("local", "refuse"), "local")
 
 
@@ -447,6 +485,8 @@ class Settings:
     server: Server
     upstream: Upstream
     session: Session
+    oidc: Oidc
+    header: Header
     policy: Policy
     limits: Limits
     metrics: Metrics
@@ -457,6 +497,8 @@ SECTIONS: dict[str, type[Any]] = {
     "server": Server,
     "upstream": Upstream,
     "session": Session,
+    "oidc": Oidc,
+    "header": Header,
     "policy": Policy,
     "limits": Limits,
     "metrics": Metrics,
@@ -671,6 +713,13 @@ def holds_certificates(file: str) -> bool:
     return True
 
 
+LOGIN_PACKAGES = {"password": ("argon2",), "oidc": ("joserfc",)}
+
+
+def is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
 def address(listening: Server | Metrics) -> tuple[str, int]:
     return listening.host, listening.port
 
@@ -687,6 +736,39 @@ CONTRADICTIONS = (
         ("server.public_url", "session.secret"),
         lambda s: s.session.secret is None and not s.server.is_local,
         "is required when public_url is not loopback; `chat-proxy new-secret` makes one",
+    ),
+    Contradiction(
+        "session.passwords",
+        ("session.mode", "session.passwords"),
+        lambda s: s.session.mode == "password" and s.session.passwords is None,
+        "is required in this mode; `chat-proxy hash-password` makes its lines",
+    ),
+    *(
+        Contradiction(
+            f"oidc.{name}",
+            ("session.mode", f"oidc.{name}"),
+            lambda s, name=name: s.session.mode == "oidc" and not getattr(s.oidc, name),  # type: ignore[misc]
+            "is required in this mode; the provider gives it when the application is registered there",
+        )
+        for name in ("issuer", "client_id", "client_secret")
+    ),
+    Contradiction(
+        "oidc.issuer",
+        ("oidc.issuer",),
+        lambda s: s.oidc.issuer.startswith("http://") and not is_loopback(urlsplit(s.oidc.issuer).hostname or ""),
+        "wants https: whoever is on the way could log in as anybody",
+    ),
+    Contradiction(
+        "session.mode",
+        ("session.mode",),
+        lambda s: any(not is_installed(package) for package in LOGIN_PACKAGES.get(s.session.mode, ())),
+        "needs packages that are not installed: pip install 'chat-proxy[login]'",
+    ),
+    Contradiction(
+        "limits.store",
+        ("limits.store",),
+        lambda s: s.limits.store != "memory://" and not is_installed("redis"),
+        "needs packages that are not installed: pip install 'chat-proxy[redis]'",
     ),
     Contradiction(
         "upstream.base_url",

@@ -34,8 +34,8 @@ class Visit:
     """One request: what is known about it so far, and how it is answered."""
 
     __slots__ = (
-        *("_base_headers", "began", "caller", "code", "cookies", "ending", "found", "log", "method", "reason"),
-        *("receive", "request_id", "send", "standings", "started", "status"),
+        *("_base_headers", "began", "caller", "code", "cookies", "ending", "found", "log", "method", "query"),
+        *("reason", "receive", "request_id", "send", "standings", "started", "status"),
     )
 
     def __init__(
@@ -53,6 +53,7 @@ class Visit:
         self.send = send
         self._base_headers = base_headers
         self.method: str = scope["method"]
+        self.query: bytes = scope["query_string"]
         self.caller = caller
         self.found = found
         self.request_id = request_id
@@ -107,6 +108,16 @@ class Visit:
         length = (b"content-length", b"%d" % len(body))
         await self.send(self.head(status, [(b"content-type", b"application/json"), length, *headers]))
         await self.send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def redirect(self, location: str) -> None:
+        await self.send(self.head(302, [(b"location", location.encode()), (b"content-length", b"0")]))
+        await self.send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def tell(self, status: int, page: bytes) -> None:
+        """A page for a person, where a browser was sent on its own and no script of ours can read an error."""
+        length = (b"content-length", b"%d" % len(page))
+        await self.send(self.head(status, [(b"content-type", b"text/html; charset=utf-8"), length]))
+        await self.send({"type": "http.response.body", "body": page, "more_body": False})
 
     async def refuse(self, refusal: Refusal) -> None:
         self.code = type(refusal).code  # never the one an upstream gave: it ends up in labels

@@ -1,5 +1,5 @@
 // @ts-check
-/** Who the server takes us for, and what is left of the limits: `GET /api/session`, shown. */
+/** Who the server takes us for, and what is left of the limits: `/api/session`, asked and shown. */
 
 import { make } from "./dom.js";
 import { comesBack, duration, limitWords, tightest } from "./figures.js";
@@ -8,18 +8,49 @@ import { comesBack, duration, limitWords, tightest } from "./figures.js";
 /** @typedef {{mode: string, user: string | null, expires_at: number | null}} SessionFacts */
 /** @typedef {{session: SessionFacts, models: string[], limits: Limit[]}} Account */
 
+/** Milliseconds for an answer: a password may have to wait for its turn to be checked. */
+const ANSWER = 30_000;
+
 /**
- * Asks the server; in anonymous mode that is what makes the session.
+ * In anonymous mode that is what makes the session.
  * @returns {Promise<Account>}
+ */
+export const fetchAccount = () => askSession("GET", "session");
+
+/**
+ * @param {{user?: string, password: string}} credentials
+ * @returns {Promise<Account>}
+ */
+export const signIn = (credentials) => askSession("POST", "session", credentials);
+
+/** @returns {Promise<{logout_url: string | null}>} */
+export const signOut = () => askSession("DELETE", "logout_url");
+
+/**
+ * @param {"GET" | "POST" | "DELETE"} method
+ * @param {string} field that the answer must have
+ * @param {object} [body]
+ * @returns {Promise<any>} the answer
  * @throws {Error} with `code`, `status` and `retryAfter` as ChatError has them
  */
-export async function fetchAccount() {
-  const response = await fetch("/api/session", { credentials: "same-origin", cache: "no-store" }).catch((cause) => {
+async function askSession(method, field, body) {
+  const response = await fetch("/api/session", {
+    method,
+    credentials: "same-origin",
+    cache: "no-store",
+    redirect: "manual",
+    signal: AbortSignal.timeout(ANSWER),
+    ...(body && { headers: { "content-type": "application/json" }, body: JSON.stringify(body) }),
+  }).catch((cause) => {
     throw failure("The server could not be reached.", "network_error", 0, null, cause);
   });
-  const body = await response.json().catch(() => null);
-  if (response.ok && body?.session) return body;
-  const error = body?.error;
+  if (response.type === "opaqueredirect") {
+    // Our server has no redirects here: this is the sign-in of somebody in front of it.
+    throw failure("Please sign in first.", "login_required", 401, null);
+  }
+  const answer = await response.json().catch(() => null);
+  if (response.ok && answer?.[field] !== undefined) return answer;
+  const error = answer?.error;
   throw failure(
     error?.message ?? `The server answered with status ${response.status}.`,
     error?.code ?? (response.ok ? "protocol_error" : `http_${response.status}`),
@@ -40,17 +71,32 @@ function failure(message, code, status, retryAfter, cause) {
 }
 
 /** @param {SessionFacts} session @returns {boolean} */
-export function needsLogin({ mode, user }) {
-  return mode !== "anonymous" && user === null;
+export function needsLogin({ mode, expires_at }) {
+  return mode !== "anonymous" && expires_at === null; // who shares a password with others has no name
+}
+
+/** @param {SessionFacts} session @returns {boolean} whether somebody is signed in, and may sign out */
+export function isSignedIn(session) {
+  return session.mode !== "anonymous" && !needsLogin(session);
 }
 
 /**
- * @param {{card: HTMLDetailsElement, tightest: HTMLElement, list: HTMLElement, state: HTMLElement}} elements
+ * @typedef {object} Elements
+ * @property {HTMLElement} card
+ * @property {HTMLElement} tightest
+ * @property {HTMLElement} list
+ * @property {HTMLElement} state
+ * @property {HTMLButtonElement} signOut
+ */
+
+/**
+ * @param {Elements} elements
  * @param {Account} account
  * @param {number} now Unix seconds
  */
 export function showAccount(elements, { session, limits }, now) {
-  elements.card.hidden = false;
+  elements.card.hidden = needsLogin(session);
+  elements.signOut.hidden = !isSignedIn(session);
   const least = tightest(limits);
   elements.tightest.replaceChildren(...(least ? [meter(least), short(least)] : ["Session"]));
   elements.list.replaceChildren(...limits.map((limit) => row(limit, now)));
@@ -100,12 +146,14 @@ function meter({ name, limit, remaining }) {
  * @param {number} now
  * @returns {(string | Node)[]}
  */
-function sessionWords({ mode, user, expires_at }, now) {
-  if (needsLogin({ mode, user, expires_at })) return ["Not signed in"];
-  const who = user === null ? "Anonymous session" : `Signed in as ${user}`;
-  if (expires_at === null) return [who];
+function sessionWords(session, now) {
+  const { user, expires_at } = session;
+  if (needsLogin(session)) return ["Not signed in"];
+  const nobody = isSignedIn(session) ? "Signed in" : "Anonymous session";
+  const who = user === null ? [nobody] : ["Signed in as ", make("bdi", {}, user)];
+  if (expires_at === null) return who;
   const date = new Date(expires_at * 1000);
   const words = expires_at > now ? `expires in ${duration(expires_at - now)}` : "expired";
   const time = make("time", { datetime: date.toISOString(), title: date.toLocaleString() }, words);
-  return [`${who}, `, time];
+  return [...who, ", ", time];
 }

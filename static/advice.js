@@ -74,6 +74,7 @@ export const ADVICE = {
     "That was too many requests in a short time",
     "Wait for the countdown, then retry. Nothing is lost.",
   ),
+  too_many_tries: again("That was too many tries", "Wait for the countdown, then try again."), // the page's own code
   too_many_streams: again(
     "Too many answers are being written at once",
     "Stop one in another tab or wait for it to end, then retry.",

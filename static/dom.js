@@ -1,6 +1,8 @@
 // @ts-check
 /** Making and finding elements, so that the rest of the page reads as what it shows. */
 
+import { duration } from "./figures.js";
+
 /**
  * @template {keyof HTMLElementTagNameMap} T
  * @param {T} tag
@@ -26,6 +28,30 @@ export function byId(id, kind) {
   const found = document.getElementById(id);
   if (!(found instanceof kind)) throw new TypeError(`index.html has no ${kind.name} #${id}`);
   return found;
+}
+
+/** Milliseconds between two looks at a countdown. */
+const TICK = 250;
+
+/**
+ * Closes a button until it makes sense to press it.
+ * @param {HTMLButtonElement} button
+ * @param {number} seconds
+ * @param {string} waiting its label until then, "… in 12 seconds"
+ * @param {string} [ready] its label from then on
+ * @returns {ReturnType<typeof setInterval>} to be cleared when that is not wanted any more
+ */
+export function countDown(button, seconds, waiting, ready = waiting) {
+  const end = performance.now() + seconds * 1000;
+  const tick = () => {
+    const left = Math.ceil((end - performance.now()) / 1000);
+    button.disabled = left > 0;
+    button.textContent = left > 0 ? `${waiting} in ${duration(left)}` : ready;
+    if (left <= 0) clearInterval(timer);
+  };
+  const timer = setInterval(tick, TICK);
+  tick();
+  return timer;
 }
 
 /** Milliseconds that a copy button says how it went. */

@@ -7,17 +7,22 @@
  * 1. One answer at a time. `live` is its request; everything that ends it goes through its AbortController.
  * 2. The conversation is the turns on the screen, and is nowhere else: a reload forgets it, the session stays.
  * 3. What broke before its first word is not sent along again: a message refused once would be refused for ever.
+ * 4. A question that needs a login first is not lost: it waits in the message box, and the door stands before that.
+ * 5. Who signs out leaves nothing on the screen, in no tab; nor does one user for the next.
  */
 
-import { fetchAccount, needsLogin, showAccount } from "./account.js";
+import { fetchAccount, needsLogin, showAccount, signOut } from "./account.js";
 import { adviceFor } from "./advice.js";
 import { streamChat } from "./chat/client.js";
 import { byId, copy, make } from "./dom.js";
 import { duration, plural } from "./figures.js";
+import { Door, keepDraft, takeDraft, wayOut } from "./login.js";
 import { Turn } from "./turn.js";
 import { Wire } from "./wire.js";
 
 /** @typedef {import("./account.js").Account} Account */
+/** @typedef {import("./account.js").SessionFacts} SessionFacts */
+/** @typedef {import("./login.js").Situation} Situation */
 /** @typedef {import("./chat/client.js").ChatError} ChatError */
 /** @typedef {import("./chat/client.js").Message} Message */
 
@@ -34,18 +39,26 @@ const status = byId("status", HTMLElement);
 const notice = byId("notice", HTMLElement);
 const latest = byId("latest", HTMLButtonElement);
 const model = byId("model", HTMLSelectElement);
+const signOutButton = byId("sign-out", HTMLButtonElement);
 const wire = new Wire({
   panel: byId("wire", HTMLDialogElement),
   toggle: byId("wire-toggle", HTMLButtonElement),
   close: byId("wire-close", HTMLButtonElement),
   body: byId("wire-body", HTMLElement),
 });
+const door = new Door(byId("door", HTMLElement), { onEnter: entered, onLeave: () => keepDraft(message.value, user) });
+const tabs = new BroadcastChannel("chat-proxy signed out");
 
 /** @type {Turn[]} */
 const turns = [];
 /** @type {AbortController | null} the request under way */
 let live = null;
 let following = true; // the reader is at the end, and stays there
+/** @type {Account | null} as the server told it last */
+let account = null;
+let told = 0; // how often the account was asked for or set: only the latest answer counts
+let user = ""; // the last one with a name who was signed in here
+let staysOut = false; // signed out by hand, where asking would sign in again
 
 // ---- asking
 
@@ -63,7 +76,7 @@ function ask(question) {
 function askAgain(turn) {
   if (live) return;
   toMessage(); // its button goes away
-  void run(turn);
+  if (!door.isOpen) void run(turn);
 }
 
 /** @param {Turn} turn its answer is asked for, perhaps again */
@@ -91,13 +104,39 @@ async function run(turn) {
     const tokens = answer.usage?.completion_tokens ?? answer.deltas;
     turn.complete({ finishReason: answer.finishReason, tokens, now: performance.now() });
     say(`Complete: ${plural(tokens, "token")}.`);
-  } catch (error) {
-    if (live === controller) broke(turn, /** @type {ChatError} */ (error)); // else a new conversation has begun
+  } catch (caught) {
+    const error = /** @type {ChatError} */ (caught);
+    const shutOut = live === controller && (await isShutOut(error));
+    if (live !== controller) return; // a new conversation has begun
+    if (shutOut) takeBack(turn);
+    else broke(turn, error);
   }
   if (live !== controller) return;
   setLive(null);
   wire.show();
-  void refresh();
+  if (!door.isOpen) void refresh();
+}
+
+/**
+ * Was it refused because nobody is signed in (any more)? Then the door is open now.
+ * @param {ChatError} error
+ */
+async function isShutOut({ status, code }) {
+  const mode = account?.session.mode;
+  if (mode === "anonymous") return false; // a session without a login is replaced without a word
+  const redirected = mode === "header" && code === "network_error"; // perhaps: to the sign-in in front of the server
+  if (status !== 401 && !redirected) return false;
+  await refresh();
+  return door.isOpen;
+}
+
+/** @param {Turn} turn whose question goes back to where it was written */
+function takeBack(turn) {
+  turns.splice(turns.indexOf(turn), 1);
+  turn.dispose();
+  welcome.hidden = turns.length > 0;
+  message.value = [turn.question, message.value.trim()].filter(Boolean).join("\n\n");
+  say("Your question is kept.");
 }
 
 /** @param {AbortController | null} controller */
@@ -155,24 +194,55 @@ function startAnew() {
 // ---- the account
 
 async function refresh() {
-  let account;
+  told += 1;
+  const mine = told;
+  let found;
   try {
-    account = await fetchAccount();
-  } catch (error) {
-    const advice = adviceFor(/** @type {any} */ (error));
-    if (!model.options.length) showNotice(advice.title, advice.text, () => void refresh());
+    found = await fetchAccount();
+  } catch (caught) {
+    if (mine !== told) return;
+    const error = /** @type {any} */ (caught);
+    const advice = adviceFor(error);
+    if (error.status === 401) accept(nobody("header")); // our server never says that here: one in front of it does
+    else if (!model.options.length) showNotice(advice.title, advice.text, () => void refresh());
     return; // later, what is shown is good enough until the next answer
   }
+  if (mine === told) accept(found);
+}
+
+/**
+ * @param {string} [mode]
+ * @returns {Account} what it is while nobody is signed in
+ */
+function nobody(mode = account?.session.mode ?? "header") {
+  return { session: { mode, user: null, expires_at: null }, models: account?.models ?? [], limits: [] };
+}
+
+/**
+ * @param {Account} found is how it is from now on
+ * @param {Situation} [situation] of somebody who is not signed in
+ */
+function accept(found, situation = account && !needsLogin(account.session) ? "ended" : "new") {
+  told += 1;
+  staysOut = false;
+  const { session } = found;
+  if (session.user !== null) {
+    if (user !== "" && user !== session.user) forget();
+    user = session.user;
+  }
+  account = found;
   const elements = {
     card: byId("account", HTMLDetailsElement),
     tightest: byId("tightest", HTMLElement),
     list: byId("limits", HTMLElement),
     state: byId("session-state", HTMLElement),
+    signOut: signOutButton,
   };
-  showAccount(elements, account, Date.now() / 1000);
+  showAccount(elements, found, Date.now() / 1000);
   byId("welcome-state", HTMLElement).textContent = elements.state.textContent;
-  showModels(account.models);
-  showLogin(account);
+  showModels(found.models);
+  notice.hidden = true;
+  showDoor(session, situation);
 }
 
 /** @param {string[]} names */
@@ -185,23 +255,70 @@ function showModels(names) {
   byId("picker", HTMLElement).hidden = names.length < 2;
 }
 
-/** @param {Account} account */
-function showLogin({ session }) {
+/**
+ * The door stands in place of the message box, or goes.
+ * @param {SessionFacts} session
+ * @param {Situation} situation
+ */
+function showDoor(session, situation) {
   const away = needsLogin(session);
-  send.disabled = away;
-  document.body.classList.toggle("locked", away);
-  if (!away) {
-    notice.hidden = true;
-    return;
+  const moves = away !== door.isOpen;
+  if (away) {
+    door.open(session.mode, situation);
+  } else {
+    door.close();
+    message.value ||= takeDraft(session.user ?? "");
   }
-  const ways = /** @type {Record<string, string>} */ ({
-    password: "This chat asks for a password, which this page cannot do yet.",
-    oidc: "This chat is for people who are signed in.",
-    header: "This chat is for people who are signed in with the site around it.",
-  });
-  notice.replaceChildren(make("span", {}, make("strong", {}, "You need to sign in."), ` ${ways[session.mode] ?? ""}`));
-  if (session.mode === "oidc") notice.append(make("a", { href: "/api/session/login" }, "Sign in"));
-  notice.hidden = false;
+  composer.hidden = send.disabled = away;
+  document.body.classList.toggle("locked", away);
+  const skip = byId("skip", HTMLAnchorElement);
+  skip.href = away ? "#door" : "#message";
+  skip.textContent = away ? "Skip to the sign-in" : "Skip to the message box";
+  if (moves) toMessage();
+  grow(); // it could not while it was hidden
+}
+
+/** @param {Account} found after a password was right */
+function entered(found) {
+  accept(found);
+  say("Signed in.");
+  message.focus();
+}
+
+async function leave() {
+  signOutButton.disabled = true;
+  let url;
+  try {
+    ({ logout_url: url } = await signOut());
+  } catch (error) {
+    const advice = adviceFor(/** @type {any} */ (error));
+    showNotice("You are still signed in", `${advice.title}. ${advice.text}`, () => void leave());
+    return;
+  } finally {
+    signOutButton.disabled = false;
+  }
+  tabs.postMessage(null);
+  signedOut();
+  const next = wayOut(url);
+  if (next) location.assign(next);
+}
+
+/** Here, or in another tab. */
+function signedOut() {
+  if (!account) return;
+  forget();
+  byId("account", HTMLDetailsElement).open = false;
+  accept(nobody(), "left");
+  staysOut = account.session.mode === "header";
+  say("");
+}
+
+/** Nothing stays, not even what was not asked yet: the next reader may be somebody else. */
+function forget() {
+  message.value = "";
+  takeDraft("");
+  wire.sent(null);
+  startAnew();
 }
 
 /**
@@ -232,8 +349,10 @@ function shown() {
 
 /** Where a click left no focus behind. On a touch screen the keyboard would come up, and nobody asked for it. */
 function toMessage() {
-  if (matchMedia("(hover: hover)").matches) message.focus();
-  else scroller.focus({ preventScroll: true });
+  const typing = matchMedia("(hover: hover)").matches;
+  if (door.isOpen) door.focus({ typing });
+  else if (typing) message.focus();
+  else if (navigator.userActivation?.hasBeenActive) scroller.focus({ preventScroll: true });
 }
 
 function submit() {
@@ -310,8 +429,11 @@ latest.addEventListener("click", () => {
 
 byId("fresh", HTMLButtonElement).addEventListener("click", startAnew);
 
+signOutButton.addEventListener("click", () => void leave());
+tabs.addEventListener("message", signedOut);
+
 document.addEventListener("visibilitychange", () => {
-  if (document.visibilityState === "visible" && !live) void refresh();
+  if (document.visibilityState === "visible" && !live && !staysOut) void refresh();
 });
 
 toMessage();

@@ -10,8 +10,8 @@
  */
 
 import { adviceFor } from "./advice.js";
-import { make } from "./dom.js";
-import { duration, elapsed, plural, rate } from "./figures.js";
+import { countDown, make } from "./dom.js";
+import { elapsed, plural, rate } from "./figures.js";
 import { MarkdownView } from "./markdown.js";
 
 /** @typedef {import("./chat/client.js").ChatError} ChatError */
@@ -189,7 +189,7 @@ export class Turn {
     if (error.requestId) this.problem.append(make("p", { class: "request-id" }, `Request ${error.requestId}`));
     this.retry.hidden = !advice.retry;
     this.#name("Retry");
-    if (advice.retry && error.retryAfter) this.#countDown(error.retryAfter);
+    if (advice.retry && error.retryAfter) this.#countdown = countDown(this.retry, error.retryAfter, "Retry");
     this.#onShown();
   }
 
@@ -198,19 +198,6 @@ export class Turn {
     this.retry.textContent = label;
     this.retry.disabled = false;
     this.retry.classList.toggle("first", label === "Retry");
-  }
-
-  /** @param {number} seconds until it makes sense to ask again */
-  #countDown(seconds) {
-    const end = performance.now() + seconds * 1000;
-    const tick = () => {
-      const left = Math.ceil((end - performance.now()) / 1000);
-      this.retry.disabled = left > 0;
-      this.retry.textContent = left > 0 ? `Retry in ${duration(left)}` : "Retry";
-      if (left <= 0) clearInterval(this.#countdown);
-    };
-    this.#countdown = setInterval(tick, 250);
-    tick();
   }
 
   /** @param {string} text */

@@ -78,7 +78,7 @@ export class Wire {
     this.open();
   }
 
-  /** @param {SentRequest} request */
+  /** @param {SentRequest | null} request null: what was shown is nobody's business any more */
   sent(request) {
     this.#request = request;
     this.#response = null;

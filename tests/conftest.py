@@ -1,12 +1,18 @@
-"""Holds the tests to the fault table: when the whole suite is collected, each fault must have a test on each loop."""
+"""Holds the tests to the fault table: when the whole suite is collected, each fault must have a test on each loop.
+
+And gives those of the page their browser.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from browser import browser, context
 from faults import FAULTS
 from harness import LOOPS
+
+__all__ = ["browser", "context"]
 
 
 @pytest.hookimpl(tryfirst=True)  # before -k and -m take some away

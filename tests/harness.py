@@ -302,7 +302,7 @@ class Running:
             "tasks": self.tasks() - self.baseline,
             "live": len(app.live),
             "busy": app.busy,
-            "leases": app.leases.live + len(app.leases.held),
+            "leases": app.limits.leases.live + len(app.limits.leases.held),
             "sockets": self.on_loop(lambda: transport.open_sockets - len(transport._idle)),
         }
         return {name: count for name, count in counts.items() if count}
@@ -324,7 +324,7 @@ class Running:
 
     def tokens_used(self) -> dict[str, int]:
         """What the token windows hold, by the name of the limit; summed over subjects."""
-        tokens = self.service.app.tokens
+        tokens = self.service.app.limits.tokens
         used: dict[str, int] = {}
         for (number, _), window in tokens.windows.items():
             name = tokens.purses[number].name

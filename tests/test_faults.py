@@ -169,7 +169,7 @@ def test_a_clock_that_jumps_opens_and_closes_nothing(
         assert len(server.seen) == 6
 
         later = lambda: time.monotonic() + no_requests  # noqa: E731  # the clock that counts has gone on
-        app.requests.clock = app.requests.storage.clock = later
+        app.limits.requests.clock = app.limits.requests.storage.clock = later
         assert ask(one).body == WHOLE
         assert_all_used(proxy, 7 * USED)
 
@@ -321,7 +321,7 @@ def test_rotation_disturbs_nobody(rotated: str, loop: str, files: SecretFiles) -
         answers = [line for line in proxy.lines() if line["route"] == "POST /api/chat"]
         assert [(line["ending"], line["code"], line["tokens"]) for line in answers] == [("complete", None, USED)] * 3
         assert_all_used(proxy, 3 * USED)
-        assert len(proxy.service.app.tokens.windows) == 2  # of one session and one address: it was the same one
+        assert len(proxy.service.app.limits.tokens.windows) == 2  # of one session and one address: it was the same one
         seen = bytes(proxy.sent) + proxy.output.getvalue()
         assert not any(piece.encode() in seen for piece in pieces(new_key))
 
@@ -431,7 +431,7 @@ def check_bug(proxy: Running, server: ScriptedUpstream, *, calls: int, used: int
 
 
 BEFORE = {
-    "before the call": (breaking(lambda proxy: proxy.service.app.leases, "acquire"), 0),
+    "before the call": (breaking(lambda proxy: proxy.service.app.limits.leases, "acquire"), 0),
     "making the call": (breaking(lambda proxy: proxy.service.app.upstream, "headers"), 0),
     "reading the answer's head": (breaking(lambda proxy: proxy.service.app.upstream, "check_headers"), 1),
     "making the relay": (breaking(lambda proxy: proxy.service.app, "relay"), 1),

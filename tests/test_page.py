@@ -1,13 +1,11 @@
 """The page, in a real browser against the real server with the demo model; and its modules, in plain node.
 
-No test may see a console error, a violation of the content security policy, or a request to another origin: `Visit`
-collects them, and the fixture asserts that there are none.
+What no test may see, `Visit` collects, and the fixture asserts that there is none of it.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -15,108 +13,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import (
-    Browser,
-    BrowserContext,
-    Locator,
-    Page,
-    Request,
-    Route,
-    expect,
-    sync_playwright,
-)
+from browser import PATIENCE, Visit
+from playwright.sync_api import Browser, BrowserContext, Request, Route, expect
 
 from proxy import errors
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTILE: list[str] = json.loads((ROOT / "tests/page/hostile.json").read_text())
-CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
-CHROMIUM_ARGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-PATIENCE = 20.0
-"""Seconds that anything here may take before it counts as hung."""
-
-REPORT_VIOLATIONS = """
-addEventListener("securitypolicyviolation", (event) =>
-  console.error(`CSP: ${event.effectiveDirective} refused ${event.blockedURI}`));
-"""
-
-
-@dataclass
-class Visit:
-    """A page that is watched, and what a reader finds on it."""
-
-    page: Page
-    url: str
-    faults: list[str] = field(default_factory=list)
-    staged: set[int] = field(default_factory=set)
-    """Statuses that this test provokes: the browser itself reports them on the console."""
-
-    def watch(self) -> None:
-        self.page.add_init_script(REPORT_VIOLATIONS)
-        self.page.on("console", lambda said: self.heard(said.type, said.text))
-        self.page.on("pageerror", lambda error: self.faults.append(f"exception: {error}"))
-        self.page.on("request", self.sent)
-
-    def heard(self, kind: str, text: str) -> None:
-        report = re.match(r"Failed to load resource: the server responded with a status of (\d+)", text)
-        if report and int(report[1]) in self.staged:
-            return
-        if kind in ("error", "warning"):
-            self.faults.append(f"console: {text}")
-
-    def sent(self, request: Request) -> None:
-        if not request.url.startswith(f"{self.url}/"):
-            self.faults.append(f"request: {request.url}")
-
-    def open(self) -> None:
-        self.page.goto(self.url)
-        expect(self.page.locator("#account")).to_be_visible()
-
-    def ask(self, question: str, model: str = "demo") -> None:
-        """By keyboard, as most people do."""
-        self.page.get_by_label("Model").select_option(model)
-        self.message.fill(question)
-        self.message.press("Enter")
-
-    @property
-    def message(self) -> Locator:
-        return self.page.get_by_label("Your message")
-
-    @property
-    def answer(self) -> Locator:
-        """The last one."""
-        return self.page.locator(".answer").last
-
-    @property
-    def text(self) -> Locator:
-        return self.answer.locator(".md")
-
-    @property
-    def alert(self) -> Locator:
-        return self.page.get_by_role("alert")
-
-    def expect_state(self, state: str) -> None:
-        expect(self.answer).to_have_attribute("data-state", state, timeout=PATIENCE * 1000)
-
-    def stream(self, *contents: str) -> None:
-        """From now on the server's answer is this one, with a clean end."""
-        chunks = [{"choices": [{"index": 0, "delta": {"content": text}}]} for text in contents]
-        events = [*(json.dumps(chunk) for chunk in chunks), "[DONE]"]
-        body = "".join(f"data: {event}\n\n" for event in events)
-        self.page.route("**/api/chat", lambda route: route.fulfill(content_type="text/event-stream", body=body))
 
 
 @pytest.fixture(scope="module")
@@ -132,22 +39,6 @@ def url() -> Iterator[str]:
         finally:
             server.send_signal(signal.SIGTERM)
             server.wait(PATIENCE)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def context(browser: Browser) -> Iterator[BrowserContext]:
-    """A browser that was never here: no cookie, so the server gives it a session of its own."""
-    context = browser.new_context(viewport={"width": 1280, "height": 800}, reduced_motion="reduce")
-    yield context
-    context.close()
 
 
 @pytest.fixture
@@ -411,20 +302,6 @@ def test_limits_are_shown_and_go_down(visit: Visit) -> None:
     visit.expect_state("complete")
     expect(session.locator("b")).to_have_text("19 of 20")
     expect(visit.page.locator("#tightest")).to_contain_text(re.compile(r"\d+ of \d+ requests left this minute"))
-
-
-@pytest.mark.parametrize("mode", ["password", "oidc"])
-def test_a_login_is_asked_for_where_one_is_needed(visit: Visit, mode: str) -> None:
-    """Without a user in a mode that needs one, the page says so and sends nothing."""
-    session = {"mode": mode, "user": None, "expires_at": None}
-    account = {"session": session, "models": ["demo"], "limits": []}
-    visit.page.route("**/api/session", lambda route: route.fulfill(json=account))
-    visit.page.reload()
-    expect(visit.page.locator("#notice")).to_contain_text("You need to sign in")
-    expect(visit.page.get_by_role("button", name="Send")).to_be_disabled()
-    visit.message.fill("hello")
-    visit.message.press("Enter")
-    expect(visit.page.locator(".turn")).to_have_count(0)
 
 
 def test_one_model_needs_no_picker(visit: Visit) -> None:

@@ -23,6 +23,8 @@ KEY = random_key()
 BASE_URL = "https://api.example.com/v1"
 REQUIRED_SETTINGS = {"UPSTREAM_BASE_URL": BASE_URL, "UPSTREAM_API_KEY": KEY, "POLICY_MODELS": "m"}
 PUBLIC = {"SERVER_PUBLIC_URL": "https://chat.example.org", "SESSION_SECRET": "s" * 43}
+ISSUER = "https://id.example.org/"
+HASH = "$argon2id$v=19$m=8,t=1,p=1$c29tZXNhbHQ$aGFzaGhhc2hoYXNo"
 NOBODY = 65534  # a user that may not read what root hides
 
 
@@ -97,8 +99,17 @@ CONTRACT: dict[str, Any] = {
     "upstream.allow_http": False,
     "session.mode": "anonymous",
     "session.secret": None,
+    "session.passwords": None,
+    "session.control_file": "",
     "session.lifetime": 604800,
     "session.idle": 86400,
+    "oidc.issuer": "",
+    "oidc.client_id": "",
+    "oidc.client_secret": None,
+    "oidc.scopes": ("openid", "email"),
+    "oidc.allowed_emails": (),
+    "oidc.allowed_domains": (),
+    "header.name": "X-Forwarded-Email",
     "policy.models": REQUIRED,
     "policy.force_model": False,
     "policy.max_output_tokens": 4096,
@@ -186,8 +197,12 @@ FROM_THE_ENVIRONMENT: dict[str, tuple[str, str, object]] = {
     "host with a zone": ("server.host", "fe80::1%eth0", "fe80::1%eth0"),
     "host by name": ("server.host", "localhost", "localhost"),
     "one worker": ("server.workers", "1", 1),
-    "estimated usage": ("limits.exact_usage", "false", False),
-    "the only store": ("limits.store", "memory://", "memory://"),
+    "exact usage": ("limits.exact_usage", "true", True),
+    "no store": ("limits.store", "memory://", "memory://"),
+    "redis": ("limits.store", "redis://127.0.0.1:6379/0", "redis://127.0.0.1:6379/0"),
+    "redis over TLS": ("limits.store", "rediss://:pw@a.example", "rediss://:pw@a.example"),
+    "redis at a path": ("limits.store", "unix:///run/redis.sock?db=1", "redis+unix:///run/redis.sock?db=1"),
+    "sentinels": ("limits.store", "redis+sentinel://a:1,b:2/main", "redis+sentinel://a:1,b:2/main"),
 }
 
 
@@ -226,13 +241,7 @@ NOT_FROM_THE_ENVIRONMENT: dict[str, tuple[str, str]] = {
     "empty metrics host": ("metrics.host", " "),
     "two workers": ("server.workers", "2"),
     "no worker": ("server.workers", "0"),
-    "exact usage": ("limits.exact_usage", "true"),
-    "redis": ("limits.store", "redis://127.0.0.1:6379/0"),
-    "redis over TLS": ("limits.store", "rediss://127.0.0.1"),
     "unknown store": ("limits.store", "memcached://127.0.0.1"),
-    "password mode": ("session.mode", "password"),
-    "oidc mode": ("session.mode", "oidc"),
-    "header mode": ("session.mode", "header"),
     "unknown mode": ("session.mode", "open"),
     "not UTF-8": ("policy.system_prompt", "caf\udce9"),
 }
@@ -335,7 +344,6 @@ NOT_FROM_TOML: dict[str, tuple[str, object]] = {
     "list in a list": ("policy.allow", [["tools"]]),
     "number for a choice": ("log.level", 10),
     "list for a choice": ("log.level", ["info"]),
-    "mode of a later version": ("session.mode", "oidc"),
     "number for a rate": ("limits.per_session", 20),
     "number for a URL": ("server.public_url", 8000),
     "bad one in a list of origins": ("server.extra_origins", ["https://a.example.org", "b.example.org"]),
@@ -765,7 +773,8 @@ def test_key_in_place_of_its_file_is_not_shown() -> None:
 def test_no_fault_shows_a_value(tmp_path: Path) -> None:
     """Whatever setting a secret lands in by mistake, in the file or the environment, no fault about it shows it."""
     canary = f"{random_key()} \n*"  # no kind of value but free text accepts it
-    accepted = {"server.socket", "policy.system_prompt", "policy.models", "policy.allow"}
+    accepted = {"server.socket", "session.control_file", "policy.system_prompt", "policy.models", "policy.allow"}
+    accepted |= {"oidc.client_id", "oidc.scopes", "oidc.allowed_emails", "oidc.allowed_domains"}
     for name in CONTRACT.keys() - accepted:
         for given in ({variable(name): canary}, {f"{variable(name)}_FILE": canary}, {f"{variable(name)}X": canary}):
             with pytest.raises(SettingsError) as caught:
@@ -828,6 +837,14 @@ CONTRADICTIONS: dict[str, tuple[str, dict[str, str]]] = {
     "ca_file that is a folder": ("upstream.ca_file", {"UPSTREAM_CA_FILE": "/"}),
     "ca_file of something else": ("upstream.ca_file", {"UPSTREAM_CA_FILE": __file__}),
     "idle beyond lifetime": ("session.idle", {"SESSION_IDLE": "3601", "SESSION_LIFETIME": "3600"}),
+    "no passwords": ("session.passwords", {"SESSION_MODE": "password"}),
+    "no issuer": ("oidc.issuer", {"SESSION_MODE": "oidc", "OIDC_CLIENT_ID": "c", "OIDC_CLIENT_SECRET": "s"}),
+    "no client": ("oidc.client_id", {"SESSION_MODE": "oidc", "OIDC_ISSUER": ISSUER, "OIDC_CLIENT_SECRET": "s"}),
+    "no client's secret": (
+        "oidc.client_secret",
+        {"SESSION_MODE": "oidc", "OIDC_ISSUER": ISSUER, "OIDC_CLIENT_ID": "c"},
+    ),
+    "an issuer over plain http": ("oidc.issuer", {"OIDC_ISSUER": "http://id.example.org"}),
     "one port for two": ("metrics.port", {"SERVER_PORT": "9090", "METRICS_PORT": "9090"}),
 }
 
@@ -840,6 +857,48 @@ def test_contradiction(label: str) -> None:
         from_env(**given)
     wanted = f"environment variable CHAT_PROXY_{variable(name)}" if variable(name) in given else ""
     assert faults[0].source == wanted
+
+
+def test_packages_of_a_store_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "is_installed", lambda package: False)
+    with refused("limits.store") as faults:
+        from_env(LIMITS_STORE="redis://127.0.0.1")
+    assert "pip install 'chat-proxy[redis]'" in faults[0].message
+
+
+def test_packages_of_a_mode_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mode whose packages are not installed is refused at start, with the command that brings them."""
+    monkeypatch.setattr(settings, "is_installed", lambda package: False)
+    with refused("session.mode") as faults:
+        from_env(SESSION_MODE="password", SESSION_PASSWORDS=HASH)
+    assert "pip install 'chat-proxy[login]'" in faults[0].message
+
+
+@pytest.mark.parametrize("lines", [HASH, f"alice:{HASH}", f"alice:{HASH}\n\nbob:{HASH}\n"])
+def test_passwords(lines: str) -> None:
+    chosen = from_env(SESSION_MODE="password", SESSION_PASSWORDS=lines)
+    assert chosen.session.passwords is not None
+    assert chosen.session.passwords.lines() == lines.split()
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "hunter2",
+        "alice:hunter2",
+        f"a b:{HASH}",
+        f"alice:{HASH}\nalice:{HASH}",
+        f"alice:{HASH}\n{HASH}",
+        f"{HASH}\n{HASH}",
+        f"alice:{HASH.replace('argon2id', 'argon2i')}",
+    ],
+)
+def test_passwords_that_are_none(lines: str) -> None:
+    """Plain passwords, two lines for one user, a shared one beside users: refused, and not shown."""
+    with refused("session.passwords") as faults:
+        from_env(SESSION_MODE="password", SESSION_PASSWORDS=lines)
+    assert "hunter2" not in str(faults[0])
+    assert "hash-password" in faults[0].message or "one line a user" in faults[0].message
 
 
 def test_contradiction_with_unused_credentials(tmp_path: Path) -> None:

@@ -127,12 +127,12 @@ class Program:
         body = question("hold")
         lines = [f"{name}: {value}" for name, value in self.own_headers.items()]
         head = "\r\n".join(["POST /api/chat HTTP/1.1", *lines, "Content-Type: application/json"])
-        before = self.proxy.service.app.leases.live
+        before = self.proxy.service.app.limits.leases.live
         with socket.create_connection(("127.0.0.1", self.proxy.port), PATIENCE) as sock:
             sock.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
             read_until(sock, b"held")
             yield
-        eventually(lambda: self.proxy.service.app.leases.live <= before)
+        eventually(lambda: self.proxy.service.app.limits.leases.live <= before)
 
 
 @dataclass
@@ -766,10 +766,14 @@ def setting(owner: object, name: str, value: object) -> Iterator[None]:
         setattr(owner, name, before)
 
 
+def full_process(proxy: Running) -> AbstractContextManager[None]:
+    return setting(proxy.service.app.limits.leases, "max_streams", 0)
+
+
 @contextmanager
 def spent(proxy: Running, event: Event, address: str) -> Iterator[None]:
     """No more room for the event at the address; the sessions that used it up are other ones."""
-    limits = proxy.service.app.requests
+    limits = proxy.service.app.limits.requests
     subject = Subject("other", address)
     full = [limit.limit for limit in limits.registered(event) if limit.scope != "per_session"]
     with setting(full[0], "amount", 1):
@@ -779,13 +783,13 @@ def spent(proxy: Running, event: Event, address: str) -> Iterator[None]:
 
 @contextmanager
 def tokens_held(proxy: Running, address: str) -> Iterator[None]:
-    with proxy.service.app.tokens.reserve(Subject("other", address), 1_000_000_000):
+    with proxy.service.app.limits.tokens.reserve(Subject("other", address), 1_000_000_000):
         yield
 
 
 @contextmanager
 def streams_held(proxy: Running, address: str) -> Iterator[None]:
-    leases = proxy.service.app.leases
+    leases = proxy.service.app.limits.leases
     with setting(leases, "per_address", 1), leases.acquire(Subject("other", address)):
         yield
 
@@ -807,7 +811,7 @@ FAULTS = [
     Fault(8, "bad request", 400, "field_not_allowed", {"body": question(tools=[])}),
     Fault(9, "no tokens", 429, "tokens_exhausted", {}, tokens_held),
     Fault(9, "too many streams", 429, "too_many_streams", {}, streams_held),
-    Fault(10, "full process", 503, "busy", {}, lambda proxy, _: setting(proxy.service.app.leases, "max_streams", 0)),
+    Fault(10, "full process", 503, "busy", {}, lambda proxy, _: full_process(proxy)),
 ]
 
 
@@ -1049,7 +1053,7 @@ def test_a_bug_is_an_answer_in_our_shape(upstream: ScriptedUpstream, monkeypatch
 
     with running(upstream.base_url) as proxy:
         app = proxy.service.app
-        for place, name in ((app.edge, "caller"), (app.edge, "check_origin"), (app.tokens, "reserve")):
+        for place, name in ((app.edge, "caller"), (app.edge, "check_origin"), (app.limits.tokens, "reserve")):
             with monkeypatch.context() as patched:
                 patched.setattr(place, name, bug)
                 reply = Program(proxy).chat()

@@ -10,10 +10,14 @@ from proxy.errors import Headers
 
 
 class Subject(NamedTuple):
-    """Who pays: what the key functions see. Empty keys are refused, they would count everyone as one."""
+    """Who pays: what the key functions see. Empty keys are refused, they would count everyone as one.
+
+    `session` is the user's own name once one has logged in: who has many sessions has still one allowance.
+    """
 
     session: str
     address: str
+    is_named: bool = False
 
 
 @dataclass(frozen=True, slots=True)

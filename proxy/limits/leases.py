@@ -9,6 +9,7 @@ from collections import Counter
 
 from proxy.errors import Busy, TooManyStreams
 from proxy.limits import Standing, Subject, limit_headers
+from proxy.limits.shared import Claim
 from proxy.settings import Limits
 
 SOON = 1.0  # seconds after which a retry may find a free place; nobody knows when an answer ends
@@ -57,6 +58,13 @@ class Leases:
         for key in keys:
             self.held[key] += 1
         return Lease(self, keys)
+
+    def claims(self, subject: Subject) -> list[Claim]:
+        """The same for a store that others share; what this process can bear is its own business."""
+        return [
+            Claim("held", "streams_per_session", subject.session, 1, self.per_session),
+            Claim("held", "streams_per_address", subject.address, 1, self.per_address),
+        ]
 
     def give_back(self, keys: tuple[str, str]) -> None:
         self.live -= 1

@@ -24,12 +24,14 @@ from slowapi.wrappers import Limit
 
 from proxy.errors import TooMany, TooManySessions
 from proxy.limits import Standing, Subject, limit_headers
+from proxy.limits.shared import Claim
 from proxy.settings import Limits, Rate
 
 Clock = Callable[[], float]
 Entry = tuple[int, deque[float]]  # seconds an entry counts, and when each was made
 
 SCHEME = "chat-proxy-memory"
+GUESSES = Rate(10, 60, "10/minute")  # per address; a person needs three
 SWEEP_AFTER = 4096  # new keys, and as many again as live: a sweep is linear, so its share per key is constant
 
 
@@ -54,6 +56,10 @@ def mint(request: Subject) -> None:
 
 def refuse(request: Subject) -> None:
     """An answer of 401 or 403."""
+
+
+def guess(request: Subject) -> None:
+    """A try to log in with a password."""
 
 
 Event = Callable[[Subject], None]
@@ -86,6 +92,7 @@ class RequestLimits(Limiter):
         self.watch("per_address", limits.per_address, by_address, ask)
         self.watch("new_sessions", limits.new_sessions, by_address, mint)
         self.watch("refusals_per_address", limits.refusals_per_address, by_address, refuse)
+        self.watch("logins", (GUESSES,), by_address, guess)
 
     def get_app_config(self, key: str, default_value: Any = None) -> Any:
         """slowapi's look into `.env` and the environment, closed (rule 1)."""
@@ -108,14 +115,21 @@ class RequestLimits(Limiter):
         windows = self.count(event, subject)
         full = [counted for counted in windows if counted.used >= counted.limit.limit.amount]
         if full:
-            standings = [self.standing(counted, taken=0) for counted in full]
-            longest = max(standing.resets_in for standing in standings)
-            refusal = TooManySessions if event is mint else TooMany
-            headers = limit_headers(standings)
-            raise refusal(retry_after=longest, headers=headers) from RateLimitExceeded(full[0].limit)
+            refusal = too_many(event, [self.standing(counted, taken=0) for counted in full])
+            raise refusal from RateLimitExceeded(full[0].limit)
         for limit, key, _, _ in windows:
             self.storage.acquire_entry(key, limit.limit.amount, limit.limit.get_expiry())
         return [self.standing(counted, taken=1) for counted in windows]
+
+    def claims(self, event: Event, subject: Subject) -> list[Claim]:
+        """One event in all its windows, for a store that others share."""
+        claims = []
+        for limit in self.registered(event):
+            whose, scope = key_of(limit, subject)
+            item: RateLimitItem = limit.limit
+            text = cast(str, limit.error_message)
+            claims.append(Claim("moving", scope, whose, 1, item.amount, item.get_expiry(), text))
+        return claims
 
     def count(self, event: Event, subject: Subject) -> list[Counted]:
         counted = []
@@ -136,6 +150,12 @@ class RequestLimits(Limiter):
         window = item.get_expiry()
         text = cast(str, limit.error_message)  # the rate as it was configured, where slowapi keeps words of ours
         return Standing(limit.scope, item.amount, max(0, remaining), oldest + window - self.clock(), window, text)
+
+
+def too_many(event: Event, full: list[Standing]) -> TooMany:
+    """The refusal by these windows."""
+    refusal = TooManySessions if event is mint else TooMany
+    return refusal(retry_after=max(standing.resets_in for standing in full), headers=limit_headers(full))
 
 
 def key_of(limit: Limit, subject: Subject) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from proxy.errors import TokensExhausted
 from proxy.limits import Standing, Subject, limit_headers
+from proxy.limits.shared import Claim
 from proxy.settings import Limits, Rate
 
 SWEEP_AFTER = 4096  # new windows, and as many again as live, between two sweeps for dead ones
@@ -70,27 +71,42 @@ class Tokens:
 
     def reserve(self, subject: Subject, amount: int) -> Reservation:
         """Holds `amount` tokens in every window, or in none. Raises TokensExhausted with a true Retry-After."""
-        held = [(purse, self.key(number, purse, subject)) for number, purse in enumerate(self.purses)]
-        windows = [self.window(purse, key) for purse, key in held]
+        held = [(purse, key, self.window(purse, key)) for purse, key in self.keys(subject)]
         short = [
-            self.standing_of(purse, window)
-            for purse, window in zip(self.purses, windows, strict=True)
-            if window.used + amount > purse.rate.amount
+            self.standing_of(purse, window) for purse, _, window in held if window.used + amount > purse.rate.amount
         ]
         if short:
             wait = max(standing.resets_in for standing in short)
             raise TokensExhausted(retry_after=wait, headers=limit_headers(short))
         self.make_room()
-        for (_, key), window in zip(held, windows, strict=True):
+        for _, key, window in held:
             window.used += amount
             self.windows[key] = window
-        return Reservation(windows, amount)
+        return Reservation([window for _, _, window in held], amount)
+
+    def claims(self, subject: Subject, amount: int) -> list[Claim]:
+        """The same for a store that others share."""
+        return [self.claim(purse, key, amount) for purse, key in self.keys(subject)]
+
+    def claim(self, purse: Purse, key: tuple[int, str], amount: int) -> Claim:
+        rate = purse.rate
+        return Claim("fixed", purse.name, key[1], amount, rate.amount, rate.seconds, rate.text)
+
+    def clear(self) -> list[tuple[Claim, int]]:
+        """Forgets all windows; returns what was used in those that still run."""
+        windows, self.windows = self.windows, {}
+        now = self.clock()
+        return [
+            (self.claim(self.purses[key[0]], key, 0), window.used)
+            for key, window in windows.items()
+            if window.ends > now and window.used
+        ]
 
     def standings(self, subject: Subject) -> list[Standing]:
         """Where the subject stands; what the whole server has left is not the page's business."""
         return [
-            self.standing_of(purse, self.window(purse, self.key(number, purse, subject)))
-            for number, purse in enumerate(self.purses)
+            self.standing_of(purse, self.window(purse, key))
+            for purse, key in self.keys(subject)
             if purse.name != "tokens_total"
         ]
 
@@ -99,11 +115,18 @@ class Tokens:
         remaining = max(0, rate.amount - window.used)
         return Standing(purse.name, rate.amount, remaining, window.ends - self.clock(), rate.seconds, rate.text)
 
-    def key(self, number: int, purse: Purse, subject: Subject) -> tuple[int, str]:
-        whose = purse.key(subject)
-        if not whose:
-            raise ValueError("a limit without a key would count everyone as one")
-        return number, whose
+    def keys(self, subject: Subject) -> list[tuple[Purse, tuple[int, str]]]:
+        """The purses that the subject pays from. Who is named cannot get round a limit by a new session, so the
+        address, which others may share, does not pay."""
+        found = []
+        for number, purse in enumerate(self.purses):
+            if subject.is_named and purse.name == "tokens_per_address":
+                continue
+            whose = purse.key(subject)
+            if not whose:
+                raise ValueError("a limit without a key would count everyone as one")
+            found.append((purse, (number, whose)))
+        return found
 
     def window(self, purse: Purse, key: tuple[int, str]) -> Window:
         """The window that runs for the key, or the one that would begin now."""

@@ -1,0 +1,59 @@
+"""The control file: what `chat-proxy sessions revoke` has revoked, seen by every running server within a second.
+
+It holds no secret. Whoever deletes it undoes what it says at the next start; running servers keep what they know.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from proxy.session import Decree
+from proxy.settings import Fault, SettingsError
+
+DEFAULT_NAME = "chat-proxy.revoked.json"
+
+decode = msgspec.json.Decoder(Decree).decode
+
+
+class ControlFile:
+    """One file, named in the settings, or DEFAULT_NAME in $STATE_DIRECTORY or the current folder."""
+
+    def __init__(self, configured: str) -> None:
+        folder = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
+        self.path = Path(configured or Path(folder, DEFAULT_NAME))
+        self._seen: tuple[int, int, int] | None = None
+
+    def read(self) -> Decree | None:
+        """What it says, if that may have changed since it was read last. Raises SettingsError; its last word stands."""
+        try:
+            seen = os.stat(self.path)
+            signature = (seen.st_ino, seen.st_size, seen.st_mtime_ns)
+            if signature == self._seen:
+                return None
+            self._seen = signature
+            return decode(self.path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise self.fault(error) from error
+
+    def change(self, change: Callable[[Decree], Decree]) -> None:
+        """Rewrites it whole, so that nobody reads half of it. Raises SettingsError."""
+        try:
+            with open(f"{self.path}.lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                decree = change(self.read() or Decree())
+                fresh = Path(f"{self.path}.new")
+                fresh.write_bytes(msgspec.json.encode(decree))
+                fresh.replace(self.path)
+        except OSError as error:
+            raise self.fault(error) from error
+
+    def fault(self, error: Exception) -> SettingsError:
+        what = (error.strerror or "cannot be used") if isinstance(error, OSError) else "holds something else"
+        return SettingsError([Fault("session.control_file", str(self.path), what)])

@@ -1,0 +1,209 @@
+"""What everybody may still ask: one door to the three kinds of limits, counted here or on the shared store.
+
+Without a store, or while it is gone and `when_store_fails` is local, the counters of this process decide. With one,
+each question is one round trip; streams hold their lease and their tokens there, renewed while they live.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable
+from types import TracebackType
+
+from proxy.errors import LimitsUnavailable, TokensExhausted, TooManyStreams
+from proxy.limits import Standing, Subject, limit_headers
+from proxy.limits.leases import SOON, Lease, Leases
+from proxy.limits.requests import Event, RequestLimits, too_many
+from proxy.limits.shared import RENEW_EVERY, Claim, Found, Shared, open_store
+from proxy.limits.tokens import Reservation, Tokens
+from proxy.settings import Limits
+
+
+class Hold:
+    """What one answer holds while it is written: its place among the live streams, and the most it may cost.
+
+    `settle` books what was used in its place; leaving the `async with` without that gives all of it back.
+    """
+
+    def __init__(
+        self,
+        allowance: Allowance,
+        lease: Lease,
+        claims: list[Claim],
+        holder: str,
+        reservation: Reservation | None = None,
+    ) -> None:
+        self.allowance = allowance
+        self.lease = lease
+        self.claims = claims
+        self.holder = holder
+        self.reservation = reservation  # of the counters here; None while the store has it
+        self.used = 0
+        self.is_merged = False  # its reservation was counted here, and has been told to the store since
+
+    def settle(self, used: int) -> None:
+        self.used = used
+
+    def used_of_claims(self, *, reserved: bool = False) -> list[tuple[Claim, int]]:
+        """What to book for each claim; where the reservation was booked as used, the difference."""
+        return [(claim, self.used - claim.amount if reserved else self.used) for claim in self.claims]
+
+    async def __aenter__(self) -> Hold:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.lease.__exit__(kind, error, trace)
+        if self.reservation is not None:
+            self.reservation.settle(self.used)
+        if self.allowance.shared is not None:
+            await self.allowance.settle(self)
+
+
+class Allowance:
+    """The limits of one server. `tell` hears when the store is lost (why) and found (None)."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        max_streams: int,
+        clock: Callable[[], float],
+        tell: Callable[[str | None], None],
+    ) -> None:
+        self.requests = RequestLimits(limits, clock)
+        self.leases = Leases(limits, max_streams)
+        self.tokens = Tokens(limits, clock)
+        self.refuses_alone = limits.when_store_fails == "refuse"
+        self.shared: Shared | None = None
+        if limits.store != "memory://":
+            self.shared = open_store(limits.store, clock, tell)
+            self.shared.on_found = self.merge
+        self.holds: dict[str, Hold] = {}  # those that the store knows of, or should
+        self.unsettled: list[Hold] = []  # ended while the store was gone
+        self._renewing: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        if self.shared is not None:
+            self._renewing = asyncio.create_task(self.renew())
+
+    async def aclose(self) -> None:
+        if self._renewing is not None:
+            self._renewing.cancel()
+        if self.shared is not None:
+            await self.shared.aclose()
+
+    # ---- requests -------------------------------------------------------------------------------------------------
+
+    async def charge(self, event: Event, subject: Subject) -> list[Standing]:
+        """Books one event in all its windows, or in none. Raises TooMany with a true Retry-After, LimitsUnavailable."""
+        claims = self.requests.claims(event, subject)
+        taken = await self.shared.take(claims) if self.shared and claims else None
+        if taken is None:
+            self.check_alone()
+            return self.requests.charge(event, subject)
+        if not taken.booked:
+            raise too_many(
+                event, [standing(c, f, 0) for c, f in zip(claims, taken.found, strict=True) if is_full(c, f)]
+            )
+        return [standing(claim, found, claim.amount) for claim, found in zip(claims, taken.found, strict=True)]
+
+    async def standings(self, event: Event, subject: Subject) -> list[Standing]:
+        """Where the subject stands in requests and tokens; nothing is booked."""
+        claims = [c.of(0) for c in [*self.requests.claims(event, subject), *self.tokens.claims(subject, 0)]]
+        claims = [claim for claim in claims if claim.name != "tokens_total"]  # not the page's business
+        taken = await self.shared.take(claims) if self.shared and claims else None
+        if taken is None:
+            return [*self.requests.standings(event, subject), *self.tokens.standings(subject)]
+        return [standing(claim, found, 0) for claim, found in zip(claims, taken.found, strict=True)]
+
+    # ---- live answers ---------------------------------------------------------------------------------------------
+
+    async def hold(self, subject: Subject, amount: int) -> Hold:
+        """Raises TokensExhausted, TooManyStreams, Busy, LimitsUnavailable."""
+        claims = [*self.tokens.claims(subject, amount), *self.leases.claims(subject)]
+        holder = secrets.token_hex(8)
+        taken = await self.shared.take(claims, holder) if self.shared else None
+        if taken is None:
+            self.check_alone()
+            reservation = self.tokens.reserve(subject, amount)
+            try:
+                return self.held(Hold(self, self.leases.acquire(subject), claims, holder, reservation))
+            except BaseException:
+                reservation.settle(0)
+                raise
+        if not taken.booked:
+            raise full([(c, f) for c, f in zip(claims, taken.found, strict=True) if is_full(c, f)])
+        try:
+            return self.held(Hold(self, self.leases.acquire(subject), claims, holder))
+        except BaseException:
+            assert self.shared is not None
+            await self.shared.settle([(claim, 0) for claim in claims], holder)
+            raise
+
+    def held(self, hold: Hold) -> Hold:
+        if self.shared is not None:
+            self.holds[hold.holder] = hold
+        return hold
+
+    async def settle(self, hold: Hold) -> None:
+        """Tells the store. One that is gone hears of it when it is back; what it holds expires by itself."""
+        assert self.shared is not None
+        del self.holds[hold.holder]
+        if hold.reservation is None:
+            if not await self.shared.settle(hold.used_of_claims(), hold.holder):
+                self.unsettled.append(hold)
+        elif hold.is_merged:
+            await self.shared.add(hold.used_of_claims(reserved=True), hold.holder)
+
+    async def renew(self) -> None:
+        """Holds on to what the live answers of this process hold."""
+        while True:
+            await asyncio.sleep(RENEW_EVERY)
+            await self.renew_all()
+
+    async def renew_all(self) -> None:
+        assert self.shared is not None
+        for hold in list(self.holds.values()):
+            claims = hold.claims if hold.reservation is None else [c for c in hold.claims if c.kind == "held"]
+            await self.shared.renew(claims, hold.holder)
+
+    # ---- alone ----------------------------------------------------------------------------------------------------
+
+    def check_alone(self) -> None:
+        """Raises LimitsUnavailable where the operator would rather refuse than count alone."""
+        if self.shared is not None and self.refuses_alone:
+            raise LimitsUnavailable
+
+    async def merge(self) -> None:
+        """The store is back: it hears what was used meanwhile, and of the leases that are held."""
+        assert self.shared is not None
+        ended, self.unsettled = self.unsettled, []
+        for hold in ended:
+            await self.shared.add(hold.used_of_claims(), hold.holder)
+        if used := self.tokens.clear():
+            await self.shared.add(used)
+        self.requests.reset()
+        for hold in self.holds.values():
+            hold.is_merged = hold.reservation is not None
+        await self.renew_all()
+
+
+def is_full(claim: Claim, found: Found) -> bool:
+    return found.used + claim.amount > claim.limit
+
+
+def standing(claim: Claim, found: Found, taken: int) -> Standing:
+    free_in = found.free_in if found.used else float(claim.seconds)
+    remaining = max(0, claim.limit - found.used - taken)
+    return Standing(claim.name, claim.limit, remaining, free_in, claim.seconds, claim.text)
+
+
+def full(found: list[tuple[Claim, Found]]) -> TokensExhausted | TooManyStreams:
+    """Tokens before streams, as the counters of one process tell them."""
+    if tokens := [standing(claim, found, 0) for claim, found in found if claim.kind == "fixed"]:
+        longest = max(standing.resets_in for standing in tokens)
+        return TokensExhausted(retry_after=longest, headers=limit_headers(tokens))
+    claim, _ = found[0]
+    return TooManyStreams(retry_after=SOON, headers=limit_headers([Standing(claim.name, claim.limit, 0, SOON)]))

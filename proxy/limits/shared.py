@@ -1,0 +1,300 @@
+"""The limits' truth on Redis, shared by all workers and machines: two scripts, and what if it does not answer.
+
+Rules:
+1. One round trip a question: a script looks at all counters of it and books in all of them or in none. Time is the
+   server's.
+2. Each call has DEADLINE. The first that fails takes the store for gone; until a probe finds it again nobody waits
+   for it, and every call says None at once.
+3. What is held (a live stream, its reserved tokens) expires by itself HELD_SECONDS after it was renewed last: a worker
+   that dies gives back what it held.
+4. Names of sessions, users and addresses do not leave this process: keys are hashes.
+
+Kinds of counters, by their key:
+
+    moving   sorted set: an entry for each event, its time as score              requests
+    fixed    hash: used, held, ends; sorted set `:h`: reservations by expiry      tokens
+    held     sorted set: leases by expiry                                        live streams
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+DEADLINE = 0.14  # seconds a call may take: a request waits for two, and must not be 300 ms slower
+AT_ONCE = 16  # calls under way; more would open a socket each, and only wait in the store instead of here
+HELD_SECONDS = 30  # what is held outlives its worker by this; it is renewed three times as often
+RENEW_EVERY = HELD_SECONDS / 3
+FIRST_PROBE, LAST_PROBE = 0.25, 5.0  # seconds between probes while it is gone; doubled each time
+TELL_EVERY = 10.0  # seconds between two lines about it
+PREFIX = "{chat-proxy}:"  # braces: one slot of a cluster, or a script could not have all of its keys
+
+FUNCTIONS = """
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+
+local function forget_dead(key)
+    for _, member in ipairs(redis.call('ZRANGEBYSCORE', key .. ':h', '-inf', now)) do
+        redis.call('HINCRBY', key, 'held', -tonumber(string.match(member, ':(%d+)$')))
+        redis.call('ZREM', key .. ':h', member)
+    end
+end
+
+-- What is in the counter now, and in how many milliseconds some of it will be free again.
+local function look(kind, key, window)
+    if kind == 'moving' then
+        redis.call('ZREMRANGEBYSCORE', key, '-inf', now - window)
+        local oldest = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')[2]
+        return redis.call('ZCARD', key), oldest and oldest + window - now or 0
+    elseif kind == 'fixed' then
+        local ends = tonumber(redis.call('HGET', key, 'ends') or 0)
+        if ends <= now then
+            redis.call('DEL', key, key .. ':h')
+            return 0, window
+        end
+        forget_dead(key)
+        local found = redis.call('HMGET', key, 'used', 'held')
+        return (found[1] or 0) + (found[2] or 0), ends - now
+    end
+    redis.call('ZREMRANGEBYSCORE', key, '-inf', now)
+    return redis.call('ZCARD', key), 0
+end
+"""
+
+# ARGV: the holder's id, how long it holds (ms), then for each key: kind, amount, limit, window (ms).
+# Returns 1 or 0 for booked or not, then for each key: what was in it before, and ms until some of that is free.
+TAKE = (
+    FUNCTIONS
+    + """
+local id, hold = ARGV[1], tonumber(ARGV[2])
+local booked, answer = 1, {1}
+for n, key in ipairs(KEYS) do
+    local at = 3 + (n - 1) * 4
+    local found, free = look(ARGV[at], key, tonumber(ARGV[at + 3]))
+    if found + ARGV[at + 1] > tonumber(ARGV[at + 2]) then booked = 0 end
+    answer[#answer + 1], answer[#answer + 2] = found, free
+end
+answer[1] = booked
+if booked == 0 then return answer end
+for n, key in ipairs(KEYS) do
+    local at = 3 + (n - 1) * 4
+    local kind, amount, window = ARGV[at], tonumber(ARGV[at + 1]), tonumber(ARGV[at + 3])
+    if kind == 'moving' and amount > 0 then
+        redis.call('ZADD', key, now, id)
+        redis.call('PEXPIRE', key, window)
+    elseif kind == 'fixed' and amount > 0 then
+        if redis.call('EXISTS', key) == 0 then
+            redis.call('HSET', key, 'used', 0, 'held', 0, 'ends', now + window)
+            redis.call('PEXPIRE', key, window)
+        end
+        redis.call('HINCRBY', key, 'held', amount)
+        redis.call('ZADD', key .. ':h', now + hold, id .. ':' .. amount)
+        redis.call('PEXPIRE', key .. ':h', window)
+    elseif kind == 'held' and amount > 0 then
+        redis.call('ZADD', key, now + hold, id)
+        redis.call('PEXPIRE', key, hold)
+    end
+end
+return answer
+"""
+)
+
+# ARGV: the holder's id, what to do, then for each key: kind, reserved amount, used amount, window (ms).
+# `renew` holds on for another ARGV[2] ms, `settle` ends it, `add` books what was counted elsewhere.
+KEEP = (
+    FUNCTIONS
+    + """
+local id, hold = ARGV[1], tonumber(ARGV[2])
+local what = ARGV[3]
+for n, key in ipairs(KEYS) do
+    local at = 4 + (n - 1) * 4
+    local kind, amount, used, window = ARGV[at], tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3])
+    look(kind, key, window)
+    if kind == 'held' then
+        if what == 'renew' then
+            redis.call('ZADD', key, now + hold, id)
+            redis.call('PEXPIRE', key, hold)
+        else
+            redis.call('ZREM', key, id)
+        end
+    elseif kind == 'fixed' then
+        local member = id .. ':' .. amount
+        if what == 'renew' then
+            redis.call('ZADD', key .. ':h', 'XX', now + hold, member)
+        elseif what == 'add' or redis.call('EXISTS', key) == 1 then
+            if redis.call('EXISTS', key) == 0 then
+                redis.call('HSET', key, 'used', 0, 'held', 0, 'ends', now + window)
+                redis.call('PEXPIRE', key, window)
+            end
+            if redis.call('ZREM', key .. ':h', member) == 1 then redis.call('HINCRBY', key, 'held', -amount) end
+            redis.call('HINCRBY', key, 'used', used)
+        end
+    end
+end
+return 1
+"""
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """So much of one counter. `kind` is moving, fixed or held; `name` the setting's; `seconds` the window's."""
+
+    kind: str
+    name: str
+    whose: str
+    amount: int
+    limit: int
+    seconds: int = 0
+    text: str = ""
+
+    def of(self, amount: int) -> Claim:
+        return replace(self, amount=amount)
+
+    @property
+    def key(self) -> str:
+        hashed = hashlib.blake2b(f"{self.text} {self.whose}".encode(), digest_size=12).hexdigest()
+        return f"{PREFIX}{self.name}:{hashed}"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a counter held before, and in how many seconds some of it will be free."""
+
+    used: int
+    free_in: float
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """The answer to claims: all `booked`, or none."""
+
+    booked: bool
+    found: list[Found]
+
+
+class Client(Protocol):
+    """What is used of redis.asyncio.Redis."""
+
+    def register_script(self, script: str) -> Any: ...
+    async def aclose(self) -> None: ...
+
+
+class Shared:
+    """The shared counters. `tell` hears of each time the store is lost (a reason, at most every TELL_EVERY) or found
+    (None); `on_found` is awaited before it counts as found."""
+
+    def __init__(
+        self,
+        client: Client,
+        failures: tuple[type[Exception], ...],
+        clock: Callable[[], float],
+        *,
+        tell: Callable[[str | None], None],
+    ) -> None:
+        self.client = client
+        self.failures: tuple[type[Exception], ...] = (*failures, OSError, TimeoutError)
+        self.clock = clock
+        self.tell = tell
+        self.is_up = True
+        self.on_found: Callable[[], Any] | None = None
+        self.take_script = client.register_script(TAKE)
+        self.keep_script = client.register_script(KEEP)
+        self._places = asyncio.Semaphore(AT_ONCE)
+        self._told_at = -TELL_EVERY
+        self._probing: asyncio.Task[None] | None = None
+
+    async def take(self, claims: list[Claim], holder: str = "") -> Taken | None:
+        """Books all claims or none; None when the store does not answer."""
+        arguments: list[str | int] = [holder or secrets.token_hex(8), HELD_SECONDS * 1000]
+        for claim in claims:
+            arguments += [claim.kind, claim.amount, claim.limit, claim.seconds * 1000]
+        answer = await self.call(self.take_script, [claim.key for claim in claims], arguments)
+        if answer is None:
+            return None
+        numbers = [int(number) for number in answer]
+        found = [Found(used, free / 1000) for used, free in zip(numbers[1::2], numbers[2::2], strict=True)]
+        return Taken(numbers[0] == 1, found)
+
+    async def renew(self, claims: Iterable[Claim], holder: str) -> bool:
+        return await self.keep("renew", [(claim, 0) for claim in claims], holder)
+
+    async def settle(self, used: Iterable[tuple[Claim, int]], holder: str) -> bool:
+        """Gives back what was held, and books what was used in its place."""
+        return await self.keep("settle", used, holder)
+
+    async def add(self, used: Iterable[tuple[Claim, int]], holder: str = "") -> bool:
+        """Books what was used while the store was gone, over any limit."""
+        return await self.keep("add", used, holder)
+
+    async def keep(self, what: str, used: Iterable[tuple[Claim, int]], holder: str) -> bool:
+        arguments: list[str | int] = [holder, HELD_SECONDS * 1000, what]
+        keys = []
+        for claim, amount in used:
+            keys.append(claim.key)
+            arguments += [claim.kind, claim.amount, amount, claim.seconds * 1000]
+        return await self.call(self.keep_script, keys, arguments) is not None
+
+    async def call(self, script: Any, keys: list[str], arguments: list[str | int]) -> Any:
+        if not self.is_up:
+            return None
+        try:
+            async with self._places, asyncio.timeout(DEADLINE):
+                return await script(keys=keys, args=arguments) if self.is_up else None
+        except self.failures as error:
+            self.lose(type(error).__name__)
+            return None
+
+    # ---- lost and found -------------------------------------------------------------------------------------------
+
+    def lose(self, reason: str) -> None:
+        if not self.is_up:
+            return
+        self.is_up = False
+        if self.clock() - self._told_at >= TELL_EVERY:
+            self._told_at = self.clock()
+            self.tell(reason)
+        self._probing = asyncio.create_task(self.probe())
+
+    async def probe(self) -> None:
+        """Asks again and again, with a booking, since a full store still answers a PING."""
+        pause = FIRST_PROBE
+        claim = Claim("moving", "probe", secrets.token_hex(8), 1, 1, 1)
+        arguments: list[str | int] = [claim.whose, 1000, claim.kind, 1, 1, 1000]
+        while True:
+            await asyncio.sleep(pause)
+            pause = min(LAST_PROBE, pause * 2)
+            try:
+                async with asyncio.timeout(DEADLINE):
+                    await self.take_script(keys=[claim.key], args=arguments)
+            except self.failures:
+                continue
+            break
+        self.is_up = True
+        if self.on_found is not None:
+            await self.on_found()
+        self.tell(None)
+
+    async def aclose(self) -> None:
+        if self._probing is not None:
+            self._probing.cancel()
+        await self.client.aclose()
+
+
+def open_store(url: str, clock: Callable[[], float], tell: Callable[[str | None], None]) -> Shared:
+    """The store at a URL as `limits` reads it: redis://, rediss://, redis+unix://, redis+sentinel://.
+
+    Its packages are needed only where there is such a store.
+    """
+    from limits.storage import storage_from_string
+    from redis.asyncio.retry import Retry
+    from redis.backoff import NoBackoff
+    from redis.exceptions import RedisError
+
+    options: dict[str, Any] = {"implementation": "redispy", "retry": Retry(NoBackoff(), 0)}
+    storage: Any = storage_from_string(f"async+{url}", **options)
+    return Shared(storage.bridge.get_connection(), (RedisError,), clock, tell=tell)

@@ -1,0 +1,26 @@
+"""An identity that a proxy in front vouches for: the name it puts into a header, once it has logged somebody in."""
+
+from __future__ import annotations
+
+from proxy.edge import Caller, Found
+from proxy.errors import Forbidden, LoginRequired
+
+LONGEST_NAME = 256  # characters
+
+
+def vouched(found: Found, header: bytes, caller: Caller) -> str:
+    """The user. Raises LoginRequired where none is named, Forbidden where whoever names one is not believed."""
+    written = found.get(header)
+    if written is None:
+        raise LoginRequired
+    if not caller.through_proxy:
+        raise Forbidden(reason="an identity from a peer that is no trusted proxy")
+    try:
+        user = written.decode().strip()
+    except UnicodeDecodeError:
+        raise Forbidden(reason="an identity that is not UTF-8") from None
+    if not user:
+        raise LoginRequired
+    if "," in user or not user.isprintable() or len(user) > LONGEST_NAME:  # two of them were joined with a comma
+        raise Forbidden(reason="an identity that is not one name")
+    return user

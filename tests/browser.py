@@ -1,0 +1,115 @@
+"""A real browser for the tests of the page: Debian's Chromium, and what a reader does and finds in it.
+
+No test may see a console error, a violation of the content security policy, or a request to another origin: `Visit`
+collects them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, Request, expect, sync_playwright
+
+CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+CHROMIUM_ARGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PATIENCE = 20.0
+"""Seconds that anything here may take before it counts as hung."""
+
+REPORT_VIOLATIONS = """
+addEventListener("securitypolicyviolation", (event) =>
+  console.error(`CSP: ${event.effectiveDirective} refused ${event.blockedURI}`));
+"""
+
+
+@dataclass
+class Visit:
+    """A page that is watched, and what a reader finds on it."""
+
+    page: Page
+    url: str
+    faults: list[str] = field(default_factory=list)
+    staged: set[int] = field(default_factory=set)
+    """Statuses that this test provokes: the browser itself reports them on the console."""
+
+    def watch(self) -> None:
+        self.page.add_init_script(REPORT_VIOLATIONS)
+        self.page.on("console", lambda said: self.heard(said.type, said.text))
+        self.page.on("pageerror", lambda error: self.faults.append(f"exception: {error}"))
+        self.page.on("request", self.sent)
+
+    def heard(self, kind: str, text: str) -> None:
+        report = re.match(r"Failed to load resource: the server responded with a status of (\d+)", text)
+        if report and int(report[1]) in self.staged:
+            return
+        if kind in ("error", "warning"):
+            self.faults.append(f"console: {text}")
+
+    def sent(self, request: Request) -> None:
+        if not request.url.startswith(f"{self.url}/"):
+            self.faults.append(f"request: {request.url}")
+
+    def open(self) -> None:
+        self.page.goto(self.url)
+        expect(self.page.locator("#account")).to_be_visible()
+
+    def ask(self, question: str, model: str = "demo") -> None:
+        """By keyboard, as most people do."""
+        self.page.get_by_label("Model").select_option(model)
+        self.message.fill(question)
+        self.message.press("Enter")
+
+    @property
+    def message(self) -> Locator:
+        return self.page.get_by_label("Your message")
+
+    @property
+    def answer(self) -> Locator:
+        """The last one."""
+        return self.page.locator(".answer").last
+
+    @property
+    def text(self) -> Locator:
+        return self.answer.locator(".md")
+
+    @property
+    def alert(self) -> Locator:
+        return self.page.get_by_role("alert")
+
+    def expect_state(self, state: str) -> None:
+        expect(self.answer).to_have_attribute("data-state", state, timeout=PATIENCE * 1000)
+
+    def stream(self, *contents: str) -> None:
+        """From now on the server's answer is this one, with a clean end."""
+        chunks = [{"choices": [{"index": 0, "delta": {"content": text}}]} for text in contents]
+        events = [*(json.dumps(chunk) for chunk in chunks), "[DONE]"]
+        body = "".join(f"data: {event}\n\n" for event in events)
+        self.page.route("**/api/chat", lambda route: route.fulfill(content_type="text/event-stream", body=body))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    """A browser that was never here: no cookie, so the server gives it a session of its own."""
+    context = browser.new_context(viewport={"width": 1280, "height": 800}, reduced_motion="reduce")
+    yield context
+    context.close()

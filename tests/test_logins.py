@@ -1,0 +1,525 @@
+"""Logging in: a password, an identity from a proxy in front, and revoking by hand. All through the real server."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from argon2 import PasswordHasher
+from harness import (
+    GOOD,
+    LOOPS,
+    PATIENCE,
+    Reply,
+    Running,
+    ScriptedUpstream,
+    chat,
+    eventually,
+    running,
+    send,
+    streaming,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy import access
+from proxy.edge import Caller
+from proxy.errors import Busy, Forbidden, InvalidCredentials, LoginRequired, Refusal, TooMany
+from proxy.login import password as room
+from proxy.login.header import vouched
+from proxy.login.password import FREE_TRIES, LONGEST_PAUSE, MOST_NAMES, Backoff, Passwords
+from proxy.session import Decree, Session
+
+RIGHT = "correct horse"
+cheap = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1).hash
+ALICE, BOB = f"alice:{cheap(RIGHT)}", f"bob:{cheap('battery staple')}"
+numbers = itertools.count(1)
+
+
+@contextmanager
+def serving(mode: str = "password", loop: str = "uvloop", **more: str) -> Iterator[Running]:
+    given = {"SESSION_MODE": mode, **({"SESSION_PASSWORDS": f"{ALICE}\n{BOB}"} if mode == "password" else {}), **more}
+    with ScriptedUpstream(streaming(*GOOD)) as upstream, running(upstream.base_url, loop=loop, **given) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def proxy() -> Iterator[Running]:
+    with serving() as proxy:
+        yield proxy
+
+
+def new_address() -> dict[str, str]:
+    number = next(numbers)
+    return {"x-forwarded-for": f"198.19.{number >> 8}.{number & 255}"}
+
+
+def login(proxy: Running, user: str | None = "alice", password: str = RIGHT, **headers: str) -> Reply:
+    body = {"password": password, **({"user": user} if user is not None else {})}
+    return post(proxy, json.dumps(body).encode(), **headers)
+
+
+def post(proxy: Running, body: bytes, **headers: str) -> Reply:
+    sent = {"content-type": "application/json", **new_address(), **{k.replace("_", "-"): v for k, v in headers.items()}}
+    return send(proxy, "POST", "/api/session", body, sent)
+
+
+def account(proxy: Running, cookie: str = "", **headers: str) -> dict[str, Any]:
+    reply = send(
+        proxy, "GET", "/api/session", None, {**new_address(), **headers, **({"cookie": cookie} if cookie else {})}
+    )
+    assert reply.status == 200
+    found: dict[str, Any] = reply.json
+    return found
+
+
+def asked(proxy: Running, cookie: str = "", **headers: str) -> tuple[int, str | None]:
+    reply = chat(proxy, headers={**new_address(), **({"cookie": cookie} if cookie else {}), **headers})
+    return reply.status, None if reply.status == 200 else reply.error["code"]
+
+
+def logged(proxy: Running, event: str, reply: Reply) -> dict[str, Any]:
+    """The line that audits the request of this answer."""
+    id_ = reply.headers["x-request-id"]
+    return eventually(lambda: [line for line in proxy.lines(event) if line["request_id"] == id_])[0]
+
+
+# ---- a password -----------------------------------------------------------------------------------------------------
+
+
+def test_without_a_login_there_is_nothing(proxy: Running) -> None:
+    assert asked(proxy) == (401, "login_required")
+    shown = account(proxy)
+    assert shown["session"] == {"mode": "password", "user": None, "expires_at": None}
+    assert shown["limits"] == []
+    assert send(proxy, "GET", "/api/session", None, new_address()).headers["set-cookie"] is None
+
+
+def test_who_knows_the_password_may_ask(proxy: Running) -> None:
+    reply = login(proxy)
+    assert reply.status == 200
+    assert reply.json["session"]["mode"] == "password"
+    assert reply.json["session"]["user"] == "alice"
+    assert reply.json["session"]["expires_at"] > time.time()
+    assert {limit["name"].split()[0] for limit in reply.json["limits"]} == {
+        "per_session",
+        "per_address",
+        "tokens_per_session",
+    }
+    flags = reply.headers["set-cookie"]
+    assert "HttpOnly" in flags
+    assert "SameSite=Strict" in flags
+    assert asked(proxy, reply.cookie) == (200, None)
+    assert account(proxy, reply.cookie)["session"] == reply.json["session"]
+    line = logged(proxy, "login", reply)
+    assert (line["mode"], line["user"]) == ("password", "alice")
+    assert line["session"] not in reply.cookie
+
+
+@pytest.mark.parametrize(
+    ("user", "password"),
+    [
+        ("alice", "wrong"),
+        ("alice", ""),
+        ("bob", RIGHT),
+        ("nobody", RIGHT),
+        ("", RIGHT),
+        (None, RIGHT),
+        ("Alice", RIGHT),
+    ],
+)
+def test_who_does_not_may_not(proxy: Running, user: str | None, password: str) -> None:
+    reply = login(proxy, user, password)
+    assert (reply.status, reply.error["code"]) == (401, "invalid_credentials")
+    assert reply.headers["set-cookie"] is None
+    line = logged(proxy, "login_failed", reply)
+    assert line["user"] == (user if user in ("alice", "bob") else None)  # a password may stand in the wrong field
+    assert RIGHT.encode() not in proxy.output.getvalue()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"", b"{", b"[]", b'"x"', b"{}", b'{"password":1}', b'{"password":"x","user":1}'),
+        *(b'{"password":"x","more":1}', b'{"password":"%b"}' % (b"x" * 1025), b'{"password":"\xff"}', b"[" * 3000),
+    ],
+)
+def test_what_is_no_login_is_refused(proxy: Running, body: bytes) -> None:
+    reply = post(proxy, body)
+    assert (reply.status, reply.error["code"]) == (400, "invalid_request")
+
+
+def test_a_login_keeps_to_the_rules_of_every_post(proxy: Running) -> None:
+    assert post(proxy, b"{}", sec_fetch_site="cross-site").error["code"] == "cross_origin"
+    assert post(proxy, b"{}", origin="https://evil.example").error["code"] == "cross_origin"
+    assert post(proxy, b"{}", content_type="text/plain").error["code"] == "unsupported_media_type"
+    assert post(proxy, b" " * 5000).error["code"] == "body_too_large"
+
+
+def test_a_login_begins_a_new_session_and_ends_the_old(proxy: Running) -> None:
+    first = login(proxy).cookie
+    second = login(proxy, cookie=first).cookie
+    assert first != second
+    assert asked(proxy, second) == (200, None)
+    assert asked(proxy, first) == (401, "session_required")
+
+
+def test_leaving_ends_it(proxy: Running) -> None:
+    cookie = login(proxy).cookie
+    reply = send(proxy, "DELETE", "/api/session", None, {"cookie": cookie, **new_address()})
+    assert reply.json == {"logout_url": None}
+    assert asked(proxy, cookie) == (401, "session_required")
+    assert logged(proxy, "logout", reply)["user"] == "alice"
+
+
+def test_a_user_has_one_allowance() -> None:
+    """... however many sessions and addresses, and does not use up that of others behind the same address."""
+    with serving(LIMITS_PER_SESSION="2/hour", LIMITS_TOKENS_PER_ADDRESS="1/day") as proxy:
+        here = new_address()
+        assert [asked(proxy, login(proxy).cookie, **here)[0] for _ in range(3)] == [200, 200, 429]
+        assert asked(proxy, login(proxy, "bob", "battery staple").cookie, **here) == (200, None)
+
+
+def test_a_shared_password() -> None:
+    """All are nobody in particular: each session has its allowance, and sessions are counted like anonymous ones."""
+    with serving(SESSION_PASSWORDS=cheap(RIGHT), LIMITS_PER_SESSION="1/hour", LIMITS_NEW_SESSIONS="2/hour") as proxy:
+        one, two = login(proxy, None), login(proxy, None)
+        assert one.json["session"]["user"] is None
+        assert [asked(proxy, one.cookie)[0], asked(proxy, two.cookie)[0], asked(proxy, one.cookie)[0]] == [
+            200,
+            200,
+            429,
+        ]
+        here = new_address()["x-forwarded-for"]
+        codes = [login(proxy, None, x_forwarded_for=here).status for _ in range(3)]
+        assert codes == [200, 200, 429]
+        assert login(proxy, "somebody").status == 401
+
+
+def test_guessing_is_slow(proxy: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most ten tries a minute of one address reach argon2, right or wrong."""
+    reached: list[str] = []
+    real = room.verify
+
+    def verify(hash_: str, password: str) -> bool:
+        reached.append(password)
+        return real(hash_, password)
+
+    monkeypatch.setattr(room, "verify", verify)
+    here = new_address()["x-forwarded-for"]
+    replies = [login(proxy, f"user{number}", "guess", x_forwarded_for=here) for number in range(12)]
+    assert [reply.status for reply in replies] == [401] * 10 + [429] * 2
+    assert replies[-1].error["code"] == "rate_limited"
+    assert 50 <= int(replies[-1].headers["retry-after"]) <= 60
+    assert len(reached) == 10
+
+
+def test_wrong_tries_slow_a_name_down() -> None:
+    """From any address; whether there is such a user does not show; and nobody is locked out."""
+    with serving() as proxy:
+        for user in ("alice", "nobody"):
+            for _ in range(FREE_TRIES):
+                assert login(proxy, user, "wrong").status == 401
+            reply = login(proxy, user, RIGHT)
+            assert (reply.status, reply.error["code"]) == (429, "rate_limited")
+            assert reply.headers["retry-after"] == "1"
+        eventually(lambda: login(proxy).status == 200)
+        assert login(proxy).status == 200
+
+
+def test_a_user_who_is_gone_is_out(tmp_path: Path) -> None:
+    """SIGHUP reads the passwords again: who is not among them any more has no session either."""
+    file = tmp_path / "passwords"
+    file.write_text(f"{ALICE}\n{BOB}\n")
+    with serving(SESSION_PASSWORDS="", SESSION_PASSWORDS_FILE=str(file)) as proxy:
+        alice, bob = login(proxy).cookie, login(proxy, "bob", "battery staple").cookie
+        file.write_text(f"{BOB}\n")
+        proxy.on_loop(proxy.service.app.reload_secrets)
+        assert asked(proxy, bob) == (200, None)
+        assert asked(proxy, alice) == (401, "login_required")
+        assert login(proxy).status == 401
+
+
+def test_a_session_of_another_mode_is_none(tmp_path: Path) -> None:
+    """An operator who closes the door does not leave those in who came before."""
+    secret = {"SESSION_SECRET": "s" * 40, "SERVER_PUBLIC_URL": "http://127.0.0.1:8000"}
+    hosts = {"host": "127.0.0.1:8000"}
+    with serving("anonymous", **secret) as open_door:
+        cookie = chat(open_door, headers=hosts).cookie
+    with serving(**secret) as closed_door:
+        assert asked(closed_door, cookie, **hosts) == (401, "login_required")
+        named = login(closed_door, host="127.0.0.1:8000").cookie
+        assert asked(closed_door, named, **hosts) == (200, None)
+    with serving("anonymous", **secret) as open_door:
+        reply = chat(open_door, headers={"cookie": named, **hosts})
+        assert reply.status == 200
+        assert reply.cookie not in ("", named)
+
+
+@pytest.mark.parametrize("mode", ["anonymous", "header"])
+def test_no_password_in_other_modes(mode: str) -> None:
+    with serving(mode) as proxy:
+        assert post(proxy, b"{}").status == 405
+
+
+def test_argon2_is_bounded() -> None:
+    passwords = Passwords([ALICE], time.monotonic)
+    passwords.waiting = room.MOST_WAITING
+    with pytest.raises(Busy):
+        asyncio.run(passwords.check("alice", RIGHT))
+    passwords.close()
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_backoff_grows_to_its_bound_and_is_forgotten() -> None:
+    clock = Clock()
+    backoff = Backoff(clock)
+    pauses = []
+    for _ in range(FREE_TRIES + 8):
+        backoff.failed("a")
+        pauses.append(pause_of(backoff, "a"))
+        clock.now += pauses[-1]
+        backoff.check("a")
+    assert pauses == [0] * (FREE_TRIES - 1) + [1, 2, 4, 8, 16] + [LONGEST_PAUSE] * 4
+    backoff.succeeded("a")
+    backoff.failed("a")
+    assert pause_of(backoff, "a") == 0
+    for _ in range(FREE_TRIES):
+        backoff.failed("b")
+    clock.now += room.FORGOTTEN_AFTER
+    backoff.failed("b")
+    assert pause_of(backoff, "b") == 0
+    for number in range(MOST_NAMES + 10):
+        backoff.failed(str(number))
+    assert len(backoff.tries) == MOST_NAMES
+
+
+def pause_of(backoff: Backoff, name: str) -> float:
+    try:
+        backoff.check(name)
+    except TooMany as refusal:
+        return refusal.retry_after or 0
+    return 0
+
+
+# ---- an identity from a proxy in front ------------------------------------------------------------------------------
+
+ANN = {"x-forwarded-email": "ann@example.org"}
+
+
+@pytest.fixture(scope="module")
+def behind() -> Iterator[Running]:
+    with serving("header") as proxy:
+        yield proxy
+
+
+def test_whom_the_proxy_names_is_in(behind: Running) -> None:
+    reply = chat(behind, headers={**ANN, **new_address()})
+    assert reply.status == 200
+    assert account(behind, reply.cookie, **ANN)["session"]["user"] == "ann@example.org"
+    assert account(behind, **ANN)["session"]["mode"] == "header"
+
+
+def test_whom_the_proxy_does_not_name_is_not(behind: Running) -> None:
+    assert asked(behind) == (401, "login_required")
+    assert account(behind)["session"] == {"mode": "header", "user": None, "expires_at": None}
+
+
+def test_a_cookie_alone_is_no_identity(behind: Running) -> None:
+    """The proxy in front must vouch for each request: its logout is ours, and its user is ours."""
+    cookie = chat(behind, headers={**ANN, **new_address()}).cookie
+    assert asked(behind, cookie) == (401, "login_required")
+    other = account(behind, cookie, **{"x-forwarded-email": "bob@example.org"})
+    assert other["session"]["user"] == "bob@example.org"
+
+
+def test_nobody_else_is_believed() -> None:
+    with serving("header", SERVER_TRUSTED_PROXIES="10.0.0.1/32") as proxy:
+        assert asked(proxy, **ANN) == (403, "not_allowed")
+        assert asked(proxy) == (401, "login_required")
+        assert "ann@" not in proxy.output.getvalue().decode()
+
+
+TRUSTED, STRANGER = Caller("k", "s", through_proxy=True), Caller("k", "s", through_proxy=False)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (b"ann@example.org", "ann@example.org"),
+        (" ሰላም ".encode(), "ሰላም"),
+        (b"", LoginRequired),
+        (b"  ", LoginRequired),
+        (None, LoginRequired),
+        (b"ann@example.org, bob@example.org", Forbidden),  # the header came twice
+        (b"\xff", Forbidden),
+        (b"a\x00b", Forbidden),
+        (b"x" * 257, Forbidden),
+    ],
+)
+def test_vouched(written: bytes | None, expected: str | type[Refusal]) -> None:
+    found = {} if written is None else {b"x-user": written}
+    if isinstance(expected, str):
+        assert vouched(found, b"x-user", TRUSTED) == expected
+    else:
+        with pytest.raises(expected):
+            vouched(found, b"x-user", TRUSTED)
+    if written is not None:
+        with pytest.raises(Forbidden):
+            vouched(found, b"x-user", STRANGER)
+
+
+@given(st.binary())
+def test_no_bytes_make_vouched_fail(written: bytes) -> None:
+    with suppress(Refusal):
+        assert vouched({b"x": written}, b"x", TRUSTED).strip()
+
+
+# ---- revoking by hand -----------------------------------------------------------------------------------------------
+
+
+def revoke(*arguments: str, control: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    variables = {
+        **os.environ,
+        "CHAT_PROXY_UPSTREAM_BASE_URL": "https://api.example.com/v1",
+        "CHAT_PROXY_UPSTREAM_API_KEY": "sk-test-0123456789abcdef",
+        "CHAT_PROXY_POLICY_MODELS": "m",
+        "CHAT_PROXY_SESSION_CONTROL_FILE": str(control),
+        **more,
+    }
+    command = [sys.executable, "-m", "proxy", "sessions", "revoke", *arguments]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_revoking_a_user_by_hand(loop: str, tmp_path: Path) -> None:
+    """A running server knows it within a second, and others are not touched; who logs in again is in."""
+    control = tmp_path / "revoked.json"
+    with serving(loop=loop, SESSION_CONTROL_FILE=str(control)) as proxy:
+        alice, bob = login(proxy).cookie, login(proxy, "bob", "battery staple").cookie
+        done = revoke("--user", "alice", control=control)
+        assert (done.returncode, done.stderr) == (0, "")
+        eventually(lambda: asked(proxy, alice) == (401, "session_required"), 10 * access.CONTROL_CHECK)
+        assert asked(proxy, bob) == (200, None)
+        again = login(proxy).cookie
+        assert asked(proxy, again) == (200, None)
+        eventually(lambda: [line["generation"] for line in proxy.lines("revoked")] == [1])
+        assert revoke("--all", control=control).returncode == 0
+        eventually(lambda: asked(proxy, bob) == (401, "session_required"), 10 * access.CONTROL_CHECK)
+        assert asked(proxy, again) == (401, "session_required")
+        assert asked(proxy, login(proxy).cookie) == (200, None)
+
+
+def test_what_was_revoked_stays_so_after_a_restart(tmp_path: Path) -> None:
+    control = tmp_path / "revoked.json"
+    fixed = {
+        "SESSION_SECRET": "s" * 40,
+        "SESSION_CONTROL_FILE": str(control),
+        "SERVER_PUBLIC_URL": "http://127.0.0.1:8000",
+    }
+    hosts = {"host": "127.0.0.1:8000"}
+    with serving("anonymous", **fixed) as proxy:
+        cookie = chat(proxy, headers=hosts).cookie
+    assert revoke("--before", str(int(time.time()) + 0), control=control).returncode == 0
+    assert revoke("--all", control=control).returncode == 0
+    with serving("anonymous", **fixed) as proxy:
+        assert asked(proxy, cookie, **hosts) == (401, "session_required")
+        assert asked(proxy, **hosts) == (200, None)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--all", "--user", "x"], ["--before", "never"], ["--before", "4000000000"]])
+def test_what_revoke_does_not_take(arguments: list[str], tmp_path: Path) -> None:
+    control = tmp_path / "revoked.json"
+    assert revoke(*arguments, control=control).returncode == 2
+    assert not control.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"everyone":"x"}', b'{"what":1}', b"\xff"])
+def test_a_control_file_of_something_else(content: bytes, tmp_path: Path) -> None:
+    """At the start it is a fault; while serving the last word stands, and the log says so."""
+    control = tmp_path / "revoked.json"
+    with serving("anonymous", SESSION_CONTROL_FILE=str(control)) as proxy:
+        control.write_bytes(content)
+        (line,) = eventually(lambda: proxy.lines("control_file_unread"))
+        assert "session.control_file" in line["fault"]
+        assert asked(proxy) == (200, None)
+    done = revoke("--all", control=control)
+    assert done.returncode == 2
+    assert "session.control_file" in done.stderr
+    assert control.read_bytes() == content
+
+
+STEPS = st.one_of(st.just(("all",)), st.tuples(st.sampled_from(["user", "issue"]), st.sampled_from("ab")))
+
+
+@given(st.lists(STEPS, max_size=20))
+def test_decrees(steps: list[tuple[str, ...]]) -> None:
+    """Whoever was issued before a decree about them is dead, whoever after it alive, in any order of decrees."""
+    decree, alive = Decree(), dict[Session, bool]()
+    for number, step in enumerate(steps):
+        if step[0] == "issue":
+            alive[Session(str(number), "password", step[1], 5, 5, decree.generation)] = True
+        elif step[0] == "all":
+            decree = decree.revoking_all()
+            alive = dict.fromkeys(alive, False)
+        else:
+            decree = decree.revoking_user(step[1])
+            alive = {session: lives and session.subject != step[1] for session, lives in alive.items()}
+    assert {session: not decree.kills(session) for session in alive} == alive
+
+
+def test_decrees_before_a_moment() -> None:
+    decree = Decree().revoking_before(100).revoking_before(50)
+    assert decree.kills(Session("i", "anonymous", None, 99, 99, 9))
+    assert not decree.kills(Session("i", "anonymous", None, 100, 100))
+
+
+# ---- making a line of the passwords' file ---------------------------------------------------------------------------
+
+
+def hash_password(*arguments: str, given: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "proxy", "hash-password", *arguments]
+    return subprocess.run(command, input=given, capture_output=True, text=True, timeout=PATIENCE * 6, check=False)
+
+
+def test_hash_password() -> None:
+    line = hash_password("alice", given="pass word\n").stdout.strip()
+    user, _, made = line.partition(":")
+    assert user == "alice"
+    assert PasswordHasher().verify(made, "pass word")
+    assert hash_password(given="x\n").stdout.startswith("$argon2id$")
+    assert hash_password("a:b", given="x\n").returncode == 2
+    assert hash_password(given="\n").returncode == 2
+
+
+def test_an_unknown_user_costs_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One verification, with the same parameters."""
+    hashes: list[str] = []
+
+    def verify(hash_: str, password: str) -> bool:
+        hashes.append(hash_)
+        return True
+
+    monkeypatch.setattr(room, "verify", verify)
+    passwords = Passwords([ALICE], time.monotonic)
+    asyncio.run(passwords.check("alice", "x"))
+    with pytest.raises(InvalidCredentials):
+        asyncio.run(passwords.check("nobody", "x"))
+    assert [hash_.split("$")[1:4] for hash_ in hashes] == [ALICE.split(":")[1].split("$")[1:4]] * 2
+    passwords.close()

@@ -1,0 +1,432 @@
+"""Limits on a real Redis: one truth for several servers, and the declared policy while it is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from harness import (
+    DONE,
+    GOOD,
+    LOOPS,
+    PATIENCE,
+    Peer,
+    Running,
+    ScriptedUpstream,
+    chat,
+    delta,
+    eventually,
+    finish,
+    raw_chat,
+    read_until,
+    running,
+    send,
+    streaming,
+)
+
+from proxy.errors import TokensExhausted
+from proxy.limits import Subject, shared
+from proxy.limits import allowance as door
+from proxy.limits.allowance import Allowance, Hold
+from proxy.limits.shared import Claim, Shared, open_store
+from proxy.settings import from_variables
+
+FULL = bool(os.environ.get("CHAT_PROXY_FULL"))
+both_loops = pytest.mark.parametrize("loop", LOOPS)
+numbers = itertools.count(1)
+
+
+class Redis:
+    """A server of our own, that faults can be done to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.start()
+
+    def start(self) -> None:
+        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        command = ["redis-server", *options, "--dir", str(self.folder), "--unixsocket", str(self.folder / "redis.sock")]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        eventually(self.answers)
+
+    def answers(self) -> bool:
+        with suppress(redis.RedisError), self.client() as client:
+            return bool(client.ping())
+        return False
+
+    def client(self) -> redis.Redis:
+        return redis.Redis(port=self.port, socket_timeout=PATIENCE)
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+        self.process.kill()
+        self.process.wait()
+
+    def freeze(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    made = Path(tempfile.mkdtemp(prefix="chat-proxy-"))
+    yield made
+    shutil.rmtree(made)
+
+
+@pytest.fixture
+def store(folder: Path) -> Iterator[Redis]:
+    server = Redis(folder)
+    yield server
+    server.stop()
+
+
+def new_address() -> dict[str, str]:
+    number = next(numbers)
+    return {"x-forwarded-for": f"198.20.{number >> 8}.{number & 255}"}
+
+
+@contextmanager
+def two(store: Redis, loop: str = "uvloop", script: Any = None, **more: str) -> Iterator[tuple[Running, Running]]:
+    """Two servers that share a store."""
+    with ScriptedUpstream(script or streaming(*GOOD)) as upstream:
+        given = {"LIMITS_STORE": store.url, "SESSION_SECRET": "s" * 40, **more}
+        with (
+            running(upstream.base_url, loop=loop, **given) as one,
+            running(upstream.base_url, loop=loop, **given) as other,
+        ):
+            yield one, other
+
+
+def used(proxy: Running, address: dict[str, str]) -> dict[str, int]:
+    """What GET /api/session says is used of each limit."""
+    limits = send(proxy, "GET", "/api/session", None, address).json["limits"]
+    return {limit["name"]: limit["limit"] - limit["remaining"] for limit in limits}
+
+
+# ---- one truth ------------------------------------------------------------------------------------------------------
+
+
+@both_loops
+def test_requests_are_counted_once_for_all(loop: str, store: Redis) -> None:
+    with two(store, loop, LIMITS_PER_SESSION="5/hour") as servers:
+        here = new_address()
+        statuses = [chat(proxy, headers=here).status for proxy in (*servers, *servers, *servers, *servers)]
+        assert statuses == [200] * 5 + [429] * 3
+        refusal = chat(servers[1], headers=here)
+        assert refusal.error["code"] == "rate_limited"
+        assert 3500 < int(refusal.headers["retry-after"]) <= 3600
+        assert "r=0;t=" in refusal.headers["ratelimit"]
+        assert used(servers[0], here)["per_session 5/hour"] == 5
+        assert chat(servers[0], headers=new_address()).status == 200
+
+
+@both_loops
+def test_all_windows_of_a_request_are_charged_or_none(loop: str, store: Redis) -> None:
+    with two(store, loop, LIMITS_PER_SESSION="2/hour", LIMITS_PER_ADDRESS="100/hour") as servers:
+        here = new_address()
+        assert [chat(proxy, headers=here).status for proxy in (*servers, *servers)] == [200, 200, 429, 429]
+        assert used(servers[0], here)["per_address 100/hour"] == 2
+
+
+@both_loops
+def test_tokens_are_held_and_settled_for_all(loop: str, store: Redis) -> None:
+    """What an answer may cost is held while it is written, on both servers, and what it did cost is booked."""
+    go_on = threading.Event()
+
+    async def script(peer: Peer) -> None:
+        while True:
+            await peer.request()
+            await peer.head()
+            await peer.chunk(delta("one"))
+            await asyncio.to_thread(go_on.wait, PATIENCE)
+            usage = b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":11}}\n\n'
+            for part in (finish(), usage, DONE):
+                await peer.chunk(part)
+            await peer.end()
+
+    with two(store, loop, script, LIMITS_TOKENS_PER_SESSION="150/hour", POLICY_MAX_OUTPUT_TOKENS="100") as servers:
+        one, other = servers
+        sock = raw_chat(one)
+        read_until(sock, b"one")
+        refusal = chat(other)
+        assert (refusal.status, refusal.error["code"]) == (429, "tokens_exhausted")
+        assert 3500 < int(refusal.headers["retry-after"]) <= 3600
+        go_on.set()
+        read_until(sock, DONE)
+        eventually(lambda: used(other, {})["tokens_per_session 150/hour"] == 18)
+        assert chat(other).status == 200
+        sock.close()
+
+
+@both_loops
+def test_live_streams_are_counted_for_all(loop: str, store: Redis) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.head()
+        await peer.chunk(delta("one"))
+        await peer.gone()
+
+    with two(store, loop, script, LIMITS_STREAMS_PER_SESSION="2") as (one, other):
+        socks = [raw_chat(one), raw_chat(other)]
+        for sock in socks:
+            read_until(sock, b"one")
+        refusal = chat(other)
+        assert (refusal.status, refusal.error["code"]) == (429, "too_many_streams")
+        for sock in socks:
+            sock.close()
+        with store.client() as client:
+            eventually(lambda: not leases(client))
+        with raw_chat(other) as sock:
+            read_until(sock, b"one")
+
+
+def leases(client: redis.Redis) -> list[Any]:
+    """Every lease that is held, and every reservation."""
+    found: list[Any] = []
+    for pattern in ("*:streams_*", "*:h"):
+        for key in client.scan_iter(match=pattern):
+            found += client.zrange(key, 0, -1)
+    return found
+
+
+def test_names_do_not_reach_the_store(store: Redis) -> None:
+    with two(store) as servers:
+        chat(servers[0], headers={"x-forwarded-for": "203.0.113.77"})
+        with store.client() as client:
+            keys = b"".join(client.keys())
+            assert keys.count(b"{chat-proxy}:") == 4
+            assert b"203.0.113" not in keys
+
+
+@pytest.mark.parametrize("scheme", ["redis", "unix", "password"])
+def test_urls(scheme: str, store: Redis) -> None:
+    """A Unix socket, a password and a number of a database are passed on."""
+    url = store.url
+    if scheme == "unix":
+        url = f"unix://{store.folder / 'redis.sock'}?db=1"
+    if scheme == "password":
+        with store.client() as client:
+            client.config_set("requirepass", "s3cret")
+        url = f"redis://:s3cret@127.0.0.1:{store.port}/2"
+    with ScriptedUpstream(streaming(*GOOD)) as upstream, running(upstream.base_url, LIMITS_STORE=url) as proxy:
+        assert chat(proxy).status == 200
+        assert proxy.service.app.limits.shared is not None
+        assert proxy.service.app.limits.shared.is_up
+        assert b"s3cret" not in proxy.output.getvalue()
+
+
+# ---- the store is gone ----------------------------------------------------------------------------------------------
+
+
+@both_loops
+@pytest.mark.parametrize("how", ["killed", "frozen"])
+def test_counting_alone_until_it_is_back(how: str, loop: str, store: Redis) -> None:
+    with two(store, loop, LIMITS_PER_SESSION="1000/hour") as (proxy, _):
+        here = new_address()
+        assert chat(proxy, headers=here).status == 200
+        before = used(proxy, here)["tokens_per_session 1000000000/day"]
+        lose(store, how)
+        for _ in range(3):
+            began = time.monotonic()
+            assert chat(proxy, headers=here).status == 200
+            assert time.monotonic() - began < 3.0
+        (line,) = eventually(lambda: proxy.lines("limits_unavailable"))
+        assert line["policy"] == "local"
+        assert b"chat_proxy_limit_store_up 0.0" in proxy.service.app.metrics.exposition()
+        assert send(proxy, "GET", "/readyz").status == 200
+        find(store, how)
+        eventually(lambda: proxy.lines("limits_available"), 20.0)
+        assert b"chat_proxy_limit_store_up 1.0" in proxy.service.app.metrics.exposition()
+        expected = 3 * before if how == "killed" else 4 * before  # one that was killed has forgotten the first
+        eventually(lambda: used(proxy, here)["tokens_per_session 1000000000/day"] == expected)
+
+
+@both_loops
+def test_refusing_until_it_is_back(loop: str, store: Redis) -> None:
+    with two(store, loop, LIMITS_WHEN_STORE_FAILS="refuse") as (proxy, _):
+        assert chat(proxy).status == 200
+        lose(store, "killed")
+        reply = chat(proxy)
+        assert (reply.status, reply.error["code"]) == (503, "limits_unavailable")
+        assert int(reply.headers["retry-after"]) >= 1
+        find(store, "killed")
+        eventually(lambda: chat(proxy).status == 200, 20.0)
+
+
+def lose(store: Redis, how: str) -> None:
+    (store.stop if how == "killed" else store.freeze)()
+
+
+def find(store: Redis, how: str) -> None:
+    (store.start if how == "killed" else store.thaw)()
+
+
+def test_a_full_store_still_counts(store: Redis) -> None:
+    """Redis lets a script that has begun to write go on, and ours removes what is old before anything else."""
+    with two(store, LIMITS_PER_SESSION="2/hour") as servers:
+        with store.client() as client:
+            client.config_set("maxmemory", "1")
+        here = new_address()
+        assert [chat(proxy, headers=here).status for proxy in (*servers, *servers)] == [200, 200, 429, 429]
+        assert servers[0].lines("limits_unavailable") == []
+
+
+@both_loops
+def test_a_store_that_forgets(loop: str, store: Redis) -> None:
+    """Flushed, it counts from nothing; nobody gets an error, and live answers take their places again."""
+    with two(store, loop, LIMITS_PER_SESSION="1/hour") as (proxy, _):
+        here = new_address()
+        assert [chat(proxy, headers=here).status for _ in range(2)] == [200, 429]
+        with store.client() as client:
+            client.flushall()
+            client.script_flush()
+        assert [chat(proxy, headers=here).status for _ in range(2)] == [200, 429]
+
+
+@both_loops
+def test_no_live_stream_waits_for_it(loop: str, store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event passes at once, whether the store answers or not; and what its stream held is told it afterwards."""
+    monkeypatch.setattr(door, "RENEW_EVERY", 0.05)
+
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.head()
+        for number in range(40):
+            await peer.chunk(delta(f"{number} {time.monotonic()}"))
+            await asyncio.sleep(0.02)
+        for part in (finish(), DONE):
+            await peer.chunk(part)
+        await peer.end()
+
+    with two(store, loop, script) as (proxy, _), raw_chat(proxy) as sock:
+        read_until(sock, b"data: ")
+        store.freeze()
+        late, data = 0.0, b""
+        while DONE not in data:
+            data = sock.recv(65536)
+            for part in data.split(b'"content":"')[1:]:
+                if (written := part.partition(b'"')[0].split())[1:]:
+                    late = max(late, time.monotonic() - float(written[1]))
+        store.thaw()
+        assert late < 1.0
+        eventually(lambda: proxy.lines("limits_available"), 20.0)
+        with store.client() as client:
+            eventually(lambda: not leases(client), 40.0)
+
+
+def test_what_a_dead_worker_held_is_free_again(store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "HELD_SECONDS", 1)
+
+    async def die_and_look() -> None:
+        async with allowance(store, LIMITS_STREAMS_PER_SESSION="1", LIMITS_TOKENS_PER_SESSION="100/hour") as dead:
+            await dead.hold(Subject("s", "a"), 90)  # never left
+        async with allowance(store, LIMITS_STREAMS_PER_SESSION="1", LIMITS_TOKENS_PER_SESSION="100/hour") as alive:
+            with pytest.raises(TokensExhausted):
+                await alive.hold(Subject("s", "a"), 90)
+            await asyncio.sleep(1.1)
+            async with await alive.hold(Subject("s", "a"), 90) as hold:
+                hold.settle(5)
+            found = await alive.standings(lambda request: None, Subject("s", "a"))
+            assert [(s.name, s.limit - s.remaining) for s in found if s.name == "tokens_per_session"] == [
+                ("tokens_per_session", 5)
+            ]
+
+    asyncio.run(die_and_look())
+
+
+class allowance:  # noqa: N801  # used as a context
+    """An Allowance without a server."""
+
+    def __init__(self, store: Redis, **limits: str) -> None:
+        given = {
+            "UPSTREAM_BASE_URL": "http://127.0.0.1/v1",
+            "UPSTREAM_API_KEY": "k" * 30,
+            "POLICY_MODELS": "m",
+            **limits,
+        }
+        chosen = from_variables(
+            {f"CHAT_PROXY_{name}": value for name, value in given.items() | {("LIMITS_STORE", store.url)}}
+        )
+        self.limits = chosen.limits
+
+    async def __aenter__(self) -> Allowance:
+        self.allowance = Allowance(self.limits, 1000, time.monotonic, lambda lost: None)
+        return self.allowance
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.allowance.aclose()
+
+
+# ---- the scripts themselves -----------------------------------------------------------------------------------------
+
+
+def test_no_window_ever_holds_too_much(store: Redis) -> None:
+    """Many at once on one counter: however they meet, no window of its length holds more than the limit."""
+    limit, seconds, hits = 40, 1, 20000 if FULL else 4000
+    granted: list[tuple[float, float]] = []
+
+    async def hit(counter: Shared, count: int) -> None:
+        claim = Claim("moving", "per_session", "s", 1, limit, seconds)
+        for _ in range(count):
+            asked = time.monotonic()
+            taken = await counter.take([claim])
+            assert taken is not None
+            if taken.booked:
+                granted.append((asked, time.monotonic()))
+            await asyncio.sleep(random.random() * 0.02)
+
+    async def all_hit() -> None:
+        counter = open_store(store.url, time.monotonic, print)
+        await asyncio.gather(*(hit(counter, hits // 20) for _ in range(20)))
+        await counter.aclose()
+
+    asyncio.run(asyncio.wait_for(all_hit(), 120))
+    ends = sorted(answered for _, answered in granted)
+    for asked, _ in granted:  # granted surely within [asked, asked + seconds), whenever the server booked them
+        inside = [answered for begun, answered in granted if begun >= asked]
+        assert bisect_right(sorted(inside), asked + seconds - 0.001) <= limit
+    assert len(ends) >= limit
+
+
+def test_a_burst_never_overdraws(store: Redis) -> None:
+    """200 at once hold no more than there is; afterwards exactly what was used is booked."""
+
+    async def burst() -> tuple[int, int]:
+        async with allowance(store, LIMITS_TOKENS_PER_SESSION="1000/hour", LIMITS_STREAMS_PER_SESSION="1000") as limits:
+            asked = (limits.hold(Subject("s", "a"), 90) for _ in range(200))
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            admitted = [answer for answer in answers if isinstance(answer, Hold)]
+            assert sum(isinstance(answer, TokensExhausted) for answer in answers) == 200 - len(admitted)
+            for hold in admitted:
+                async with hold:
+                    hold.settle(7)
+            found = await limits.standings(lambda request: None, Subject("s", "a"))
+            return len(admitted), next(s.limit - s.remaining for s in found if s.name == "tokens_per_session")
+
+    admitted, booked = asyncio.run(burst())
+    assert (admitted, booked) == (11, 77)
+    with store.client() as client:
+        assert leases(client) == []
