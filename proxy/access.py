@@ -20,6 +20,7 @@ from urllib.parse import parse_qsl
 import httpx
 import msgspec
 
+from proxy.bulletin import Bulletin, Notice
 from proxy.control import ControlFile
 from proxy.edge import Edge, cookies_named
 from proxy.errors import InvalidCredentials, InvalidRequest, LoginRequired, Refusal, SessionExpired, Unauthenticated
@@ -30,7 +31,7 @@ from proxy.login import LoginFailed
 from proxy.login.flow import FLOW_SECONDS, FlowCookies, own_path
 from proxy.login.header import vouched
 from proxy.logs import Logs
-from proxy.session import ID_BYTES, Revocations, Session, Sessions, set_cookie
+from proxy.session import ID_BYTES, Decree, Revocations, Session, Sessions, set_cookie
 from proxy.settings import Secret, Settings, SettingsError
 from proxy.visit import Visit
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from proxy.login.oidc import Provider
     from proxy.login.password import Passwords
 
-CONTROL_CHECK = 0.5  # seconds between two looks at the control file
+CONTROL_CHECK = 0.4  # seconds between two looks at what was revoked elsewhere: a second is promised
 CALLBACK = "/api/session/callback"
 LONGEST_LOGIN = 4096  # bytes of a login's body
 
@@ -85,32 +86,52 @@ class Access:
         self.provider = open_provider(settings, transport, wall) if self.mode == "oidc" else None
         self.revocations = Revocations()
         self.control = ControlFile(configured.control_file)
+        self.bulletin = Bulletin(limits.shared, self.lifetime) if limits.shared else None
         self.read_control()
-        self._timer: asyncio.TimerHandle | None = None
+        self._watching: asyncio.Task[None] | None = None
         self.use_keys()
 
     # ---- its own life ---------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(CONTROL_CHECK, self.look)
+        self._watching = asyncio.create_task(self.watch())
 
-    def stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+    async def stop(self) -> None:
+        """Tells the other servers what they have not heard yet."""
+        if self._watching is not None:
+            self._watching.cancel()
+        if self.bulletin is not None:
+            await self.bulletin.exchange()
         if self.passwords is not None:
             self.passwords.close()
 
-    def look(self) -> None:
-        try:
-            self.read_control()
-        except SettingsError as error:
-            self.logs.line("control_file_unread", "error", fault=str(error))
-        self.start()
+    async def watch(self) -> None:
+        """Hears what was revoked by hand, and on other servers."""
+        while True:
+            try:
+                self.read_control()
+            except SettingsError as error:
+                self.logs.line("control_file_unread", "error", fault=str(error))
+            if self.bulletin is not None:
+                await self.read_bulletin(self.bulletin)
+            await asyncio.sleep(CONTROL_CHECK)
+
+    async def read_bulletin(self, bulletin: Bulletin) -> None:
+        notices, decree = await bulletin.exchange()
+        for notice in notices:
+            self.revocations.hear(notice.id, notice.until, notice.forget_at, self.wall())
+        if decree is not None:
+            self.obey(decree)
 
     def read_control(self) -> None:
         """Raises SettingsError."""
         decree = self.control.read()
         if decree is not None:
+            self.obey(decree)
+
+    def obey(self, decree: Decree) -> None:
+        """The newest holds; of the file and of the store, either may be behind."""
+        if decree.generation > self.revocations.decree.generation:
             self.revocations.decree = decree
             self.logs.line("revoked", generation=decree.generation)
 
@@ -263,7 +284,10 @@ class Access:
 
     def end(self, id_: str, issued: int) -> None:
         now = self.wall()
-        self.revocations.revoke(Session(id_, self.mode, None, issued, issued), now, now + self.lifetime)
+        ended = Session(id_, self.mode, None, issued, issued)
+        until, forget_at = self.revocations.revoke(ended, now, now + self.lifetime)
+        if self.bulletin is not None:
+            self.bulletin.post(Notice(id_, until, forget_at))
 
     def opened(self, visit: Visit) -> Session | None:
         """The session of the cookie, if that is good."""

@@ -204,7 +204,7 @@ class ChatProxy:
         self.access.start()
         self.limits.start()
         yield
-        self.access.stop()
+        await self.access.stop()
         await self.limits.aclose()
         await self.transport.aclose()
 

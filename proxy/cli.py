@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
@@ -19,8 +20,10 @@ from pathlib import Path
 import uvloop
 
 from proxy import __version__, demo, settings
+from proxy.bulletin import Bulletin
 from proxy.control import ControlFile
 from proxy.errors import Refusal
+from proxy.limits.shared import open_store
 from proxy.logs import Descriptor, Logs
 from proxy.server import Service, allow_all_descriptors, as_bound, listen, ssl_context, uvicorn_for
 from proxy.session import Decree
@@ -264,14 +267,31 @@ def run_hash_password(options: argparse.Namespace) -> int:
 def run_revoke(options: argparse.Namespace) -> int:
     chosen = settings.load(options.config, os.environ)
     control = ControlFile(chosen.session.control_file)
-    if options.all:
-        control.change(Decree.revoking_all)
-    elif options.user is not None:
-        control.change(lambda decree: decree.revoking_user(options.user))
-    else:
-        control.change(lambda decree: decree.revoking_before(options.before))
+    change = change_of(options)
+    control.change(change)
     print(f"Revoked, in {control.path}. Servers that use this file know it within a second.")
+    if chosen.limits.store != "memory://":
+        if not uvloop.run(revoke_in_store(chosen, change)):
+            print("chat-proxy: limits.store does not answer; servers that share it do not know yet", file=sys.stderr)
+            return 2
+        print("So do servers that share limits.store.")
     return 0
+
+
+def change_of(options: argparse.Namespace) -> Callable[[Decree], Decree]:
+    if options.all:
+        return Decree.revoking_all
+    if options.user is not None:
+        return lambda decree: decree.revoking_user(options.user)
+    return lambda decree: decree.revoking_before(options.before)
+
+
+async def revoke_in_store(chosen: settings.Settings, change: Callable[[Decree], Decree]) -> bool:
+    shared = open_store(chosen.limits.store, time.monotonic, lambda lost: None)
+    try:
+        return await Bulletin(shared, chosen.session.lifetime).change(change)
+    finally:
+        await shared.aclose()
 
 
 def run_init(options: argparse.Namespace) -> int:

@@ -167,14 +167,22 @@ class Revocations:
     def kill(self, session: Session) -> bool:
         return self.until(session.id) >= session.issued or self.decree.kills(session)
 
-    def revoke(self, session: Session, now: float, forget_at: float) -> None:
+    def revoke(self, session: Session, now: float, forget_at: float) -> tuple[int, int]:
         """Kills the cookies of this id issued until `now`, or until this one was when the clock has gone back since.
 
-        `forget_at`: when the last cookie issued at `now` has expired.
+        `forget_at`: when the last cookie issued at `now` has expired. Returns until when cookies are dead, and when
+        that may be forgotten.
         """
         until = max(int(now), session.issued)
-        self._until = {id_: entry for id_, entry in self._until.items() if entry[1] > now}
-        self._until[session.id] = (until, int(forget_at) + until - int(now))
+        forget_at = int(forget_at) + until - int(now)
+        self.hear(session.id, until, forget_at, now)
+        return until, forget_at
+
+    def hear(self, id_: str, until: int, forget_at: int, now: float) -> None:
+        """Somebody has revoked this id, here or on another server."""
+        if until > self.until(id_):
+            self._until = {known: entry for known, entry in self._until.items() if entry[1] > now}
+            self._until[id_] = (until, forget_at)
 
     def until(self, id_: str) -> int:
         """The last second whose cookies are dead for this id; -1 when it was not revoked."""

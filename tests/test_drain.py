@@ -89,7 +89,7 @@ class Play:
         eventually(self.proxy.loop.is_closed, patience)
         app = self.proxy.service.app
         transport: Any = app.transport
-        assert (app.live, app.busy, app.leases.live, transport.open_sockets) == (set(), 0, 0, 0)
+        assert (app.live, app.busy, app.limits.leases.live, transport.open_sockets) == (set(), 0, 0, 0)
         eventually(lambda: not self.upstream.open)
 
 

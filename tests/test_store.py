@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -236,6 +237,78 @@ def test_urls(scheme: str, store: Redis) -> None:
         assert proxy.service.app.limits.shared is not None
         assert proxy.service.app.limits.shared.is_up
         assert b"s3cret" not in proxy.output.getvalue()
+
+
+# ---- one truth about who is out -------------------------------------------------------------------------------------
+
+
+def asked(proxy: Running, cookie: str) -> tuple[int, str | None]:
+    reply = chat(proxy, headers={"cookie": cookie})
+    return reply.status, None if reply.status == 200 else reply.error["code"]
+
+
+@contextmanager
+def two_of_one_name(store: Redis, loop: str, folder: Path, **more: str) -> Iterator[tuple[Running, Running]]:
+    """Two servers with one session secret, whose control files are not the same."""
+    given = {"LIMITS_STORE": store.url, "SESSION_SECRET": "s" * 40, **more}
+    with (
+        ScriptedUpstream(streaming(*GOOD)) as upstream,
+        running(upstream.base_url, loop=loop, SESSION_CONTROL_FILE=str(folder / "a"), **given) as one,
+        running(upstream.base_url, loop=loop, SESSION_CONTROL_FILE=str(folder / "b"), **given) as other,
+    ):
+        yield one, other
+
+
+@both_loops
+def test_a_logout_is_known_to_all(loop: str, store: Redis, tmp_path: Path) -> None:
+    """A copy of the cookie is dead on every server; a server that was not there hears of it when it starts."""
+    with two_of_one_name(store, loop, tmp_path) as (one, other):
+        cookie = chat(one, headers={"sec-fetch-site": "same-origin"}).cookie
+        assert asked(other, cookie) == (200, None)
+        assert send(one, "DELETE", "/api/session", None, {"cookie": cookie}).status == 200
+        assert asked(one, cookie) == (401, "session_required")
+        eventually(lambda: asked(other, cookie) == (401, "session_required"))
+    with two_of_one_name(store, loop, tmp_path) as (one, other):
+        eventually(lambda: asked(other, cookie) == (401, "session_required"))
+
+
+@both_loops
+def test_a_logout_while_the_store_is_gone_is_heard_later(loop: str, store: Redis, tmp_path: Path) -> None:
+    with two_of_one_name(store, loop, tmp_path) as (one, other):
+        cookie = chat(one, headers={"sec-fetch-site": "same-origin"}).cookie
+        store.freeze()
+        assert send(one, "DELETE", "/api/session", None, {"cookie": cookie}).status == 200
+        assert asked(other, cookie) == (200, None)
+        eventually(lambda: one.lines("limits_unavailable"))
+        store.thaw()
+        eventually(lambda: asked(other, cookie) == (401, "session_required"), 30.0)
+
+
+def test_revoking_by_hand_is_known_to_all(store: Redis, tmp_path: Path) -> None:
+    with two_of_one_name(store, "uvloop", tmp_path) as servers:
+        cookies = [chat(proxy, headers={"sec-fetch-site": "same-origin"}).cookie for proxy in servers]
+        assert revoke("--all", store=store, control=tmp_path / "elsewhere").returncode == 0
+        for proxy, cookie in zip(servers, cookies, strict=True):
+            eventually(lambda proxy=proxy, cookie=cookie: asked(proxy, cookie)[0] == 401)  # type: ignore[misc]
+        fresh = chat(servers[0], headers={"sec-fetch-site": "same-origin"}).cookie
+        assert asked(servers[1], fresh) == (200, None)
+        store.stop()
+        done = revoke("--all", store=store, control=tmp_path / "elsewhere")
+        assert (done.returncode, "does not answer" in done.stderr) == (2, True)
+        store.start()
+
+
+def revoke(*arguments: str, store: Redis, control: Path) -> subprocess.CompletedProcess[str]:
+    given = {
+        "UPSTREAM_BASE_URL": "https://api.example.com/v1",
+        "UPSTREAM_API_KEY": "sk-test-0123456789abcdef",
+        "POLICY_MODELS": "m",
+        "LIMITS_STORE": store.url,
+        "SESSION_CONTROL_FILE": str(control),
+    }
+    variables = {**os.environ, **{f"CHAT_PROXY_{name}": value for name, value in given.items()}}
+    command = [sys.executable, "-m", "proxy", "sessions", "revoke", *arguments]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=False)
 
 
 # ---- the store is gone ----------------------------------------------------------------------------------------------

@@ -21,9 +21,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
 
 DEADLINE = 0.14  # seconds a call may take: a request waits for two, and must not be 300 ms slower
 AT_ONCE = 16  # calls under way; more would open a socket each, and only wait in the store instead of here
@@ -181,6 +183,7 @@ class Client(Protocol):
     """What is used of redis.asyncio.Redis."""
 
     def register_script(self, script: str) -> Any: ...
+    def set(self, name: str, value: bytes) -> Awaitable[Any]: ...
     async def aclose(self) -> None: ...
 
 
@@ -240,11 +243,15 @@ class Shared:
         return await self.call(self.keep_script, keys, arguments) is not None
 
     async def call(self, script: Any, keys: list[str], arguments: list[str | int]) -> Any:
+        return await self.ask(lambda: script(keys=keys, args=arguments))
+
+    async def ask(self, question: Callable[[], Awaitable[T]]) -> T | None:
+        """The store's answer; None when there is none."""
         if not self.is_up:
             return None
         try:
             async with self._places, asyncio.timeout(DEADLINE):
-                return await script(keys=keys, args=arguments) if self.is_up else None
+                return await question() if self.is_up else None
         except self.failures as error:
             self.lose(type(error).__name__)
             return None
