@@ -5,7 +5,10 @@ Times are multiples of 1/64 second, which floats hold exactly: so "exactly then"
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
@@ -874,3 +877,58 @@ def test_a_rate_has_one_name() -> None:
         86400: {"4/day"},
         30 * 86400: {"5/month"},
     }
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+CALLERS = 1_000_000 if os.environ.get("CHAT_PROXY_FULL") else 100_000
+CROWD = """
+import sys
+from proxy.limits import Subject
+from proxy.limits.requests import RequestLimits, ask, mint
+from proxy.limits.tokens import Tokens
+from proxy.settings import Limits
+
+def held():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+now = 0.0
+requests, tokens = RequestLimits(Limits(), lambda: now), Tokens(Limits(), lambda: now)
+before = held()
+for number in range(int(sys.argv[1])):
+    now += 0.0001
+    subject = Subject(f"{number:022d}", f"2001:db8:{number >> 16:x}:{number & 65535:x}::/64")
+    requests.charge(mint, subject)
+    requests.charge(ask, subject)
+    tokens.reserve(subject, 100).settle(20)
+print(held() - before)
+now += 1_000_000
+for sweep in (requests.storage.make_room, tokens.make_room):
+    requests.storage.sweep_at = tokens.sweep_at = 0
+    sweep()
+print(len(requests.storage.entries) + len(tokens.windows))
+"""
+
+
+def test_a_crowd_fits_into_memory() -> None:
+    """So many sessions and networks hold less than 128 MB, and are forgotten when their windows are over."""
+    command = [sys.executable, "-c", CROWD, str(CALLERS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    taken, left = map(int, done.stdout.split())
+    assert taken < 128 << 20
+    assert left == 0
+
+
+def test_the_oldest_are_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "MOST_KEYS", 1000)
+    monkeypatch.setattr(tokens, "MOST_WINDOWS", 1000)
+    clock = Clock()
+    limits, purses = counting(clock, "1/day"), Tokens(Limits(), clock)
+    for number in range(10_000):
+        limits.charge(ask, Subject(str(number), str(number)))
+        purses.reserve(Subject(str(number), str(number)), 1).settle(1)
+    assert len(limits.storage.entries) <= 1000
+    assert len(purses.windows) <= 1000
+    with pytest.raises(TooMany):
+        limits.charge(ask, Subject("9999", "9999"))
+    assert purses.standings(Subject("9999", "9999"))[0].remaining == 199_999

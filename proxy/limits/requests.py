@@ -12,9 +12,11 @@ Rules:
 from __future__ import annotations
 
 import warnings
-from collections import deque
+from array import array
+from bisect import bisect_right
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from itertools import islice
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from limits import RateLimitItem
 from limits.storage import MovingWindowSupport, Storage
@@ -28,10 +30,12 @@ from proxy.limits.shared import Claim
 from proxy.settings import Limits, Rate
 
 Clock = Callable[[], float]
-Entry = tuple[int, deque[float]]  # seconds an entry counts, and when each was made
+Times: TypeAlias = "array[float]"
+Entry: TypeAlias = "tuple[int, Times]"  # seconds an entry counts, and when each was made
 
 SCHEME = "chat-proxy-memory"
 GUESSES = Rate(10, 60, "10/minute")  # per address; a person needs three
+MOST_KEYS = 200_000  # about 80 MB; beyond it the oldest are forgotten, or strangers could fill the memory
 SWEEP_AFTER = 4096  # new keys, and as many again as live: a sweep is linear, so its share per key is constant
 
 
@@ -168,7 +172,7 @@ def key_of(limit: Limit, subject: Subject) -> tuple[str, str]:
 class MovingWindows(Storage, MovingWindowSupport):
     """A `limits` storage in this process: the times of the entries that still count, oldest first.
 
-    `limits` brings one, which keeps dead keys for ever and reads the wall clock. 40 bytes an entry, about 800 a key.
+    `limits` brings one, which keeps dead keys for ever and reads the wall clock. 8 bytes an entry, about 400 a key.
     """
 
     STORAGE_SCHEME: list[str] | None = [SCHEME]  # noqa: RUF012  # as `limits` declares it
@@ -183,12 +187,11 @@ class MovingWindows(Storage, MovingWindowSupport):
     def base_exceptions(self) -> type[Exception]:
         return ValueError
 
-    def alive(self, key: str, expiry: int) -> deque[float]:
+    def alive(self, key: str, expiry: int) -> Times:
         """The entries of the key that are younger than `expiry` seconds."""
         times = self.entries.get(key, (0, NOTHING))[1]
-        horizon = self.clock() - expiry
-        while times and times[0] <= horizon:
-            times.popleft()
+        if times and times[0] <= (horizon := self.clock() - expiry):
+            del times[: bisect_right(times, horizon)]
         return times
 
     def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
@@ -196,7 +199,7 @@ class MovingWindows(Storage, MovingWindowSupport):
             return False
         if key not in self.entries:
             self.make_room()
-            self.entries[key] = (expiry, deque())
+            self.entries[key] = (expiry, array("d"))
         self.entries[key][1].extend([self.clock()] * amount)
         return True
 
@@ -209,7 +212,9 @@ class MovingWindows(Storage, MovingWindowSupport):
             return
         now = self.clock()
         self.entries = {key: entry for key, entry in self.entries.items() if entry[1] and entry[1][-1] > now - entry[0]}
-        self.sweep_at = 2 * len(self.entries) + SWEEP_AFTER
+        for key in list(islice(self.entries, max(0, len(self.entries) - MOST_KEYS * 4 // 5))):
+            del self.entries[key]
+        self.sweep_at = min(2 * len(self.entries) + SWEEP_AFTER, MOST_KEYS)
 
     def get(self, key: str) -> int:
         return len(self.entries.get(key, (0, NOTHING))[1])
@@ -233,4 +238,4 @@ class MovingWindows(Storage, MovingWindowSupport):
         raise NotImplementedError("this storage holds moving windows only")
 
 
-NOTHING: deque[float] = deque(maxlen=0)  # of a key that has no entries; can hold none
+NOTHING: Times = array("d")  # of a key that has no entries; nobody adds to it
