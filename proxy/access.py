@@ -89,6 +89,10 @@ class Access:
         self.bulletin = Bulletin(limits.shared, self.lifetime) if limits.shared else None
         self.read_control()
         self._watching: asyncio.Task[None] | None = None
+        self._told = ""
+        self._spent: dict[
+            str, int
+        ] = {}  # states of logins that have come back, and until when they would have been good
         self.use_keys()
 
     # ---- its own life ---------------------------------------------------------------------------------------------
@@ -109,12 +113,20 @@ class Access:
         """Hears what was revoked by hand, and on other servers."""
         while True:
             try:
+                if self.bulletin is not None:
+                    await self.read_bulletin(self.bulletin)
                 self.read_control()
             except SettingsError as error:
-                self.logs.line("control_file_unread", "error", fault=str(error))
-            if self.bulletin is not None:
-                await self.read_bulletin(self.bulletin)
+                self.tell_unread(str(error))
+            except Exception as error:  # noqa: BLE001  # all that is revoked from now on depends on this task
+                self.logs.bug(error)
             await asyncio.sleep(CONTROL_CHECK)
+
+    def tell_unread(self, fault: str) -> None:
+        """Once, not with every look."""
+        if fault != self._told:
+            self._told = fault
+            self.logs.line("control_file_unread", "error", fault=fault)
 
     async def read_bulletin(self, bulletin: Bulletin) -> None:
         notices, decree = await bulletin.exchange()
@@ -130,10 +142,11 @@ class Access:
             self.obey(decree)
 
     def obey(self, decree: Decree) -> None:
-        """The newest holds; of the file and of the store, either may be behind."""
-        if decree.generation > self.revocations.decree.generation:
-            self.revocations.decree = decree
-            self.logs.line("revoked", generation=decree.generation)
+        """What the file says and what the store says, each of which may be behind, hold together."""
+        merged = self.revocations.decree.merged(decree)
+        if merged != self.revocations.decree:
+            self.revocations.decree = merged
+            self.logs.line("revoked", generation=merged.generation)
 
     def use_keys(self) -> None:
         """Cookies under any of the secret's lines are good, the newest first."""
@@ -206,11 +219,15 @@ class Access:
 
     def serves(self, session: Session, visit: Visit) -> bool:
         """Is this session of the mode that is configured now, and of somebody who is still welcome?"""
-        if session.mode != self.mode:
+        if self.passwords is not None and not self.passwords.has(session.subject):
             return False
-        if self.mode == "header":
-            return session.subject == vouched(visit.found, self.header, visit.caller)
-        return self.passwords is None or self.passwords.has(session.subject)
+        if session.mode != self.mode_of(session.subject):
+            return False
+        return self.mode != "header" or session.subject == vouched(visit.found, self.header, visit.caller)
+
+    def mode_of(self, subject: str | None) -> str:
+        """As sessions bear it: with the mark of the password that began them, so that a changed one ends them."""
+        return self.mode if self.passwords is None else f"{self.mode}~{self.passwords.mark(subject)}"
 
     async def admit(self, visit: Visit) -> Session:
         """A new session without a login. Raises LoginRequired where there is none to be had."""
@@ -229,7 +246,8 @@ class Access:
         if subject is None:
             await self.limits.charge(mint, Subject("new", visit.caller.key))
         generation, randomness = self.revocations.decree.generation, self.randomness(ID_BYTES)
-        session = self.sessions.mint(self.wall(), randomness, mode=self.mode, subject=subject, generation=generation)
+        mode = self.mode_of(subject)
+        session = self.sessions.mint(self.wall(), randomness, mode=mode, subject=subject, generation=generation)
         self.begin(visit, session)
         return session
 
@@ -241,7 +259,7 @@ class Access:
         """Whose allowance a session uses: a user has one, however many sessions."""
         if session.subject is None:
             return Subject(session.id, visit.caller.key)
-        return Subject(f"{session.mode}:{session.subject}", visit.caller.key, is_named=True)
+        return Subject(f"{self.mode}:{session.subject}", visit.caller.key, is_named=True)
 
     # ---- logging in and out ---------------------------------------------------------------------------------------
 
@@ -254,7 +272,7 @@ class Access:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise InvalidRequest('A login is {"password": ...}, with "user" where there are users.') from None
         try:
-            await self.passwords.check(given.user, given.password)
+            await self.passwords.check(given.user, given.password, visit.caller.key)
         except InvalidCredentials:
             known = given.user if self.passwords.has(given.user) else None  # a password typed into the wrong field
             self.audit(visit, "login_failed", user=known)
@@ -263,8 +281,10 @@ class Access:
 
     async def log_in(self, visit: Visit, subject: str | None) -> Session:
         """A new id for who has just shown who they are; the one before it is dead."""
-        self.end_present(visit)
+        before = self.opened(visit)
         session = await self.mint(visit, subject)
+        if before is not None:
+            self.end(before.id, before.issued)
         self.audit(visit, "login", user=subject, session=visit.log["session"])
         return session
 
@@ -279,14 +299,19 @@ class Access:
     def end_present(self, visit: Visit) -> Session | None:
         session = self.opened(visit)
         if session is not None:
-            self.end(session.id, session.issued)
+            self.end(session.id, session.issued, shared_by_address=self.is_of_address(session, visit))
         return session
 
-    def end(self, id_: str, issued: int) -> None:
+    def is_of_address(self, session: Session, visit: Visit) -> bool:
+        """The one that all programs at an address share. It ends on this server only: any of them could end it without
+        end, and the others would be told each time."""
+        return session.id == self.sessions.mint_for_address(0, visit.caller.key, self.revocations).id
+
+    def end(self, id_: str, issued: int, *, shared_by_address: bool = False) -> None:
         now = self.wall()
         ended = Session(id_, self.mode, None, issued, issued)
         until, forget_at = self.revocations.revoke(ended, now, now + self.lifetime)
-        if self.bulletin is not None:
+        if self.bulletin is not None and not shared_by_address:
             self.bulletin.post(Notice(id_, until, forget_at))
 
     def opened(self, visit: Visit) -> Session | None:
@@ -319,21 +344,31 @@ class Access:
         that is stands in the flow's cookie.
         """
         assert self.provider is not None
+        await self.limits.charge(refuse, Subject("refused", visit.caller.key))
         cookies = cookies_named(visit.found, self.flow_name.encode())
         flow = self.flows.open(cookies[0], self.wall()) if len(cookies) == 1 else None
         visit.cookies = [self.flow_cookie("", 0)]
         try:
-            if flow is None:
-                raise LoginFailed(400, "no login was begun in this browser, or too long ago")
+            if flow is None or not self.spend(flow.state):
+                raise LoginFailed(400, "no login was begun in this browser, or too long ago, or it is over")
             subject = await self.provider.finish(visit.query, flow)
         except LoginFailed as failed:
             self.audit(visit, "login_failed", reason=failed.reason)
-            await self.limits.charge(refuse, Subject("refused", visit.caller.key))
             raise
-        self.end(flow.replaced, int(self.wall()))
+        if flow.replaced:
+            self.end(flow.replaced, int(self.wall()))
         await self.log_in(visit, subject)
         visit.cookies = [*visit.cookies, self.flow_cookie("", 0)]
         return flow.next
+
+    def spend(self, state: str) -> bool:
+        """A login comes back once: the provider is not asked again for whoever keeps the cookie."""
+        now = int(self.wall())
+        if state in self._spent:
+            return False
+        self._spent = {spent: until for spent, until in self._spent.items() if until > now}
+        self._spent[state] = now + FLOW_SECONDS
+        return True
 
     async def logout_url(self) -> str | None:
         """Where the browser may end its session with the identity provider, too."""

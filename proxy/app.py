@@ -150,7 +150,7 @@ class ChatProxy:
         self.logs = logs
         self.wall = wall
         self.edge = Edge(server)
-        self.limits = Allowance(settings.limits, server.max_streams, clock, self.note_store)
+        self.limits = Allowance(settings.limits, server.max_streams, clock, self.note_store, logs.bug)
         self.access = Access(
             settings, self.edge, self.limits, transport, logs, clock=clock, wall=wall, randomness=randomness
         )
@@ -160,6 +160,7 @@ class ChatProxy:
         self.transport = transport
         self.metrics = Metrics(settings.policy.models)
         self.metrics.streams.set_function(lambda: self.limits.leases.live)
+        self.metrics.store_up.set_function(lambda: self.limits.is_up)
         self.base_headers: Headers = [HSTS] if server.is_https else []
         self.run_id = randomness(6).hex()  # with a number behind it, the id of a request: unique, and cheap
         self.numbers = itertools.count(1)
@@ -355,8 +356,9 @@ class ChatProxy:
         }
 
     async def end_session(self, visit: Visit) -> None:
-        """Logs out. Always succeeds."""
+        """Logs out; of nothing, too. Raises TooMany: what is revoked is remembered for long."""
         self.edge.check_origin(visit.found)
+        await self.limits.charge(refuse, Subject("refused", visit.caller.key))
         self.access.logout(visit)
         await visit.answer(200, encode({"logout_url": await self.access.logout_url()}), [])
 
@@ -464,7 +466,6 @@ class ChatProxy:
 
     def note_store(self, lost: str | None) -> None:
         """The limits' store is lost, for this reason, or found again."""
-        self.metrics.store_up.set(0 if lost else 1)
         if lost:
             self.logs.line("limits_unavailable", "error", reason=lost, policy=self.settings.limits.when_store_fails)
         else:

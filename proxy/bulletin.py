@@ -1,12 +1,16 @@
 """What was revoked, on the store that servers share: a logout on one of them is known to all within a second.
 
-Each server asks every half second, in the call that also says what it has revoked itself. Nothing is asked for a
-request: what was heard is in memory. Session ids stand there openly; they are those that nobody can use any more.
+Each server asks a few times a second, in the call that also says what it has revoked itself. Nothing is asked for a
+request: what was heard is in memory. Ids of sessions that have ended stand there openly, and names of users whose
+sessions an operator has ended.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 import msgspec
 
@@ -14,15 +18,25 @@ from proxy.limits.shared import PREFIX, Shared
 from proxy.session import Decree
 
 OVERLAP = 5000  # ms that are heard twice: what was posted in the millisecond of the last question, or while it ran
+DEADLINE = 2.0  # seconds: nobody waits for it, and a long list is no sign of a store that is gone
+PAGE = 1000  # notices heard at once
+MOST_SENT = 200  # notices posted at once
 
-# KEYS: the notices, the decree. ARGV: since when (ms), how long notices stay (ms), new notices.
+# KEYS: the notices, the decree. ARGV: since when (ms), how long notices stay (ms), PAGE, new notices.
 EXCHANGE = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-for n = 3, #ARGV do redis.call('ZADD', KEYS[1], now, ARGV[n]) end
+for n = 4, #ARGV do redis.call('ZADD', KEYS[1], now, ARGV[n]) end
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[2])
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
-return {now, redis.call('ZRANGEBYSCORE', KEYS[1], ARGV[1], '+inf'), redis.call('GET', KEYS[2])}
+local found = redis.call('ZRANGEBYSCORE', KEYS[1], ARGV[1], '+inf', 'WITHSCORES', 'LIMIT', 0, ARGV[3])
+return {now, found, redis.call('GET', KEYS[2])}
+"""
+# KEYS: the decree. ARGV: what was there, what is to be there. Two operators at once do not undo each other.
+REPLACE = """
+if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[2])
+return 1
 """
 KEYS = [f"{PREFIX}revoked", f"{PREFIX}decree"]
 
@@ -47,7 +61,8 @@ class Bulletin:
     def __init__(self, shared: Shared, keep: int) -> None:
         self.shared = shared
         self.keep = keep
-        self.script = shared.client.register_script(EXCHANGE)
+        self.exchange_script = shared.client.register_script(EXCHANGE)
+        self.replace_script = shared.client.register_script(REPLACE)
         self.since = 0
         self.unsent: list[Notice] = []
 
@@ -56,19 +71,46 @@ class Bulletin:
         self.unsent.append(notice)
 
     async def exchange(self) -> tuple[list[Notice], Decree | None]:
-        """What was revoked since the last time, and the decree in force; nothing while the store is gone."""
-        sending = list(self.unsent)
-        arguments = [self.since, self.keep * 1000, *map(encode, sending)]
-        answer = await self.shared.ask(lambda: self.script(keys=KEYS, args=arguments))
+        """Some of what was revoked since the last time, and the decree in force; nothing while the store is gone."""
+        sending = self.unsent[:MOST_SENT]
+        arguments = [self.since, self.keep * 1000, PAGE, *map(encode, sending)]
+        answer = await self.ask(self.exchange_script, KEYS, arguments)
         if answer is None:
             return [], None
-        now, notices, decree = answer
+        now, found, decree = answer
         del self.unsent[: len(sending)]
-        self.since = int(now) - OVERLAP
-        return [decode_notice(notice) for notice in notices], decode(decree) if decree else None
+        self.since = int(found[-1]) if len(found) == 2 * PAGE else int(now) - OVERLAP
+        return [notice for notice in map(notice_of, found[::2]) if notice], decree_of(decree)
 
     async def change(self, change: Callable[[Decree], Decree]) -> bool:
         """Puts up a new decree. False when the store does not answer."""
-        _, decree = await self.exchange()
-        changed = encode(change(decree or Decree()))
-        return bool(await self.shared.ask(lambda: self.shared.client.set(KEYS[1], changed)))
+        while True:
+            answer = await self.ask(self.exchange_script, KEYS, [self.since, self.keep * 1000, 1])
+            if answer is None:
+                return False
+            before = answer[2] or b""
+            after = encode(change(decree_of(before) or Decree()))
+            replaced = await self.ask(self.replace_script, KEYS[1:], [before, after])
+            if replaced != 0:
+                return replaced is not None
+
+    async def ask(self, script: Any, keys: list[str], arguments: list[Any]) -> Any:
+        """The script's answer; None when there is none. Whether the store is gone others decide."""
+        try:
+            async with asyncio.timeout(DEADLINE):
+                return await script(keys=keys, args=arguments)
+        except self.shared.failures:
+            return None
+
+
+def notice_of(written: bytes) -> Notice | None:
+    """None for what another version has written."""
+    with suppress(msgspec.MsgspecError, UnicodeDecodeError):
+        return decode_notice(written)
+    return None
+
+
+def decree_of(written: bytes | None) -> Decree | None:
+    with suppress(msgspec.MsgspecError, UnicodeDecodeError):
+        return decode(written) if written else None
+    return None

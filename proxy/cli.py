@@ -207,7 +207,7 @@ def run_check(options: argparse.Namespace) -> int:
     print("ok       settings: every value is valid")
     for warning in warnings_about(chosen):
         print(f"warning  {warning}")
-    return uvloop.run(check_upstream(chosen))
+    return uvloop.run(check_upstream(chosen)) | uvloop.run(check_store(chosen))
 
 
 def warnings_about(chosen: settings.Settings) -> list[str]:
@@ -218,6 +218,8 @@ def warnings_about(chosen: settings.Settings) -> list[str]:
         for name in ("tokens_per_session", "tokens_per_address", "tokens_total")
         if any(rate.amount <= longest for rate in getattr(limits, name))
     ]
+    if chosen.session.mode == "oidc" and not (chosen.oidc.allowed_emails or chosen.oidc.allowed_domains):
+        found.append("oidc.allowed_emails and oidc.allowed_domains are not set: everybody with an account there may in")
     if not limits.tokens_total:
         found.append("limits.tokens_total is not set: nothing bounds what all visitors together may spend")
     return found
@@ -237,6 +239,16 @@ async def check_upstream(chosen: settings.Settings) -> int:
         await transport.aclose()
     print("ok       upstream: it answers, and accepts the key")
     return 0
+
+
+async def check_store(chosen: settings.Settings) -> int:
+    if chosen.limits.store == "memory://":
+        return 0
+    store = open_store(chosen.limits.store, time.monotonic, lambda lost: None)
+    answers = await store.answers()
+    await store.aclose()
+    print("ok       limits.store: it answers" if answers else "fault    limits.store: it does not answer")
+    return 0 if answers else 1
 
 
 # ---- making ----------------------------------------------------------------------------------------------------------
@@ -267,9 +279,11 @@ def run_hash_password(options: argparse.Namespace) -> int:
 def run_revoke(options: argparse.Namespace) -> int:
     chosen = settings.load(options.config, os.environ)
     control = ControlFile(chosen.session.control_file)
-    change = change_of(options)
+    change, is_new = change_of(options, chosen.session.mode), not control.path.exists()
     control.change(change)
     print(f"Revoked, in {control.path}. Servers that use this file know it within a second.")
+    if is_new and chosen.limits.store == "memory://":
+        print("It was not there before. Does the server use another one? (session.control_file)", file=sys.stderr)
     if chosen.limits.store != "memory://":
         if not uvloop.run(revoke_in_store(chosen, change)):
             print("chat-proxy: limits.store does not answer; servers that share it do not know yet", file=sys.stderr)
@@ -278,12 +292,14 @@ def run_revoke(options: argparse.Namespace) -> int:
     return 0
 
 
-def change_of(options: argparse.Namespace) -> Callable[[Decree], Decree]:
+def change_of(options: argparse.Namespace, mode: str) -> Callable[[Decree], Decree]:
+    now = time.time()
     if options.all:
-        return Decree.revoking_all
+        return lambda decree: decree.revoking_all(now)
     if options.user is not None:
-        return lambda decree: decree.revoking_user(options.user)
-    return lambda decree: decree.revoking_before(options.before)
+        user = options.user.lower() if mode == "oidc" else options.user
+        return lambda decree: decree.revoking_user(user, now)
+    return lambda decree: decree.revoking_before(options.before, now)
 
 
 async def revoke_in_store(chosen: settings.Settings, change: Callable[[Decree], Decree]) -> bool:

@@ -25,7 +25,7 @@ class ControlFile:
 
     def __init__(self, configured: str) -> None:
         folder = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
-        self.path = Path(configured or Path(folder, DEFAULT_NAME))
+        self.path = Path(configured or Path(folder, DEFAULT_NAME)).absolute()
         self._seen: tuple[int, int, int] | None = None
 
     def read(self) -> Decree | None:
@@ -35,8 +35,9 @@ class ControlFile:
             signature = (seen.st_ino, seen.st_size, seen.st_mtime_ns)
             if signature == self._seen:
                 return None
+            decree = decode(self.path.read_bytes())
             self._seen = signature
-            return decode(self.path.read_bytes())
+            return decree
         except FileNotFoundError:
             return None
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -50,9 +51,20 @@ class ControlFile:
                 decree = change(self.read() or Decree())
                 fresh = Path(f"{self.path}.new")
                 fresh.write_bytes(msgspec.json.encode(decree))
+                self.give_to_its_readers(fresh)
                 fresh.replace(self.path)
         except OSError as error:
             raise self.fault(error) from error
+
+    def give_to_its_readers(self, fresh: Path) -> None:
+        """The server, under a user of its own, must be able to read what root has written."""
+        if self.path.exists():
+            before = self.path.stat()
+            fresh.chmod(before.st_mode & 0o777)
+            if os.geteuid() == 0:
+                os.chown(fresh, before.st_uid, before.st_gid)
+        else:
+            fresh.chmod(0o644)
 
     def fault(self, error: Exception) -> SettingsError:
         what = (error.strerror or "cannot be used") if isinstance(error, OSError) else "holds something else"

@@ -2,7 +2,7 @@
 
 Rules:
 1. No byte is ever altered, added or reordered. What goes in comes out, up to the last complete event; only a chunk
-   that we asked for and the page did not, with the usage and no choices, is withheld.
+   that we asked for and the page did not, with a usage and no choices, is withheld.
 2. An event is complete at its blank line; a line ends with LF, CRLF or CR (WHATWG HTML, section 9.2.5).
 3. An event that does not end is held for `HOLD` bytes, then passed on as it comes: memory is bounded, bytes are not.
 4. Ordinary chunks are only searched, never parsed: this runs for every token of every user. What a search cannot
@@ -221,7 +221,7 @@ class Events:
                 self.finished.add(choice.index)
         usage = counted(chunk.usage)
         self.usage = usage or self.usage
-        if self._withhold and usage and chunk.choices == [] and not chunk.error:
+        if self._withhold and not chunk.choices and isinstance(chunk.usage, dict) and not chunk.error:
             self.count -= 1
             return True
         return False

@@ -53,6 +53,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.guard.leave(self, self._address)
+        self._unset_keepalive_if_required()  # uvicorn forgets it after a reset, and the timer would keep all of this
         super().connection_lost(exc)
 
     def eof_received(self) -> None:

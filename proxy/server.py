@@ -227,7 +227,7 @@ class Service:
         self.app.cut()
         await first_of(LAST_WORDS, self.app.quiet)
         for connection in tuple(self.guard.open):
-            if self.app.busy:  # with somebody who does not take our last words
+            if connection.is_answering:  # somebody who does not take our last words
                 connection.transport.abort()
 
 

@@ -27,6 +27,7 @@ SALT = b"chat-proxy.session"
 SEPARATOR = "."
 LONGEST_COOKIE = 1024  # bytes; ours are under 200 in anonymous mode, and a subject is bounded by the login
 ID_BYTES = 16
+SWEEP_AFTER = 1024  # revoked ids, and as many again as live, between two sweeps for expired ones
 REMEMBERED = 4096  # cookies whose signature is known to hold: a few megabytes, and no HMAC for every request of a page
 
 
@@ -130,11 +131,12 @@ def parse(payload: str) -> Session:
         raise Unauthenticated(reason="session cookie is of another version") from None
 
 
-class Decree(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Decree(msgspec.Struct, frozen=True):
     """What was revoked by hand. Each decree begins a new generation; cookies carry the one they were issued in.
 
     Killed is who was issued in a generation before `everyone`, or before that of the subject in `users`, or before
-    `before` (Unix seconds).
+    `before` (Unix seconds). A generation is the second it began in, or one more than the last: so those of a file that
+    was lost, or of two places, are in order, and two decrees can be merged.
     """
 
     generation: int = 0
@@ -142,15 +144,29 @@ class Decree(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     before: int = 0
     users: dict[str, int] = {}  # msgspec copies it
 
-    def revoking_all(self) -> Decree:
-        return Decree(self.generation + 1, everyone=self.generation + 1, before=self.before)
+    def next_generation(self, now: float) -> int:
+        return max(self.generation + 1, int(now))
 
-    def revoking_before(self, moment: int) -> Decree:
-        return Decree(self.generation + 1, self.everyone, max(self.before, moment), self.users)
+    def revoking_all(self, now: float) -> Decree:
+        generation = self.next_generation(now)
+        return self.merged(Decree(generation, everyone=generation))
 
-    def revoking_user(self, user: str) -> Decree:
-        users = {**self.users, user: self.generation + 1}
-        return Decree(self.generation + 1, self.everyone, self.before, users)
+    def revoking_before(self, moment: int, now: float) -> Decree:
+        return self.merged(Decree(self.next_generation(now), before=moment))
+
+    def revoking_user(self, user: str, now: float) -> Decree:
+        generation = self.next_generation(now)
+        return self.merged(Decree(generation, users={user: generation}))
+
+    def merged(self, other: Decree) -> Decree:
+        """Kills whom either kills."""
+        users = {user: max(self.users.get(user, 0), other.users.get(user, 0)) for user in self.users | other.users}
+        return Decree(
+            max(self.generation, other.generation),
+            max(self.everyone, other.everyone),
+            max(self.before, other.before),
+            users,
+        )
 
     def kills(self, session: Session) -> bool:
         least = max(self.everyone, self.users.get(session.subject or "", 0))
@@ -163,6 +179,7 @@ class Revocations:
     def __init__(self) -> None:
         self.decree = Decree()
         self._until: dict[str, tuple[int, int]] = {}  # each until its last cookie has expired anyway
+        self._sweep_at = SWEEP_AFTER
 
     def kill(self, session: Session) -> bool:
         return self.until(session.id) >= session.issued or self.decree.kills(session)
@@ -181,8 +198,10 @@ class Revocations:
     def hear(self, id_: str, until: int, forget_at: int, now: float) -> None:
         """Somebody has revoked this id, here or on another server."""
         if until > self.until(id_):
-            self._until = {known: entry for known, entry in self._until.items() if entry[1] > now}
             self._until[id_] = (until, forget_at)
+        if len(self._until) >= self._sweep_at:
+            self._until = {known: entry for known, entry in self._until.items() if entry[1] > now}
+            self._sweep_at = 2 * len(self._until) + SWEEP_AFTER
 
     def until(self, id_: str) -> int:
         """The last second whose cookies are dead for this id; -1 when it was not revoked."""

@@ -174,7 +174,7 @@ def rates(written: str) -> tuple[Rate, ...]:
             raise Wrong("wants rates of at least 1; an empty text means no limit")
         multiple = f"{item.multiples} " if item.multiples > 1 else ""
         found.append(Rate(item.amount, item.get_expiry(), f"{item.amount}/{multiple}{item.GRANULARITY.name}"))
-    return tuple(sorted(found, key=lambda rate: rate.seconds))
+    return tuple(sorted(dict.fromkeys(found), key=lambda rate: rate.seconds))
 
 
 def host_in_url(host: str | None) -> str:
@@ -278,11 +278,14 @@ def store(written: str) -> str:
     if written == "memory://":
         return written
     try:
-        valid = urlsplit(written).scheme in STORES and "://" in written
+        url = urlsplit(written.replace(",", "."))  # sentinels stand in a list
+        path = {"redis+sentinel": r"/[^/]+", "unix": r"/.+", "redis+unix": r"/.+"}.get(url.scheme, r"(?:/\d*)?")
+        valid = url.scheme in STORES and "://" in written and bool(re.fullmatch(path, url.path))
+        valid = valid and (url.scheme == "redis+sentinel" or url.port != 0)
     except ValueError:
         valid = False
     if not valid:
-        raise Wrong("wants memory://, redis://, rediss://, unix:// or redis+sentinel://")
+        raise Wrong("wants memory://, redis://host:6379/0, rediss://, unix:///path or redis+sentinel://host:26379/name")
     return written.replace("unix://", "redis+unix://", 1) if written.startswith("unix://") else written
 
 

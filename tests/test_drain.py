@@ -459,3 +459,31 @@ def test_second_sigterm_of_a_process(tmp_path: Path) -> None:
         assert endings == ["whole"] * (size // 2) + ["draining"] * (size // 2)
         assert all(crowd.written[number] > before[number] for number in range(size // 2, size))
         assert process.exit_code() == 0
+
+
+@both_loops
+def test_who_does_not_read_costs_the_others_nothing(loop: str) -> None:
+    """An answer that is written whole reaches a slow reader, though another takes no last words."""
+    parts = [delta(f"{number}{'x' * 1000}") for number in range(60)]
+
+    async def script(peer: Peer) -> None:
+        if (await peer.request()).json["messages"][0]["content"] == "whole":
+            await peer.sse(*parts, finish(), DONE)
+            return
+        await peer.head()
+        while not peer.writer.is_closing():
+            await peer.chunk(delta("x" * 4000))
+
+    with (
+        ScriptedUpstream(script) as model,
+        running(model.base_url, loop=loop, SERVER_DRAIN_SECONDS="0.2") as proxy,
+        raw_chat(proxy, buffers=4096, messages=[{"role": "user", "content": "flood"}]),
+        raw_chat(proxy, buffers=4096, messages=[{"role": "user", "content": "whole"}]) as slow,
+    ):
+        eventually(lambda: [line for line in proxy.lines() if line["ending"] == "complete"])
+        proxy.on_loop(proxy.service.end)
+        data = b""
+        while part := slow.recv(2000):
+            data += part
+            time.sleep(0.1)  # longer in all than the last words have
+        assert data.endswith(b"0\r\n\r\n")

@@ -115,9 +115,21 @@ def test_it_is_withheld_wherever_the_reads_cut_it(places: set[int]) -> None:
 @pytest.mark.parametrize(
     "chunk",
     [
-        b'data: {"choices":[],"usage":null}\n\n',
-        b'data: {"choices":[],"usage":{"prompt_tokens":"x"}}\n\n',
+        b'data: {"choices":null,"usage":{"prompt_tokens":1,"completion_tokens":1}}\n\n',
         b'data: {"usage":{"prompt_tokens":1,"completion_tokens":1}}\n\n',
+        b'data: {"choices":[],"usage":{"prompt_tokens":0,"completion_tokens":7.5}}\n\n',
+        b'data: {"choices":[],"usage":{"prompt_tokens":"x"}}\n\n',
+    ],
+)
+def test_what_we_asked_for_is_withheld_whether_it_can_be_believed_or_not(chunk: bytes) -> None:
+    assert Events(KEY.encode(), withhold_usage=True).feed(chunk) == b""
+    assert Events(KEY.encode()).feed(chunk) == chunk
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        b'data: {"choices":[],"usage":null}\n\n',
         b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":1},"error":{"message":"x"}}\n\n',
         b'data: {"choices":[{"index":0}],"usage":{"prompt_tokens":1,"completion_tokens":1}}\n\n',
     ],

@@ -6,6 +6,7 @@ Every test has a deadline of its own staged; the figures of the product are long
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import pairwise
@@ -40,6 +42,7 @@ from harness import (
     finish,
     raw_chat,
     read_until,
+    reset,
     running,
     send,
     streaming,
@@ -219,6 +222,20 @@ def test_an_answer_instead_of_100_continue_ends_the_connection(loop: str) -> Non
     with serving(loop) as (proxy, _), connect(proxy) as sock:
         sock.sendall(head(proxy, *lines, request="POST /api/chat HTTP/1.1"))
         assert to_the_end(sock).startswith(b"HTTP/1.1 415 ")
+
+
+@both_loops
+def test_a_connection_that_was_reset_is_forgotten(loop: str) -> None:
+    """... with all that it held, and not only when it would have been idle for too long."""
+    with serving(loop) as (proxy, _), connect(proxy) as sock:
+        sock.sendall(chat_request(proxy))
+        read_until(sock, DONE)
+        connection = weakref.ref(eventually(lambda: next(iter(proxy.service.guard.open), None)))
+        time.sleep(0.1)  # the answer has ended, and the wait for another request begun
+        reset(sock)
+        sock.close()
+        eventually(lambda: not proxy.service.guard.open)
+        eventually(lambda: proxy.on_loop(gc.collect) >= 0 and connection() is None)
 
 
 def slow_head(proxy: Running) -> bytes:

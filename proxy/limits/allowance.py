@@ -40,14 +40,19 @@ class Hold:
         self.holder = holder
         self.reservation = reservation  # of the counters here; None while the store has it
         self.used = 0
-        self.is_merged = False  # its reservation was counted here, and has been told to the store since
 
     def settle(self, used: int) -> None:
         self.used = used
 
-    def used_of_claims(self, *, reserved: bool = False) -> list[tuple[Claim, int]]:
-        """What to book for each claim; where the reservation was booked as used, the difference."""
-        return [(claim, self.used - claim.amount if reserved else self.used) for claim in self.claims]
+    @property
+    def used_of_claims(self) -> list[tuple[Claim, int]]:
+        return [(claim, self.used) for claim in self.claims]
+
+    def leave_to_store(self) -> None:
+        """From now on the store holds what this process held in its place."""
+        if self.reservation is not None:
+            self.reservation.settle(0)
+            self.reservation = None
 
     async def __aenter__(self) -> Hold:
         return self
@@ -63,7 +68,7 @@ class Hold:
 
 
 class Allowance:
-    """The limits of one server. `tell` hears when the store is lost (why) and found (None)."""
+    """The limits of one server. `tell` hears when the store is lost (why) and found (None), `bug` of other failures."""
 
     def __init__(
         self,
@@ -71,18 +76,25 @@ class Allowance:
         max_streams: int,
         clock: Callable[[], float],
         tell: Callable[[str | None], None],
+        bug: Callable[[BaseException], None],
     ) -> None:
         self.requests = RequestLimits(limits, clock)
         self.leases = Leases(limits, max_streams)
         self.tokens = Tokens(limits, clock)
+        self.bug = bug
         self.refuses_alone = limits.when_store_fails == "refuse"
         self.shared: Shared | None = None
         if limits.store != "memory://":
             self.shared = open_store(limits.store, clock, tell)
             self.shared.on_found = self.merge
         self.holds: dict[str, Hold] = {}  # those that the store knows of, or should
-        self.unsettled: list[Hold] = []  # ended while the store was gone
+        self.unsettled: dict[str, list[tuple[Claim, int]]] = {}  # by holder: what the store has not heard yet
         self._renewing: asyncio.Task[None] | None = None
+
+    @property
+    def is_up(self) -> bool:
+        """Does the store answer? Always, where there is none."""
+        return self.shared is None or self.shared.is_up
 
     def start(self) -> None:
         if self.shared is not None:
@@ -151,23 +163,24 @@ class Allowance:
         """Tells the store. One that is gone hears of it when it is back; what it holds expires by itself."""
         assert self.shared is not None
         del self.holds[hold.holder]
-        if hold.reservation is None:
-            if not await self.shared.settle(hold.used_of_claims(), hold.holder):
-                self.unsettled.append(hold)
-        elif hold.is_merged:
-            await self.shared.add(hold.used_of_claims(reserved=True), hold.holder)
+        if hold.reservation is None and not await self.shared.settle(hold.used_of_claims, hold.holder):
+            self.unsettled[hold.holder] = hold.used_of_claims
 
     async def renew(self) -> None:
         """Holds on to what the live answers of this process hold."""
         while True:
             await asyncio.sleep(RENEW_EVERY)
-            await self.renew_all()
+            try:
+                await self.renew_all()
+            except Exception as error:  # noqa: BLE001  # the next time may go well, and the leases depend on it
+                self.bug(error)
 
     async def renew_all(self) -> None:
         assert self.shared is not None
-        for hold in list(self.holds.values()):
-            claims = hold.claims if hold.reservation is None else [c for c in hold.claims if c.kind == "held"]
-            await self.shared.renew(claims, hold.holder)
+        for holder in list(self.holds):
+            hold = self.holds.get(holder)  # it may have ended while the one before was renewed
+            if hold is not None and hold.reservation is None:
+                await self.shared.renew(hold.claims, holder)
 
     # ---- alone ----------------------------------------------------------------------------------------------------
 
@@ -177,17 +190,21 @@ class Allowance:
             raise LimitsUnavailable
 
     async def merge(self) -> None:
-        """The store is back: it hears what was used meanwhile, and of the leases that are held."""
+        """The store is back. It takes over what live answers hold, and hears what ended ones have used; what it does
+        not hear, since it is gone again, is told the next time. Requests stay counted here: they would be again in the
+        next outage.
+        """
         assert self.shared is not None
-        ended, self.unsettled = self.unsettled, []
-        for hold in ended:
-            await self.shared.add(hold.used_of_claims(), hold.holder)
-        if used := self.tokens.clear():
-            await self.shared.add(used)
-        self.requests.reset()
         for hold in self.holds.values():
-            hold.is_merged = hold.reservation is not None
+            hold.leave_to_store()
         await self.renew_all()
+        if used := self.tokens.used():
+            self.unsettled[secrets.token_hex(8)] = used
+            self.tokens.forget()
+        for holder, amounts in list(self.unsettled.items()):
+            if not await self.shared.add(amounts, holder):
+                return
+            del self.unsettled[holder]
 
 
 def is_full(claim: Claim, found: Found) -> bool:

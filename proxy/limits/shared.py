@@ -3,11 +3,13 @@
 Rules:
 1. One round trip a question: a script looks at all counters of it and books in all of them or in none. Time is the
    server's.
-2. Each call has DEADLINE. The first that fails takes the store for gone; until a probe finds it again nobody waits
-   for it, and every call says None at once.
+2. Each call has DEADLINE, once it has its place. The first that fails takes the store for gone; until a probe finds it
+   again nobody waits for it, and every call says None at once.
 3. What is held (a live stream, its reserved tokens) expires by itself HELD_SECONDS after it was renewed last: a worker
    that dies gives back what it held.
-4. Names of sessions, users and addresses do not leave this process: keys are hashes.
+4. Keys are hashes: who looks into the store learns no session, user or address from the limits.
+
+Wants Redis 7: a store that is full must still count.
 
 Kinds of counters, by their key:
 
@@ -21,11 +23,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
-
-T = TypeVar("T")
+from typing import Any, Protocol
 
 DEADLINE = 0.14  # seconds a call may take: a request waits for two, and must not be 300 ms slower
 AT_ONCE = 16  # calls under way; more would open a socket each, and only wait in the store instead of here
@@ -35,7 +35,7 @@ FIRST_PROBE, LAST_PROBE = 0.25, 5.0  # seconds between probes while it is gone; 
 TELL_EVERY = 10.0  # seconds between two lines about it
 PREFIX = "{chat-proxy}:"  # braces: one slot of a cluster, or a script could not have all of its keys
 
-FUNCTIONS = """
+FUNCTIONS = """#!lua flags=allow-oom
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
@@ -105,36 +105,44 @@ return answer
 """
 )
 
-# ARGV: the holder's id, what to do, then for each key: kind, reserved amount, used amount, window (ms).
-# `renew` holds on for another ARGV[2] ms, `settle` ends it, `add` books what was counted elsewhere.
+# KEYS: the holder's mark, then the counters. ARGV: the holder's id, how long it holds (ms), what to do, then for each
+# counter: kind, reserved amount, used amount, window (ms).
+# `renew` sees to it that what is held is held, for another while, also in a store that has forgotten. `settle` ends it
+# and books what was used, once: its answer may be lost, and it is asked again. It never makes a window: one that is
+# over is nobody's any more. `add` does, since what it books was used while the store was away.
 KEEP = (
     FUNCTIONS
     + """
-local id, hold = ARGV[1], tonumber(ARGV[2])
-local what = ARGV[3]
-for n, key in ipairs(KEYS) do
-    local at = 4 + (n - 1) * 4
+local id, hold, what = ARGV[1], tonumber(ARGV[2]), ARGV[3]
+if what == 'renew' then
+    if redis.call('EXISTS', KEYS[1]) == 1 then return 1 end
+elseif not redis.call('SET', KEYS[1], 1, 'NX', 'PX', 3600000) then
+    return 1
+end
+local function open(key, window)
+    if redis.call('EXISTS', key) == 1 then return end
+    redis.call('HSET', key, 'used', 0, 'held', 0, 'ends', now + window)
+    redis.call('PEXPIRE', key, window)
+end
+for n = 2, #KEYS do
+    local key, at = KEYS[n], 4 + (n - 2) * 4
     local kind, amount, used, window = ARGV[at], tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3])
     look(kind, key, window)
-    if kind == 'held' then
-        if what == 'renew' then
-            redis.call('ZADD', key, now + hold, id)
-            redis.call('PEXPIRE', key, hold)
-        else
-            redis.call('ZREM', key, id)
-        end
-    elseif kind == 'fixed' then
-        local member = id .. ':' .. amount
-        if what == 'renew' then
-            redis.call('ZADD', key .. ':h', 'XX', now + hold, member)
-        elseif what == 'add' or redis.call('EXISTS', key) == 1 then
-            if redis.call('EXISTS', key) == 0 then
-                redis.call('HSET', key, 'used', 0, 'held', 0, 'ends', now + window)
-                redis.call('PEXPIRE', key, window)
-            end
-            if redis.call('ZREM', key .. ':h', member) == 1 then redis.call('HINCRBY', key, 'held', -amount) end
-            redis.call('HINCRBY', key, 'used', used)
-        end
+    local member = id .. ':' .. amount
+    if kind == 'held' and what == 'renew' then
+        redis.call('ZADD', key, now + hold, id)
+        redis.call('PEXPIRE', key, hold)
+    elseif kind == 'held' then
+        redis.call('ZREM', key, id)
+    elseif what == 'renew' then
+        open(key, window)
+        if not redis.call('ZSCORE', key .. ':h', member) then redis.call('HINCRBY', key, 'held', amount) end
+        redis.call('ZADD', key .. ':h', now + hold, member)
+        redis.call('PEXPIRE', key .. ':h', window)
+    else
+        if redis.call('ZREM', key .. ':h', member) == 1 then redis.call('HINCRBY', key, 'held', -amount) end
+        if what == 'add' then open(key, window) end
+        if redis.call('EXISTS', key) == 1 then redis.call('HINCRBY', key, 'used', used) end
     end
 end
 return 1
@@ -183,7 +191,6 @@ class Client(Protocol):
     """What is used of redis.asyncio.Redis."""
 
     def register_script(self, script: str) -> Any: ...
-    def set(self, name: str, value: bytes) -> Awaitable[Any]: ...
     async def aclose(self) -> None: ...
 
 
@@ -224,34 +231,32 @@ class Shared:
         return Taken(numbers[0] == 1, found)
 
     async def renew(self, claims: Iterable[Claim], holder: str) -> bool:
+        """Holds on to what is held. False when the store does not answer, here as below."""
         return await self.keep("renew", [(claim, 0) for claim in claims], holder)
 
     async def settle(self, used: Iterable[tuple[Claim, int]], holder: str) -> bool:
-        """Gives back what was held, and books what was used in its place."""
+        """Gives back what was held, and books what was used in its place; once, however often it is asked."""
         return await self.keep("settle", used, holder)
 
-    async def add(self, used: Iterable[tuple[Claim, int]], holder: str = "") -> bool:
-        """Books what was used while the store was gone, over any limit."""
+    async def add(self, used: Iterable[tuple[Claim, int]], holder: str) -> bool:
+        """The same for what was used while the store was gone: it may have forgotten the window."""
         return await self.keep("add", used, holder)
 
     async def keep(self, what: str, used: Iterable[tuple[Claim, int]], holder: str) -> bool:
         arguments: list[str | int] = [holder, HELD_SECONDS * 1000, what]
-        keys = []
+        keys = [f"{PREFIX}ended:{holder}"]
         for claim, amount in used:
             keys.append(claim.key)
             arguments += [claim.kind, claim.amount, amount, claim.seconds * 1000]
         return await self.call(self.keep_script, keys, arguments) is not None
 
     async def call(self, script: Any, keys: list[str], arguments: list[str | int]) -> Any:
-        return await self.ask(lambda: script(keys=keys, args=arguments))
-
-    async def ask(self, question: Callable[[], Awaitable[T]]) -> T | None:
-        """The store's answer; None when there is none."""
+        """The script's answer; None when there is none."""
         if not self.is_up:
             return None
         try:
             async with self._places, asyncio.timeout(DEADLINE):
-                return await question() if self.is_up else None
+                return await script(keys=keys, args=arguments) if self.is_up else None
         except self.failures as error:
             self.lose(type(error).__name__)
             return None
@@ -265,26 +270,28 @@ class Shared:
         if self.clock() - self._told_at >= TELL_EVERY:
             self._told_at = self.clock()
             self.tell(reason)
-        self._probing = asyncio.create_task(self.probe())
+        if self._probing is None or self._probing.done():
+            self._probing = asyncio.create_task(self.probe())
 
     async def probe(self) -> None:
-        """Asks again and again, with a booking, since a full store still answers a PING."""
+        """Asks again and again, with a booking, until the store is found and has heard what it missed."""
         pause = FIRST_PROBE
-        claim = Claim("moving", "probe", secrets.token_hex(8), 1, 1, 1)
-        arguments: list[str | int] = [claim.whose, 1000, claim.kind, 1, 1, 1000]
-        while True:
+        while not self.is_up:
             await asyncio.sleep(pause)
             pause = min(LAST_PROBE, pause * 2)
-            try:
-                async with asyncio.timeout(DEADLINE):
-                    await self.take_script(keys=[claim.key], args=arguments)
-            except self.failures:
-                continue
-            break
-        self.is_up = True
-        if self.on_found is not None:
-            await self.on_found()
+            self.is_up = await self.answers()
+            if self.is_up and self.on_found is not None:
+                await self.on_found()
         self.tell(None)
+
+    async def answers(self) -> bool:
+        claim = Claim("moving", "probe", secrets.token_hex(8), 1, 1, 1)
+        try:
+            async with asyncio.timeout(DEADLINE):
+                await self.take_script(keys=[claim.key], args=[claim.whose, 1000, claim.kind, 1, 1, 1000])
+        except self.failures:
+            return False
+        return True
 
     async def aclose(self) -> None:
         if self._probing is not None:

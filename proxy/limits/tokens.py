@@ -94,15 +94,17 @@ class Tokens:
         rate = purse.rate
         return Claim("fixed", purse.name, key[1], amount, rate.amount, rate.seconds, rate.text)
 
-    def clear(self) -> list[tuple[Claim, int]]:
-        """Forgets all windows; returns what was used in those that still run."""
-        windows, self.windows = self.windows, {}
+    def used(self) -> list[tuple[Claim, int]]:
+        """What was used in the windows that still run."""
         now = self.clock()
         return [
             (self.claim(self.purses[key[0]], key, 0), window.used)
-            for key, window in windows.items()
-            if window.ends > now and window.used
+            for key, window in self.windows.items()
+            if window.ends > now and window.used > 0
         ]
+
+    def forget(self) -> None:
+        self.windows.clear()
 
     def standings(self, subject: Subject) -> list[Standing]:
         """Where the subject stands; what the whole server has left is not the page's business."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from proxy.edge import Caller, Found
 from proxy.errors import Forbidden, LoginRequired
 
-LONGEST_NAME = 256  # characters
+LONGEST_NAME = 256  # bytes: it has to fit into the session's cookie
 
 
 def vouched(found: Found, header: bytes, caller: Caller) -> str:
@@ -21,6 +21,6 @@ def vouched(found: Found, header: bytes, caller: Caller) -> str:
         raise Forbidden(reason="an identity that is not UTF-8") from None
     if not user:
         raise LoginRequired
-    if "," in user or not user.isprintable() or len(user) > LONGEST_NAME:  # two of them were joined with a comma
+    if "," in user or not user.isprintable() or len(written) > LONGEST_NAME:  # two of them were joined with a comma
         raise Forbidden(reason="an identity that is not one name")
     return user

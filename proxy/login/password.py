@@ -1,15 +1,18 @@
 """Passwords: who knows one, checked with argon2id, and how often one may try.
 
 Rules:
-1. A user that does not exist costs the same work as one that does; neither the answer nor its time says which.
+1. A user that does not exist costs the work of the costliest that does; where all lines are of one make, neither the
+   answer nor its time says which.
 2. Hashing runs in a few threads of its own. Who would have to wait too long for one is told to come back.
-3. Wrong tries slow a user's next ones down, up to LONGEST_PAUSE. Nobody is locked out: who could do that to a user
-   would be a guesser.
+3. Wrong tries of a name at an address slow the next ones there down, up to LONGEST_PAUSE. A guesser elsewhere slows
+   nobody down: or he could lock users out.
+4. A changed password ends the sessions that the old one began: `mark` is part of them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +29,7 @@ FREE_TRIES = 5  # wrong ones in a row before pauses begin
 LONGEST_PAUSE = 30.0  # seconds
 MOST_NAMES = 4096  # with wrong tries that are remembered
 FORGOTTEN_AFTER = 900.0  # seconds without a wrong try
+Who = tuple[str, str]  # a name, and the address that tries it
 SHARED = ""  # the user in a line that names none
 
 
@@ -38,35 +42,35 @@ class Tries:
     """Wrong ones in a row, and when (monotonic seconds) the last was."""
 
     count: int = 0
-    last: float = 0.0
+    last: float = -FORGOTTEN_AFTER
+
+    @property
+    def pause(self) -> float:
+        return min(LONGEST_PAUSE, 2.0 ** min(self.count - FREE_TRIES, 10)) if self.count >= FREE_TRIES else 0.0
 
 
 @dataclass(slots=True)
 class Backoff:
-    """How long a name must wait after wrong tries, whether there is such a user or not. Bounded in its names."""
+    """How long a name must wait at an address after wrong tries, whether there is such a user or not. Bounded."""
 
     clock: Callable[[], float]
-    tries: dict[str, Tries] = field(default_factory=dict)  # who failed last is last
+    tries: dict[Who, Tries] = field(default_factory=dict)  # who failed last is last
 
-    def check(self, user: str) -> None:
-        """Raises TooMany while a pause lasts."""
-        tries = self.tries.get(user)
-        if tries is None or tries.count < FREE_TRIES:
-            return
-        pause = min(LONGEST_PAUSE, 2.0 ** (tries.count - FREE_TRIES))
-        left = tries.last + pause - self.clock()
+    def begin(self, who: Who) -> None:
+        """Counts a try, as wrong until it `succeeded`: tries at the same time are tries, too. Raises TooMany."""
+        now, tries = self.clock(), self.tries.get(who, Tries())
+        if now - tries.last >= FORGOTTEN_AFTER:
+            tries = Tries()
+        left = tries.last + tries.pause - now
         if left > 0:
             raise TooMany("Too many wrong passwords. Please wait a moment.", retry_after=left)
-
-    def failed(self, user: str) -> None:
-        now, tries = self.clock(), self.tries.pop(user, Tries())
-        count = tries.count if now - tries.last < FORGOTTEN_AFTER else 0
-        self.tries[user] = Tries(count + 1, now)
+        self.tries.pop(who, None)
+        self.tries[who] = Tries(tries.count + 1, now)
         if len(self.tries) > MOST_NAMES:
             del self.tries[next(iter(self.tries))]
 
-    def succeeded(self, user: str) -> None:
-        self.tries.pop(user, None)
+    def succeeded(self, who: Who) -> None:
+        self.tries.pop(who, None)
 
 
 class Passwords:
@@ -80,21 +84,24 @@ class Passwords:
 
     def use(self, lines: list[str]) -> None:
         self.hashes = {user: hash_ for user, _, hash_ in map(split, lines)}
-        some = next(iter(self.hashes.values()))
-        self.nobodys = PasswordHasher.from_parameters(extract_parameters(some)).hash(secrets.token_urlsafe(16))
+        costliest = max(map(extract_parameters, self.hashes.values()), key=lambda it: it.memory_cost * it.time_cost)
+        self.nobodys = PasswordHasher.from_parameters(costliest).hash(secrets.token_urlsafe(16))
 
     def has(self, user: str | None) -> bool:
         return (user or SHARED) in self.hashes
 
-    async def check(self, user: str | None, password: str) -> None:
+    def mark(self, user: str | None) -> str:
+        """Something that changes with the user's password."""
+        return hashlib.blake2b(self.hashes[user or SHARED].encode(), digest_size=6).hexdigest()
+
+    async def check(self, user: str | None, password: str, address: str) -> None:
         """Raises InvalidCredentials, TooMany (after wrong tries) or Busy. `user` is None where all share one."""
         name = user or SHARED
-        self.backoff.check(name)
+        self.backoff.begin((name, address))
         matches = await self.matches(self.hashes.get(name, self.nobodys), password)
         if not matches or name not in self.hashes:
-            self.backoff.failed(name)
             raise InvalidCredentials
-        self.backoff.succeeded(name)
+        self.backoff.succeeded((name, address))
 
     async def matches(self, hash_: str, password: str) -> bool:
         if self.waiting >= MOST_WAITING:

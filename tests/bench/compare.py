@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 PATIENCE = 15.0  # seconds for a target to begin or to end
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("CHAT_PROXY_")}
 PLENTY = "1000000000000/day"
 MANY = "20000"
 PROXY_SETTINGS = {
@@ -94,7 +95,7 @@ def cpus() -> tuple[int, int] | None:
 @contextlib.contextmanager
 def running(name: str, command: list[str], port: int, upstream_port: int, **variables: str) -> Iterator[Target]:
     process = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **variables}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command, cwd=ROOT, env={**ENVIRONMENT, **variables}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
         if pair := cpus():
