@@ -312,6 +312,17 @@ def test_check_warns_without_a_total(tmp_path: Path) -> None:
     assert warning.split()[1] == "limits.tokens_total"
 
 
+def test_check_warns_of_a_door_that_is_open(tmp_path: Path) -> None:
+    """With neither list set, everybody with an account at the provider may come in."""
+    given = {"SESSION_MODE": "oidc", "OIDC_ISSUER": "https://id.example", "OIDC_CLIENT_ID": "c"}
+    with ScriptedUpstream(answering("200 OK", MODELS_LIST)) as upstream:
+        done = run(tmp_path, "check", **settings_for(upstream.base_url), **given, OIDC_CLIENT_SECRET="s")
+        assert "warning  oidc.allowed_emails" in done.stdout
+        given["OIDC_ALLOWED_DOMAINS"] = "example.org"
+        done = run(tmp_path, "check", **settings_for(upstream.base_url), **given, OIDC_CLIENT_SECRET="s")
+        assert "oidc.allowed_emails" not in done.stdout
+
+
 def test_check_warns_of_a_limit_below_one_answer(tmp_path: Path) -> None:
     """A token limit that no answer fits into is valid, and yet never meant."""
     with ScriptedUpstream(answering("200 OK", b"{}")) as upstream:

@@ -40,6 +40,7 @@ from harness import (
     send,
     streaming,
 )
+from test_cli import run, settings_for
 
 from proxy.errors import TokensExhausted, TooMany
 from proxy.limits import Subject, shared
@@ -670,3 +671,16 @@ def test_programs_of_an_address_post_no_notices(store: Redis, tmp_path: Path) ->
             assert send(one, "DELETE", "/api/session", None, {"cookie": cookie}).status == 200
         time.sleep(1.0)
         assert client.zcard("{chat-proxy}:revoked") == 0
+
+
+def test_check_tries_the_store(store: Redis, tmp_path: Path) -> None:
+    async def models(peer: Peer) -> None:
+        await peer.request()
+        await peer.whole(b'{"data":[]}')
+
+    with ScriptedUpstream(models) as upstream:
+        done = run(tmp_path, "check", **settings_for(upstream.base_url), LIMITS_STORE=store.url)
+        assert (done.returncode, "ok       limits.store" in done.stdout) == (0, True)
+        store.stop()
+        done = run(tmp_path, "check", **settings_for(upstream.base_url), LIMITS_STORE=store.url)
+        assert (done.returncode, "fault    limits.store" in done.stdout) == (1, True)
