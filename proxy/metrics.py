@@ -67,6 +67,7 @@ class Metrics:
         self.refusals = Counter("chat_proxy_refusals", "Refusals by code", ["code"], registry=registry)
         self.retries = Counter("chat_proxy_retries", "Retries upstream", registry=registry)
         self.store_up = Gauge("chat_proxy_limit_store_up", "1 while the limit store answers", registry=registry)
+        self.store_up.set(1)
         self.ending = {ending: self.endings.labels(ending) for ending in ENDINGS}
         self.tokens_in = {model: self.tokens.labels("input", model) for model in models}
         self.tokens_out = {model: self.tokens.labels("output", model) for model in models}
