@@ -43,6 +43,7 @@ LAST_WORDS = 2.0  # seconds for the final events of a drain to reach their brows
 FLUSH = 5  # seconds uvicorn may take to close what is left
 DESCRIPTORS_USED = 0.8  # of those allowed: beyond it newcomers are refused, so that those served can go on
 OWN_DESCRIPTORS = 32  # that no visitor causes: listeners, the log, the event loop's, the libraries' files
+UVICORN_TICK = 0.1  # seconds; every tenth renews the Date of all answers
 GC_THRESHOLDS = (50_000, 20, 50)  # streams make little garbage in cycles; the default looks for it far too often
 
 
@@ -110,8 +111,22 @@ def as_bound(settings: Settings, listener: socket.socket) -> Settings:
 class Uvicorn(uvicorn.Server):
     """uvicorn without its signal handling: it re-raises signals after shutdown, and exit would not be 0."""
 
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.ended = asyncio.Event()
+
     def end(self) -> None:
         self.should_exit = True
+        self.ended.set()
+
+    async def main_loop(self) -> None:
+        """uvicorn's own, except that it does not sleep through the end."""
+        ticks = 0
+        while not await self.on_tick(ticks):
+            ticks = (ticks + 1) % 864_000
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(UVICORN_TICK):
+                    await self.ended.wait()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
