@@ -10,6 +10,7 @@ import asyncio
 import http.client
 import io
 import json
+import os
 import secrets
 import socket
 import string
@@ -48,6 +49,11 @@ def random_key() -> str:
 def pieces(key: str) -> list[str]:
     secret_part = key.removeprefix("sk-test-")
     return [secret_part[i : i + 8] for i in range(len(secret_part) - 7)]
+
+
+def environment() -> dict[str, str]:
+    """This process's, without what would be settings to a server; the tests have variables of that name, too."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("CHAT_PROXY_")}
 
 
 def eventually(condition: Callable[[], T], patience: float = PATIENCE) -> T:

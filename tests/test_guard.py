@@ -38,6 +38,7 @@ from harness import (
     chunks,
     connect,
     delta,
+    environment,
     eventually,
     finish,
     raw_chat,
@@ -561,7 +562,7 @@ def test_serve_takes_all_descriptors_it_may_have(tmp_path: Path) -> None:
         port = probe.getsockname()[1]
         probe.close()
         variables = {
-            **os.environ,
+            **environment(),
             "CHAT_PROXY_SERVER_PORT": str(port),
             "CHAT_PROXY_UPSTREAM_BASE_URL": upstream.base_url,
             "CHAT_PROXY_UPSTREAM_API_KEY": "sk-test-" + "k" * 40,

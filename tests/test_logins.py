@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import os
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from harness import (
     Running,
     ScriptedUpstream,
     chat,
+    environment,
     eventually,
     running,
     send,
@@ -441,7 +441,7 @@ def test_no_bytes_make_vouched_fail(written: bytes) -> None:
 
 def revoke(*arguments: str, control: Path, **more: str) -> subprocess.CompletedProcess[str]:
     variables = {
-        **os.environ,
+        **environment(),
         "CHAT_PROXY_UPSTREAM_BASE_URL": "https://api.example.com/v1",
         "CHAT_PROXY_UPSTREAM_API_KEY": "sk-test-0123456789abcdef",
         "CHAT_PROXY_POLICY_MODELS": "m",

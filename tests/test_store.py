@@ -32,6 +32,7 @@ from harness import (
     ScriptedUpstream,
     chat,
     delta,
+    environment,
     eventually,
     finish,
     raw_chat,
@@ -309,7 +310,7 @@ def revoke(*arguments: str, store: Redis, control: Path) -> subprocess.Completed
         "LIMITS_STORE": store.url,
         "SESSION_CONTROL_FILE": str(control),
     }
-    variables = {**os.environ, **{f"CHAT_PROXY_{name}": value for name, value in given.items()}}
+    variables = {**environment(), **{f"CHAT_PROXY_{name}": value for name, value in given.items()}}
     command = [sys.executable, "-m", "proxy", "sessions", "revoke", *arguments]
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=False)
 
