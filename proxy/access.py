@@ -90,9 +90,7 @@ class Access:
         self.read_control()
         self._watching: asyncio.Task[None] | None = None
         self._told = ""
-        self._spent: dict[
-            str, int
-        ] = {}  # states of logins that have come back, and until when they would have been good
+        self._spent: dict[str, int] = {}  # states of logins that have come back, and when they may be forgotten
         self.use_keys()
 
     # ---- its own life ---------------------------------------------------------------------------------------------
@@ -290,17 +288,12 @@ class Access:
 
     def logout(self, visit: Visit) -> None:
         """Ends the session of the cookie. A cookie that is bad already is as dead as one can be."""
-        session = self.end_present(visit)
-        if session is not None:
-            self.name_in_log(visit, session)
-            self.audit(visit, "logout", user=session.subject, session=visit.log["session"])
-        self.clear_cookie(visit)
-
-    def end_present(self, visit: Visit) -> Session | None:
         session = self.opened(visit)
         if session is not None:
             self.end(session.id, session.issued, shared_by_address=self.is_of_address(session, visit))
-        return session
+            self.name_in_log(visit, session)
+            self.audit(visit, "logout", user=session.subject, session=visit.log["session"])
+        self.clear_cookie(visit)
 
     def is_of_address(self, session: Session, visit: Visit) -> bool:
         """The one that all programs at an address share. It ends on this server only: any of them could end it without

@@ -242,7 +242,7 @@ async def check_upstream(chosen: settings.Settings) -> int:
 
 
 async def check_store(chosen: settings.Settings) -> int:
-    if chosen.limits.store == "memory://":
+    if not chosen.limits.is_shared:
         return 0
     store = open_store(chosen.limits.store, time.monotonic, lambda lost: None)
     answers = await store.answers()
@@ -282,9 +282,9 @@ def run_revoke(options: argparse.Namespace) -> int:
     change, is_new = change_of(options, chosen.session.mode), not control.path.exists()
     control.change(change)
     print(f"Revoked, in {control.path}. Servers that use this file know it within a second.")
-    if is_new and chosen.limits.store == "memory://":
+    if is_new and not chosen.limits.is_shared:
         print("It was not there before. Does the server use another one? (session.control_file)", file=sys.stderr)
-    if chosen.limits.store != "memory://":
+    if chosen.limits.is_shared:
         if not uvloop.run(revoke_in_store(chosen, change)):
             print("chat-proxy: limits.store does not answer; servers that share it do not know yet", file=sys.stderr)
             return 2

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from proxy.errors import Busy, Headers, HeadersTooLarge, InvalidRequest, Refusal, RequestTimeout
-from proxy.visit import API_HEADERS
+from proxy.visit import bare_headers
 
 HEAD_SECONDS = 10.0  # for a request's head to be in, from the socket's first moment or the request's first byte
 MAX_HEAD_BYTES = 32 * 1024  # nginx passes on 4 x 8 KiB; browsers stop at 4 KiB a cookie
@@ -31,6 +31,7 @@ MAX_FIELDS = 100  # browsers send 15 to 25, proxies add a few
 TICK = 0.5  # seconds between two looks at what is overdue
 
 HOST = re.compile(rb"(?:[A-Za-z0-9._~%-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")  # RFC 9110 section 7.2, without oddities
+CLOSE = (b"connection", b"close")
 PROBES = (b"/healthz", b"/readyz")
 
 
@@ -204,15 +205,8 @@ def size_of(target: bytes, headers: Headers) -> int:
 def as_bytes(refusal: Refusal) -> bytes:
     """A whole response, for a request that never became one."""
     body = refusal.body()
-    headers = [(name, value) for name, value in refusal.headers() if name != b"connection"]
-    head = [
-        (b"content-type", b"application/json"),
-        (b"content-length", b"%d" % len(body)),
-        *headers,
-        *API_HEADERS,
-        (b"connection", b"close"),
-    ]
-    lines = [STATUS_LINE[refusal.status], *(b"%b: %b\r\n" % field for field in head), b"\r\n"]
+    fields = [field for field in bare_headers(refusal, body) if field != CLOSE]  # some say so themselves
+    lines = [STATUS_LINE[refusal.status], *(b"%b: %b\r\n" % field for field in (*fields, CLOSE)), b"\r\n"]
     return b"".join([*lines, body])
 
 

@@ -230,7 +230,10 @@ def base_url(written: str) -> str:
 
 def issuer(written: str) -> str:
     """An OpenID provider as it names itself, to the letter: a slash at the end belongs to the name."""
-    return written.strip() if not written.strip() or base_url(written) else ""
+    written = written.strip()
+    if written:
+        base_url(written)
+    return written
 
 
 def listening_host(written: str) -> str:
@@ -289,6 +292,10 @@ def store(written: str) -> str:
     return written.replace("unix://", "redis+unix://", 1) if written.startswith("unix://") else written
 
 
+def lines_of(written: str) -> list[str]:
+    return [line.strip() for line in written.split("\n") if line.strip()]
+
+
 class Secret:
     """A secret's value and where to read it again. Never shown: not by repr, not by str, not in a fault.
 
@@ -303,7 +310,7 @@ class Secret:
         self.check = check
 
     def lines(self) -> list[str]:
-        return [line.strip() for line in self.value.split("\n") if line.strip()]
+        return lines_of(self.value)
 
     def again(self) -> Secret:
         """The secret as its file holds it now; itself without a file, or while that holds nothing valid."""
@@ -333,7 +340,7 @@ def key_text(written: str) -> str:
 
 
 def session_keys(written: str) -> str:
-    lines = [line.strip() for line in written.split("\n") if line.strip()]
+    lines = lines_of(written)
     if any(len(line) < SHORTEST_SECRET for line in lines) or not lines:
         raise Wrong(f"wants at least {SHORTEST_SECRET} characters a line; `chat-proxy new-secret` makes a good one")
     return "\n".join(lines)
@@ -344,7 +351,7 @@ PASSWORD_LINE = re.compile(rf"(?:[^:\s]{{1,128}}:)?{ARGON2ID}")
 
 
 def password_lines(written: str) -> str:
-    lines = [line.strip() for line in written.split("\n") if line.strip()]
+    lines = lines_of(written)
     users = [line.partition(":")[0] for line in lines if not line.startswith("$")]
     if not all(PASSWORD_LINE.fullmatch(line) for line in lines):
         raise Wrong("wants lines like user:hash, or one hash for all; `chat-proxy hash-password` makes them")
@@ -469,6 +476,10 @@ class Limits:
     exact_usage: bool = setting(boolean, False)
     store: str = setting(converted(store), "memory://")
     when_store_fails: str = setting(choice("local", "refuse"), "local")
+
+    @property
+    def is_shared(self) -> bool:
+        return self.store != "memory://"
 
 
 @dataclass(frozen=True, slots=True)
@@ -716,7 +727,7 @@ def holds_certificates(file: str) -> bool:
     return True
 
 
-LOGIN_PACKAGES = {"password": ("argon2",), "oidc": ("joserfc",)}
+LOGIN_PACKAGES = {"password": "argon2", "oidc": "joserfc"}
 
 
 def is_installed(package: str) -> bool:
@@ -764,13 +775,13 @@ CONTRADICTIONS = (
     Contradiction(
         "session.mode",
         ("session.mode",),
-        lambda s: any(not is_installed(package) for package in LOGIN_PACKAGES.get(s.session.mode, ())),
+        lambda s: s.session.mode in LOGIN_PACKAGES and not is_installed(LOGIN_PACKAGES[s.session.mode]),
         "needs packages that are not installed: pip install 'chat-proxy[login]'",
     ),
     Contradiction(
         "limits.store",
         ("limits.store",),
-        lambda s: s.limits.store != "memory://" and not is_installed("redis"),
+        lambda s: s.limits.is_shared and not is_installed("redis"),
         "needs packages that are not installed: pip install 'chat-proxy[redis]'",
     ),
     Contradiction(

@@ -236,7 +236,7 @@ class Upstream:
         if response.status_code == 200:
             try:
                 self.check_headers(response, wanted)
-            except Exception:
+            except Exception:  # a bug, too, must not leave the model talking
                 await response.aclose()
                 raise
             return None, response

@@ -24,6 +24,7 @@ API_HEADERS: Headers = [
     (b"x-content-type-options", b"nosniff"),
     (b"content-security-policy", b"default-src 'none'"),
 ]
+JSON = (b"content-type", b"application/json")
 BODY_SECONDS = 10.0  # for a request's body to be in
 BODY_RATE = 16 * 1024  # bytes a second that a long one may take on top: a slow uplink, not a drip
 DROPPED_BYTES = 8 << 20  # of an unwanted body; who sends more may find the connection reset
@@ -104,20 +105,20 @@ class Visit:
         own = [(b"x-request-id", self.request_id.encode()), *self._base_headers, *API_HEADERS]
         return {"type": "http.response.start", "status": status, "headers": [*headers, *own, *cookies]}
 
-    async def answer(self, status: int, body: bytes, headers: Headers) -> None:
+    async def whole(self, status: int, body: bytes, headers: Headers) -> None:
         length = (b"content-length", b"%d" % len(body))
-        await self.send(self.head(status, [(b"content-type", b"application/json"), length, *headers]))
+        await self.send(self.head(status, [*headers, length]))
         await self.send({"type": "http.response.body", "body": body, "more_body": False})
 
+    async def answer(self, status: int, body: bytes, headers: Headers) -> None:
+        await self.whole(status, body, [JSON, *headers])
+
     async def redirect(self, location: str) -> None:
-        await self.send(self.head(302, [(b"location", location.encode()), (b"content-length", b"0")]))
-        await self.send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self.whole(302, b"", [(b"location", location.encode())])
 
     async def tell(self, status: int, page: bytes) -> None:
         """A page for a person, where a browser was sent on its own and no script of ours can read an error."""
-        length = (b"content-length", b"%d" % len(page))
-        await self.send(self.head(status, [(b"content-type", b"text/html; charset=utf-8"), length]))
-        await self.send({"type": "http.response.body", "body": page, "more_body": False})
+        await self.whole(status, page, [(b"content-type", b"text/html; charset=utf-8")])
 
     async def refuse(self, refusal: Refusal) -> None:
         self.code = type(refusal).code  # never the one an upstream gave: it ends up in labels
@@ -134,9 +135,13 @@ def extend(deadline: asyncio.Timeout, seconds: float) -> None:
         deadline.reschedule(due + seconds)
 
 
+def bare_headers(refusal: Refusal, body: bytes) -> Headers:
+    """Of an answer to a request of which nothing is known."""
+    return [JSON, (b"content-length", b"%d" % len(body)), *refusal.headers(), *API_HEADERS]
+
+
 async def bare_refusal(send: Send, refusal: Refusal) -> None:
     """An answer to a request of which nothing is known. Raises when another answer has begun; uvicorn then hangs up."""
     body = refusal.body()
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *API_HEADERS]
-    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    await send({"type": "http.response.start", "status": refusal.status, "headers": bare_headers(refusal, body)})
     await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -9,22 +9,19 @@ is kept between runs; tests/oidc/package-lock.json says what it must be.
 
 from __future__ import annotations
 
-import hashlib
 import html
 import json
 import os
 import re
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+from npm import installed
 
 PROVIDER = Path(__file__).parent / "oidc"
-INSTALLING = 300.0  # seconds for npm
 PATIENCE = 20.0  # seconds to start, to stop, or for an answer
 MOST_PAGES = 10  # from the login to the callback; it takes six
 
@@ -35,7 +32,7 @@ def start(client_id: str, client_secret: str, redirect_uri: str, **metadata: obj
     client = {"client_id": client_id, "client_secret": client_secret, "redirect_uris": [redirect_uri], **metadata}
     with subprocess.Popen(
         ["node", "provider.mjs"],
-        cwd=installed(),
+        cwd=installed("oidc", PROVIDER.iterdir()),
         env={**os.environ, "OIDC_CLIENT": json.dumps(client)},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,  # it warns of being what it is: for development
@@ -49,26 +46,6 @@ def start(client_id: str, client_secret: str, redirect_uri: str, **metadata: obj
         finally:
             process.terminate()
             process.wait(PATIENCE)
-
-
-def installed() -> Path:
-    """The program with its package beside it, installed once for this user and what is committed."""
-    files = sorted(PROVIDER.iterdir())
-    digest = hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
-    name = f"chat-proxy-oidc-{os.getuid()}-{digest}"
-    kept = Path(tempfile.gettempdir(), name)
-    if not kept.exists():
-        fresh = Path(tempfile.mkdtemp(prefix=f"{name}-"))
-        for file in files:
-            shutil.copy(file, fresh)
-        npm = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
-        subprocess.run(npm, cwd=fresh, check=True, timeout=INSTALLING)
-        try:
-            fresh.rename(kept)
-        except OSError:  # another session was faster
-            shutil.rmtree(fresh)
-    assert kept.stat().st_uid == os.getuid(), "somebody else made this folder"
-    return kept
 
 
 def log_in(authorization_url: str, redirect_uri: str, name: str) -> httpx.URL:

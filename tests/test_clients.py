@@ -5,7 +5,6 @@ openai-js comes from the npm registry into a folder that is kept between runs; p
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,13 +33,13 @@ from harness import (
     running,
     streaming,
 )
+from npm import installed
 from stage import always
 
 from proxy import demo
 
 CLIENTS = Path(__file__).parent / "clients"
 LONGEST = 60.0  # seconds for one program; they take one or two
-INSTALLING = 300.0  # seconds for npm
 DELAY = 0.01  # seconds between two tokens of the demo model
 COMMANDS = {".py": [sys.executable], ".mjs": ["node"], ".sh": ["sh"]}
 STREAMING = ["stream.py", "stream_async.py", "stream.mjs"]
@@ -96,27 +94,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for program in CLIENTS.iterdir():
         if program.is_file():
             shutil.copy(program, folder)
-    (folder / "node_modules").symlink_to(installed())
+    locked = [CLIENTS / file for file in ("package.json", "package-lock.json")]
+    (folder / "node_modules").symlink_to(installed("clients", locked) / "node_modules")
     return folder
-
-
-def installed() -> Path:
-    """openai-js as package-lock.json has it, installed once for this user and lock."""
-    lock = (CLIENTS / "package-lock.json").read_bytes()
-    name = f"chat-proxy-clients-{os.getuid()}-{hashlib.sha256(lock).hexdigest()[:16]}"
-    kept = Path(tempfile.gettempdir(), name)
-    if not kept.exists():
-        fresh = Path(tempfile.mkdtemp(prefix=f"{name}-"))
-        for file in ("package.json", "package-lock.json"):
-            shutil.copy(CLIENTS / file, fresh)
-        npm = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
-        subprocess.run(npm, cwd=fresh, check=True, timeout=INSTALLING)
-        try:
-            fresh.rename(kept)
-        except OSError:  # another session was faster
-            shutil.rmtree(fresh)
-    assert kept.stat().st_uid == os.getuid(), "somebody else made this folder"
-    return kept / "node_modules"
 
 
 def ran(program: str, proxy_url: str, folder: Path, prompt: str = HELLO) -> subprocess.CompletedProcess[str]:

@@ -230,7 +230,7 @@ def test_a_full_log_holds_up_nobody(loop: str, monkeypatch: pytest.MonkeyPatch) 
             eventually(lambda: len(read("request")) + log.dropped == 20)
             assert_served(proxy, server, 1)
             eventually(lambda: len(read("request")) + log.dropped == 21)
-            assert [line["count"] for line in read("lines_dropped")] == [log.dropped]
+            assert sum(line["count"] for line in read("lines_dropped")) == log.dropped  # in one line or more
             for line in read("request"):
                 assert (line["ending"], line["code"], line["tokens"]) == ("complete", None, USED)
         assert not any(piece.encode() in got for piece in pieces(proxy.key))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from proxy.errors import Headers
 
@@ -30,6 +31,12 @@ class Standing:
     resets_in: float
     window: int = 0  # seconds; 0 for limits that know no time
     text: str = ""  # the window as it was configured, like 20/minute
+
+
+def keep_newest(entries: dict[Any, Any], most: int) -> None:
+    """Forgets the oldest until there is room for a fifth of `most` again, or strangers could fill the memory."""
+    for key in list(islice(entries, max(0, len(entries) - most * 4 // 5))):
+        del entries[key]
 
 
 def limit_headers(standings: list[Standing]) -> Headers:

@@ -84,7 +84,7 @@ class Allowance:
         self.bug = bug
         self.refuses_alone = limits.when_store_fails == "refuse"
         self.shared: Shared | None = None
-        if limits.store != "memory://":
+        if limits.is_shared:
             self.shared = open_store(limits.store, clock, tell)
             self.shared.on_found = self.merge
         self.holds: dict[str, Hold] = {}  # those that the store knows of, or should
@@ -110,10 +110,11 @@ class Allowance:
 
     async def charge(self, event: Event, subject: Subject) -> list[Standing]:
         """Books one event in all its windows, or in none. Raises TooMany with a true Retry-After, LimitsUnavailable."""
-        claims = self.requests.claims(event, subject)
+        claims = self.requests.claims(event, subject) if self.shared else []
         taken = await self.shared.take(claims) if self.shared and claims else None
         if taken is None:
-            self.check_alone()
+            if claims:
+                self.check_alone()
             return self.requests.charge(event, subject)
         if not taken.booked:
             raise too_many(
@@ -123,41 +124,47 @@ class Allowance:
 
     async def standings(self, event: Event, subject: Subject) -> list[Standing]:
         """Where the subject stands in requests and tokens; nothing is booked."""
-        claims = [c.of(0) for c in [*self.requests.claims(event, subject), *self.tokens.claims(subject, 0)]]
+        here = [*self.requests.standings(event, subject), *self.tokens.standings(subject)]
+        if self.shared is None or not here:
+            return here
+        claims = [claim.of(0) for claim in (*self.requests.claims(event, subject), *self.tokens.claims(subject, 0))]
         claims = [claim for claim in claims if claim.name != "tokens_total"]  # not the page's business
-        taken = await self.shared.take(claims) if self.shared and claims else None
+        taken = await self.shared.take(claims)
         if taken is None:
-            return [*self.requests.standings(event, subject), *self.tokens.standings(subject)]
+            return here
         return [standing(claim, found, 0) for claim, found in zip(claims, taken.found, strict=True)]
 
     # ---- live answers ---------------------------------------------------------------------------------------------
 
     async def hold(self, subject: Subject, amount: int) -> Hold:
         """Raises TokensExhausted, TooManyStreams, Busy, LimitsUnavailable."""
+        if self.shared is None:
+            return self.hold_here(subject, amount, [], "")
         claims = [*self.tokens.claims(subject, amount), *self.leases.claims(subject)]
         holder = secrets.token_hex(8)
-        taken = await self.shared.take(claims, holder) if self.shared else None
+        taken = await self.shared.take(claims, holder)
         if taken is None:
             self.check_alone()
-            reservation = self.tokens.reserve(subject, amount)
-            try:
-                return self.held(Hold(self, self.leases.acquire(subject), claims, holder, reservation))
-            except BaseException:
-                reservation.settle(0)
-                raise
-        if not taken.booked:
+            hold = self.hold_here(subject, amount, claims, holder)
+        elif not taken.booked:
             raise full([(c, f) for c, f in zip(claims, taken.found, strict=True) if is_full(c, f)])
-        try:
-            return self.held(Hold(self, self.leases.acquire(subject), claims, holder))
-        except BaseException:
-            assert self.shared is not None
-            await self.shared.settle([(claim, 0) for claim in claims], holder)
-            raise
-
-    def held(self, hold: Hold) -> Hold:
-        if self.shared is not None:
-            self.holds[hold.holder] = hold
+        else:
+            try:
+                hold = Hold(self, self.leases.acquire(subject), claims, holder)
+            except BaseException:
+                await self.shared.settle([(claim, 0) for claim in claims], holder)
+                raise
+        self.holds[holder] = hold
         return hold
+
+    def hold_here(self, subject: Subject, amount: int, claims: list[Claim], holder: str) -> Hold:
+        """By the counters of this process."""
+        reservation = self.tokens.reserve(subject, amount)
+        try:
+            return Hold(self, self.leases.acquire(subject), claims, holder, reservation)
+        except BaseException:
+            reservation.settle(0)
+            raise
 
     async def settle(self, hold: Hold) -> None:
         """Tells the store. One that is gone hears of it when it is back; what it holds expires by itself."""

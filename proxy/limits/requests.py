@@ -15,7 +15,6 @@ import warnings
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable
-from itertools import islice
 from typing import Any, NamedTuple, TypeAlias, cast
 
 from limits import RateLimitItem
@@ -25,7 +24,7 @@ from slowapi.errors import RateLimitExceeded
 from slowapi.wrappers import Limit
 
 from proxy.errors import TooMany, TooManySessions
-from proxy.limits import Standing, Subject, limit_headers
+from proxy.limits import Standing, Subject, keep_newest, limit_headers
 from proxy.limits.shared import Claim
 from proxy.settings import Limits, Rate
 
@@ -35,7 +34,7 @@ Entry: TypeAlias = "tuple[int, Times]"  # seconds an entry counts, and when each
 
 SCHEME = "chat-proxy-memory"
 GUESSES = Rate(10, 60, "10/minute")  # per address; a person needs three
-MOST_KEYS = 200_000  # about 80 MB; beyond it the oldest are forgotten, or strangers could fill the memory
+MOST_KEYS = 200_000  # about 80 MB; beyond it the oldest are forgotten
 SWEEP_AFTER = 4096  # new keys, and as many again as live: a sweep is linear, so its share per key is constant
 
 
@@ -212,8 +211,7 @@ class MovingWindows(Storage, MovingWindowSupport):
             return
         now = self.clock()
         self.entries = {key: entry for key, entry in self.entries.items() if entry[1] and entry[1][-1] > now - entry[0]}
-        for key in list(islice(self.entries, max(0, len(self.entries) - MOST_KEYS * 4 // 5))):
-            del self.entries[key]
+        keep_newest(self.entries, MOST_KEYS)
         self.sweep_at = min(2 * len(self.entries) + SWEEP_AFTER, MOST_KEYS)
 
     def get(self, key: str) -> int:

@@ -65,6 +65,25 @@ local function look(kind, key, window)
     redis.call('ZREMRANGEBYSCORE', key, '-inf', now)
     return redis.call('ZCARD', key), 0
 end
+
+local function open(key, window)
+    if redis.call('EXISTS', key) == 1 then return end
+    redis.call('HSET', key, 'used', 0, 'held', 0, 'ends', now + window)
+    redis.call('PEXPIRE', key, window)
+end
+
+local function hold_tokens(key, id, amount, hold, window)
+    local member = id .. ':' .. amount
+    open(key, window)
+    if not redis.call('ZSCORE', key .. ':h', member) then redis.call('HINCRBY', key, 'held', amount) end
+    redis.call('ZADD', key .. ':h', now + hold, member)
+    redis.call('PEXPIRE', key .. ':h', window)
+end
+
+local function hold_lease(key, id, hold)
+    redis.call('ZADD', key, now + hold, id)
+    redis.call('PEXPIRE', key, hold)
+end
 """
 
 # ARGV: the holder's id, how long it holds (ms), then for each key: kind, amount, limit, window (ms).
@@ -89,16 +108,9 @@ for n, key in ipairs(KEYS) do
         redis.call('ZADD', key, now, id)
         redis.call('PEXPIRE', key, window)
     elseif kind == 'fixed' and amount > 0 then
-        if redis.call('EXISTS', key) == 0 then
-            redis.call('HSET', key, 'used', 0, 'held', 0, 'ends', now + window)
-            redis.call('PEXPIRE', key, window)
-        end
-        redis.call('HINCRBY', key, 'held', amount)
-        redis.call('ZADD', key .. ':h', now + hold, id .. ':' .. amount)
-        redis.call('PEXPIRE', key .. ':h', window)
+        hold_tokens(key, id, amount, hold, window)
     elseif kind == 'held' and amount > 0 then
-        redis.call('ZADD', key, now + hold, id)
-        redis.call('PEXPIRE', key, hold)
+        hold_lease(key, id, hold)
     end
 end
 return answer
@@ -119,28 +131,19 @@ if what == 'renew' then
 elseif not redis.call('SET', KEYS[1], 1, 'NX', 'PX', 3600000) then
     return 1
 end
-local function open(key, window)
-    if redis.call('EXISTS', key) == 1 then return end
-    redis.call('HSET', key, 'used', 0, 'held', 0, 'ends', now + window)
-    redis.call('PEXPIRE', key, window)
-end
 for n = 2, #KEYS do
     local key, at = KEYS[n], 4 + (n - 2) * 4
     local kind, amount, used, window = ARGV[at], tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3])
     look(kind, key, window)
-    local member = id .. ':' .. amount
     if kind == 'held' and what == 'renew' then
-        redis.call('ZADD', key, now + hold, id)
-        redis.call('PEXPIRE', key, hold)
+        hold_lease(key, id, hold)
     elseif kind == 'held' then
         redis.call('ZREM', key, id)
     elseif what == 'renew' then
-        open(key, window)
-        if not redis.call('ZSCORE', key .. ':h', member) then redis.call('HINCRBY', key, 'held', amount) end
-        redis.call('ZADD', key .. ':h', now + hold, member)
-        redis.call('PEXPIRE', key .. ':h', window)
+        hold_tokens(key, id, amount, hold, window)
     else
-        if redis.call('ZREM', key .. ':h', member) == 1 then redis.call('HINCRBY', key, 'held', -amount) end
+        local ended = redis.call('ZREM', key .. ':h', id .. ':' .. amount)
+        if ended == 1 then redis.call('HINCRBY', key, 'held', -amount) end
         if what == 'add' then open(key, window) end
         if redis.call('EXISTS', key) == 1 then redis.call('HINCRBY', key, 'used', used) end
     end

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 
 from proxy.errors import TokensExhausted
-from proxy.limits import Standing, Subject, limit_headers
+from proxy.limits import Standing, Subject, keep_newest, limit_headers
 from proxy.limits.shared import Claim
 from proxy.settings import Limits, Rate
 
-MOST_WINDOWS = 100_000  # about 35 MB; beyond it the oldest are forgotten, or strangers could fill the memory
+MOST_WINDOWS = 100_000  # about 35 MB; beyond it the oldest are forgotten
 SWEEP_AFTER = 4096  # new windows, and as many again as live, between two sweeps for dead ones
 
 
@@ -142,6 +141,5 @@ class Tokens:
             return
         now = self.clock()
         self.windows = {key: window for key, window in self.windows.items() if window.ends > now}
-        for key in list(islice(self.windows, max(0, len(self.windows) - MOST_WINDOWS * 4 // 5))):
-            del self.windows[key]
+        keep_newest(self.windows, MOST_WINDOWS)
         self.sweep_at = min(2 * len(self.windows) + SWEEP_AFTER, MOST_WINDOWS)
