@@ -29,6 +29,7 @@ from proxy.server import Service, allow_all_descriptors, as_bound, listen, ssl_c
 from proxy.session import Decree
 from proxy.transport import Transport
 from proxy.upstream import Upstream
+from proxy.workers import Supervisor, work
 
 TEMPLATE = """\
 # chat-proxy: every setting is described in README.md. Secrets do not belong in this file:
@@ -82,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=run_demo)
     command = commands.add_parser("serve", help="the proxy")
     command.add_argument("--config", metavar="FILE", help="default: chat-proxy.toml, if there is one")
+    command.add_argument("--worker", type=descriptors, help=argparse.SUPPRESS)  # what a supervisor adds
     command.set_defaults(run=run_serve)
     command = commands.add_parser("check", help="validates the settings and tries the upstream")
     command.add_argument("--config", metavar="FILE", help="default: chat-proxy.toml, if there is one")
@@ -116,6 +118,12 @@ def port(written: str) -> int:
     return number
 
 
+def descriptors(written: str) -> list[socket.socket]:
+    """A worker's listener, and its channel to the supervisor."""
+    listener, channel = map(int, written.split(","))
+    return [socket.socket(fileno=listener), socket.socket(fileno=channel)]
+
+
 def milliseconds(written: str) -> float:
     if not 0 <= (number := float(written)) < 3_600_000:
         raise ValueError
@@ -136,6 +144,10 @@ def moment(written: str) -> int:
 
 def run_serve(options: argparse.Namespace) -> int:
     chosen = settings.load(options.config, os.environ)
+    if options.worker:
+        listener, channel = options.worker
+        uvloop.run(work(Service(as_bound(chosen, listener), listener, Logs(chosen.log)), channel))
+        return 0
     allow_all_descriptors()
     with ExitStack() as listeners:
         listener = listeners.enter_context(listener_for(chosen.server))
@@ -143,8 +155,28 @@ def run_serve(options: argparse.Namespace) -> int:
         if chosen.metrics.port:
             configured = settings.Server(host=chosen.metrics.host, port=chosen.metrics.port)
             metrics = listeners.enter_context(listener_for(configured, "metrics"))
-        uvloop.run(Service(as_bound(chosen, listener), listener, Logs(chosen.log), metrics).run())
+        if chosen.server.workers > 1:
+            uvloop.run(supervise(chosen, options.config, listener, metrics))
+        else:
+            uvloop.run(Service(as_bound(chosen, listener), listener, Logs(chosen.log), metrics).run())
     return 0
+
+
+async def supervise(
+    chosen: settings.Settings, config: str | None, listener: socket.socket, metrics: socket.socket | None
+) -> None:
+    environ = dict(os.environ)
+    if chosen.session.secret is None:
+        environ[f"{settings.PREFIX}SESSION_SECRET"] = new_secret()  # or each worker would make one of its own
+    await Supervisor(
+        [sys.executable, *sys.orig_argv[1:]],
+        environ,
+        chosen.server.workers,
+        listener,
+        Logs(chosen.log),
+        validate=lambda: settings.load(config, environ),
+        metrics_listener=metrics,
+    ).run()
 
 
 def run_demo(options: argparse.Namespace) -> int:
@@ -255,8 +287,12 @@ async def check_store(chosen: settings.Settings) -> int:
 
 
 def run_new_secret(options: argparse.Namespace) -> int:
-    print(secrets.token_urlsafe(32))
+    print(new_secret())
     return 0
+
+
+def new_secret() -> str:
+    return secrets.token_urlsafe(32)
 
 
 def run_hash_password(options: argparse.Namespace) -> int:

@@ -71,6 +71,11 @@ class GuardedProtocol(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     @property
+    def is_idle(self) -> bool:
+        """Between two requests: nothing of the next has come."""
+        return not self.is_answering and not self.is_in_body and not self._spent
+
+    @property
     def is_in_body(self) -> bool:
         """The head of a request is in, its body is not; it may have been answered already."""
         return self.cycle is not None and self.cycle.more_body
@@ -103,6 +108,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self.check_head()
         self.guard.reading.pop(self, None)
         super().on_headers_complete()
+        if self.guard.is_retiring:
+            self.cycle.keep_alive = False
 
     def check_head(self) -> None:
         """Raises a Refusal, which the parser brings to send_400_response."""
@@ -234,6 +241,8 @@ class Guard:
         self.sockets: Counter[str] = Counter()
         self.open: set[GuardedProtocol] = set()
         self.reading: dict[GuardedProtocol, float] = {}  # who owes us something, since when; the longest first
+        self.is_retiring = False
+        self.left_by_all = asyncio.Event()  # while retiring: the last socket has gone
         self._timer: asyncio.TimerHandle | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -251,6 +260,7 @@ class Guard:
     def leave(self, connection: GuardedProtocol, address: str | None) -> None:
         self.open.discard(connection)
         self.reading.pop(connection, None)
+        self.note_if_left()
         if address is not None:
             self.sockets[address] -= 1
             if not self.sockets[address]:
@@ -266,6 +276,22 @@ class Guard:
         self.open.add(connection)
         self.reading.pop(connection, None)
         self.expect(connection)
+
+    def retire(self, idle: float) -> None:
+        """From now on each answer to a new request is the last on its socket; one that is idle so long is closed."""
+        self.is_retiring = True
+        for connection in self.open:
+            connection.timeout_keep_alive = idle  # type: ignore[assignment]  # only ever given to call_later
+        self.note_if_left()
+
+    def close_idle(self) -> None:
+        for connection in tuple(self.open):
+            if connection.is_idle:
+                connection.transport.close()
+
+    def note_if_left(self) -> None:
+        if self.is_retiring and not self.open:
+            self.left_by_all.set()
 
     # ---- time -----------------------------------------------------------------------------------------------------
 

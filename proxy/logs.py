@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import msgspec
@@ -38,21 +39,33 @@ class Output(Protocol):
 
 class Descriptor:
     """A file descriptor as an output, without Python's buffer: a thread that hangs in a write holds the buffer's lock,
-    and the interpreter, which flushes at exit, would wait for that lock for ever."""
+    and the interpreter, which flushes at exit, would wait for that lock for ever.
+
+    Lines are written whole, no more at once than a pipe takes in one piece: several workers may write to it."""
 
     def __init__(self, number: int) -> None:
         self.number = number
 
     def write(self, data: bytes, /) -> None:
-        left = memoryview(data)
-        while left:
-            try:
-                left = left[os.write(self.number, left) :]
-            except BlockingIOError:  # whoever started us made it non-blocking
-                select.select([], [self.number], [])
+        for part in in_pieces(data):
+            left = memoryview(part)
+            while left:
+                try:
+                    left = left[os.write(self.number, left) :]
+                except BlockingIOError:  # whoever started us made it non-blocking
+                    select.select([], [self.number], [])
 
     def flush(self) -> None:
         """Nothing is held back."""
+
+
+def in_pieces(data: bytes) -> Iterator[bytes]:
+    """Whole lines, as many at a time as PIPE_BUF holds (pipe(7)); a longer line is a piece of its own."""
+    start = 0
+    while start < len(data):
+        end = data.rfind(b"\n", start, start + select.PIPE_BUF) + 1 or data.find(b"\n", start) + 1 or len(data)
+        yield data[start:end]
+        start = end
 
 
 class Logs:

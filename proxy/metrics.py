@@ -1,15 +1,19 @@
 """Prometheus metrics, one registry a server. Labels come from configuration and fixed sets, never from a client.
 
 The byte path leaves plain numbers behind (one bisect an event); they are folded into the histograms when a stream ends.
+Several processes add up theirs as `Family` values.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from operator import add
+from typing import TypeAlias
 
+import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.utils import floatToGoString
 
 # Or each name of the contract gets a second one beside it, which Prometheus does not read in this format.
@@ -75,6 +79,71 @@ class Metrics:
     def exposition(self) -> bytes:
         """The text that Prometheus scrapes."""
         return generate_latest(self.registry)
+
+    def families(self) -> list[Family]:
+        """All of it as plain values, for another process."""
+        return [
+            Family(
+                metric.name, metric.documentation, metric.type, [(s.name, s.labels, s.value) for s in metric.samples]
+            )
+            for metric in self.registry.collect()
+        ]
+
+
+# ---- several processes ---------------------------------------------------------------------------------------------
+
+Sample: TypeAlias = tuple[str, dict[str, str], float]  # name, labels, value
+LEAST = {"chat_proxy_limit_store_up"}  # gauges of which the worst is told; others are added up
+
+
+class Family(msgspec.Struct, array_like=True):
+    """One metric of one process."""
+
+    name: str
+    documentation: str
+    kind: str
+    samples: list[Sample]
+
+    def collect(self) -> Metric:
+        metric = Metric(self.name, self.documentation, self.kind)
+        for name, labels, value in self.samples:
+            metric.add_sample(name, labels, value)
+        return metric
+
+
+def added_up(processes: Iterable[list[Family]]) -> list[Family]:
+    """The metrics of several processes as those of one."""
+    totals: dict[str, Family] = {}
+    values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+    for family in (family for families in processes for family in families):
+        total = totals.setdefault(family.name, Family(family.name, family.documentation, family.kind, []))
+        combine = min if family.name in LEAST else add
+        for name, labels, value in family.samples:
+            key = name, tuple(labels.items())
+            if key not in values:
+                total.samples.append((name, labels, value))
+            values[key] = combine(values[key], value) if key in values else value
+    for total in totals.values():
+        total.samples = [(name, labels, values[name, tuple(labels.items())]) for name, labels, _ in total.samples]
+    return list(totals.values())
+
+
+def lasting(families: list[Family]) -> list[Family]:
+    """What stays true of a process that has ended: all but its gauges."""
+    return [family for family in families if family.kind != "gauge"]
+
+
+class Total:
+    """The metrics of several processes, as prometheus_client wants to collect them."""
+
+    def __init__(self, processes: Iterable[list[Family]]) -> None:
+        self.families = added_up(processes)
+
+    def collect(self) -> Iterator[Metric]:
+        return (family.collect() for family in self.families)
+
+    def exposition(self) -> bytes:
+        return generate_latest(self)
 
 
 class Gaps:

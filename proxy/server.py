@@ -6,6 +6,8 @@ Rules:
    (tcp(7). On a Unix socket nginx is the client, and has a send_timeout of its own.)
 2. First SIGTERM or Ctrl-C: no new work, live answers go on for `drain_seconds`, then end with an event. Second: now.
 3. Descriptors are kept in reserve: who is refused while they run short is told so, and those served notice nothing.
+4. One that retires, since another process has taken over its listener, refuses and cuts nobody: it answers on the
+   connections it has, each once more at most, and drains when the last has gone.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import signal
 import socket
 import ssl
 import stat
-from collections.abc import Generator
+from collections.abc import Awaitable, Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,6 @@ from starlette.types import Receive, Scope, Send
 from proxy.app import ChatProxy
 from proxy.guard import Guard, GuardedProtocol
 from proxy.logs import Bridge, Logs
-from proxy.metrics import Metrics
 from proxy.settings import Server as ServerSettings
 from proxy.settings import Settings, on_port
 from proxy.transport import Transport
@@ -40,6 +41,7 @@ from proxy.transport import Transport
 BACKLOG = 2048
 WRITE_DEADLINE = 30.0  # seconds a client may leave our bytes untaken: longer than any hiccup, short of a leak
 LAST_WORDS = 2.0  # seconds for the final events of a drain to reach their browsers
+LAST_REQUESTS = 5.0  # seconds for requests on idle connections of one that retires: a busy pool has used them by then
 FLUSH = 5  # seconds uvicorn may take to close what is left
 DESCRIPTORS_USED = 0.8  # of those allowed: beyond it newcomers are refused, so that those served can go on
 OWN_DESCRIPTORS = 32  # that no visitor causes: listeners, the log, the event loop's, the libraries' files
@@ -113,7 +115,12 @@ class Uvicorn(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
+        self.began = asyncio.Event()
         self.ended = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.began.set()
 
     def end(self) -> None:
         self.should_exit = True
@@ -151,12 +158,12 @@ def uvicorn_for(app: Any, keep_alive: float, **more: Any) -> Uvicorn:
 class MetricsPage:
     """`/metrics`, on a listener of its own that the outside does not see."""
 
-    def __init__(self, metrics: Metrics) -> None:
-        self.metrics = metrics
+    def __init__(self, exposition: Callable[[], Awaitable[bytes]]) -> None:
+        self.exposition = exposition
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         found = scope["path"] == "/metrics"
-        body = self.metrics.exposition() if found else b"see /metrics\n"
+        body = await self.exposition() if found else b"see /metrics\n"
         headers = [
             (b"content-type", b"text/plain; version=0.0.4; charset=utf-8"),
             (b"content-length", b"%d" % len(body)),
@@ -187,11 +194,12 @@ class Service:
         )
         keep_alive = settings.server.keep_alive_seconds
         self.server = uvicorn_for(self.guard, keep_alive, http=GuardedProtocol, lifespan="on")
-        self.metrics = uvicorn_for(MetricsPage(self.app.metrics), keep_alive, lifespan="off")
+        self.metrics = uvicorn_for(MetricsPage(self.exposition), keep_alive, lifespan="off")
+        self.retiring = asyncio.Event()
         self.ending = asyncio.Event()
         self.at_once = asyncio.Event()
 
-    async def run(self) -> None:
+    async def run(self, on_signal: Callable[[], None] | None = None) -> None:
         """Serves until a signal, then drains. Returns when the last answer has ended."""
         bridge = Bridge(self.logs)
         library = logging.getLogger("uvicorn.error")
@@ -199,7 +207,7 @@ class Service:
         library.propagate = False
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.end)
+            loop.add_signal_handler(number, on_signal or self.end)
         loop.add_signal_handler(signal.SIGHUP, self.app.reload_secrets)
         try:
             await self.serve()
@@ -218,11 +226,16 @@ class Service:
         async with asyncio.TaskGroup() as tasks:
             for server, listener in servers:
                 tasks.create_task(server.serve(sockets=[listener]))
-            await self.ending.wait()
+            await first_of(None, self.retiring, self.ending)
+            if not self.ending.is_set():
+                await self.retire()
             await self.drain()
             for server, _ in servers:
                 server.end()
         self.guard.stop()
+
+    async def exposition(self) -> bytes:
+        return self.app.metrics.exposition()
 
     def is_crowded(self) -> bool:
         """Visitors and their upstream calls hold so many sockets that descriptors may run out."""
@@ -233,6 +246,16 @@ class Service:
         if self.ending.is_set():
             self.at_once.set()
         self.ending.set()
+
+    async def retire(self) -> None:
+        """Leaves newcomers to others, and goes on until nobody is connected any more, or it is told to end."""
+        for listening in self.server.servers:
+            listening.close()
+        self.guard.retire(LAST_REQUESTS)
+        self.logs.line("retiring", connections=len(self.guard.open))
+        await first_of(LAST_REQUESTS, self.guard.left_by_all, self.ending)
+        self.guard.close_idle()
+        await first_of(None, self.guard.left_by_all, self.ending)
 
     async def drain(self) -> None:
         """Lets live answers run on, then ends them with an event, and waits for the events to get through."""
@@ -246,12 +269,14 @@ class Service:
                 connection.transport.abort()
 
 
-async def first_of(seconds: float, *events: asyncio.Event) -> None:
+async def first_of(seconds: float | None, *events: asyncio.Event) -> None:
     """Returns when one of the events is set, or the time is over."""
     waiting = [asyncio.ensure_future(event.wait()) for event in events]
-    await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-    for future in waiting:
-        future.cancel()
+    try:
+        await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 def allow_all_descriptors() -> None:

@@ -265,13 +265,6 @@ def header_word(written: str) -> str:
     return written
 
 
-def one_process(value: object) -> int:
-    count = cast(int, whole(1, 64).check(value))
-    if count > 1:
-        raise Wrong("this version runs one worker; start several behind nginx instead")
-    return count
-
-
 STORES = ("redis", "rediss", "unix", "redis+unix", "redis+sentinel")
 
 
@@ -379,7 +372,7 @@ class Server:
     host: str = setting(converted(listening_host), "127.0.0.1")
     port: int = setting(whole(0, 65535), 8000)
     socket: str = setting(text, "")
-    workers: int = setting(Kind(whole(1, 64).decode, one_process), 1)
+    workers: int = setting(whole(1, 64), 1)
     public_url: str = setting(converted(origin), "")
     extra_origins: tuple[str, ...] = setting(texts(origin), ())
     trusted_proxies: tuple[Network | str, ...] = setting(
@@ -777,6 +770,13 @@ CONTRADICTIONS = (
         ("session.mode",),
         lambda s: s.session.mode in LOGIN_PACKAGES and not is_installed(LOGIN_PACKAGES[s.session.mode]),
         "needs packages that are not installed: pip install 'chat-proxy[login]'",
+    ),
+    Contradiction(
+        "server.workers",
+        ("server.workers", "limits.store"),
+        lambda s: s.server.workers > 1 and not s.limits.is_shared,
+        "wants limits.store on Redis when it is more than one: each worker would allow the whole of every limit, "
+        "and a logout would be known to one of them only",
     ),
     Contradiction(
         "limits.store",

@@ -46,6 +46,7 @@ FAULTS = {
     30: "a head, a body or a whole request that does not come",
     31: "the server is told to end while answers are live",
     32: "the time to end in is over, or a second signal comes",
+    33: "one of several workers is killed",
     35: "the wall clock jumps by an hour",
     36: "descriptors run out",
     37: "nobody reads the log, or its pipe is closed",

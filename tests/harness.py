@@ -7,6 +7,7 @@ Nothing is mocked that can be run. The upstream is scripted since faults must be
 from __future__ import annotations
 
 import asyncio
+import atexit
 import http.client
 import io
 import json
@@ -54,6 +55,16 @@ def pieces(key: str) -> list[str]:
 def environment() -> dict[str, str]:
     """This process's, without what would be settings to a server; the tests have variables of that name, too."""
     return {name: value for name, value in os.environ.items() if not name.startswith("CHAT_PROXY_")}
+
+
+def free_port() -> int:
+    """A port that nobody else is given while this process lives. Servers may listen there: they set SO_REUSEADDR, too,
+    and this socket does not listen."""
+    reserved = socket.socket()
+    atexit.register(reserved.close)
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    return int(reserved.getsockname()[1])
 
 
 def eventually(condition: Callable[[], T], patience: float = PATIENCE) -> T:

@@ -30,6 +30,7 @@ from harness import (
     ScriptedUpstream,
     delta,
     eventually,
+    free_port,
     pieces,
     random_key,
     streaming,
@@ -71,13 +72,13 @@ def assert_calm(stderr: str) -> None:
 class Process:
     """A command that runs until it is told to end; its output goes to files, so it never waits for a reader."""
 
-    def __init__(self, folder: Path, arguments: tuple[str, ...], given: dict[str, str], stdout: IO[bytes]) -> None:
+    def __init__(self, folder: Path, command: list[str], given: dict[str, str], stdout: IO[bytes]) -> None:
         self.stdout = folder / "stdout"
         self.stderr = folder / "stderr"
         self.port = 0  # set by whoever knows it
         with self.stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [*COMMAND, *arguments], cwd=folder, env=environment(given), stdout=stdout, stderr=stderr
+                command, cwd=folder, env=environment(given), stdout=stdout, stderr=stderr, process_group=0
             )
 
     def printed(self) -> str:
@@ -108,10 +109,16 @@ class Process:
 
 
 @contextmanager
-def started(folder: Path, *arguments: str, given: dict[str, str], stdout: IO[bytes] | None = None) -> Iterator[Process]:
+def started(
+    folder: Path,
+    *arguments: str,
+    given: dict[str, str],
+    stdout: IO[bytes] | None = None,
+    command: list[str] = COMMAND,
+) -> Iterator[Process]:
     """The process while it runs. It must end by itself, without a word of Python's on stderr."""
     with stdout or (folder / "stdout").open("wb") as output:
-        process = Process(folder, arguments, given, output)
+        process = Process(folder, [*command, *arguments], given, output)
     try:
         yield process
     finally:
@@ -122,11 +129,16 @@ def started(folder: Path, *arguments: str, given: dict[str, str], stdout: IO[byt
 
 @contextmanager
 def serving(
-    folder: Path, upstream: str, *arguments: str, stdout: IO[bytes] | None = None, **given: str
+    folder: Path,
+    upstream: str,
+    *arguments: str,
+    stdout: IO[bytes] | None = None,
+    command: list[str] = COMMAND,
+    **given: str,
 ) -> Iterator[Process]:
     """`chat-proxy serve` on a free port, ready."""
     given = {**settings_for(upstream), "SERVER_PORT": str(free_port()), **given}
-    with started(folder, "serve", *arguments, given=given, stdout=stdout) as process:
+    with started(folder, "serve", *arguments, given=given, stdout=stdout, command=command) as process:
         process.port = int(given["SERVER_PORT"])
         eventually(process.answers)
         yield process
@@ -134,12 +146,6 @@ def serving(
 
 def settings_for(upstream: str) -> dict[str, str]:
     return {"UPSTREAM_BASE_URL": upstream, "UPSTREAM_API_KEY": random_key(), "POLICY_MODELS": "m"}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def exchange(connection: http.client.HTTPConnection, path: str, **body: Any) -> tuple[int, bytes]:

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import re
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 from browser import PATIENCE, Visit
-from harness import GOOD, Running, ScriptedUpstream, chat, eventually, running, send, streaming
+from harness import GOOD, Running, ScriptedUpstream, chat, eventually, free_port, running, send, streaming
 from oidc_provider import start
 from playwright.sync_api import BrowserContext, Page, expect
 
 SECRET = "a-clients-secret-and-a-long-one"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextmanager

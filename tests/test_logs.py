@@ -54,6 +54,20 @@ def read_lines(reading: int) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
+def test_lines_of_several_writers_stay_whole() -> None:
+    """What reaches a pipe at one time is whole lines, and no more than the pipe takes in one piece."""
+    reading, writing = os.pipe2(os.O_DIRECT)  # each write is a packet, and each read gives one
+    lines = [b"%d %b\n" % (number, b"x" * (number * 37 % 900)) for number in range(60)] + [b"y" * 5000 + b"\n", b"z\n"]
+    Descriptor(writing).write(b"".join(lines))
+    os.close(writing)
+    with closing(os.fdopen(reading, "rb", buffering=0)) as pipe:
+        packets = list(iter(lambda: pipe.read(2 * PIPE), b""))
+    assert b"".join(packets) == b"".join(lines)
+    short = [packet for packet in packets if b"y" not in packet]
+    assert all(packet.endswith(b"\n") and len(packet) <= PIPE for packet in short)
+    assert len(packets) < len(lines) / 4
+
+
 # ---- lines --------------------------------------------------------------------------------------------------------
 
 

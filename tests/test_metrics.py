@@ -6,7 +6,6 @@ import asyncio
 import http.client
 import inspect
 import json
-import socket
 import threading
 from collections.abc import Iterator
 from http import HTTPStatus
@@ -24,6 +23,7 @@ from harness import (
     delta,
     eventually,
     finish,
+    free_port,
     random_key,
     raw_chat,
     read_until,
@@ -338,12 +338,6 @@ def test_no_client_adds_a_label() -> None:
 
 
 # ---- the listener -------------------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def test_metrics_have_a_listener_of_their_own() -> None:

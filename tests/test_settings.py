@@ -239,7 +239,6 @@ NOT_FROM_THE_ENVIRONMENT: dict[str, tuple[str, str]] = {
     "host with an empty label": ("server.host", "a..example"),
     "host of two words": ("server.host", "127.0.0.1 8000"),
     "empty metrics host": ("metrics.host", " "),
-    "two workers": ("server.workers", "2"),
     "no worker": ("server.workers", "0"),
     "a store with a strange port": ("limits.store", "redis://:pw@a.example:6379a/0"),
     "a store with a strange number": ("limits.store", "redis://a.example/db"),
@@ -262,6 +261,7 @@ def test_environment_value_refused(label: str) -> None:
 
 RANGES: dict[str, tuple[float, float]] = {
     "server.port": (0, 65535),
+    "server.workers": (1, 64),
     "server.max_streams": (1, 1_000_000),
     "server.max_body_bytes": (1024, 1 << 30),
     "server.drain_seconds": (0, 3600),
@@ -287,14 +287,18 @@ RANGES: dict[str, tuple[float, float]] = {
 def test_every_number_has_a_range() -> None:
     """No number of the contract is left without bounds."""
     numbers = {name for name, default in CONTRACT.items() if type(default) is int}
-    assert numbers == RANGES.keys() | {"server.workers"}
+    assert numbers == RANGES.keys()
 
 
 @pytest.mark.parametrize("name", RANGES)
 def test_range(name: str, tmp_path: Path) -> None:
     """A number is accepted at both its bounds and refused beyond them, and the fault tells the bounds."""
     lowest, highest = RANGES[name]
-    wide = {"SESSION_LIFETIME": "31536000", "SESSION_IDLE": "60"}  # or one could not reach its bound without the other
+    wide = {  # or one could not reach its bound without the other
+        "SESSION_LIFETIME": "31536000",
+        "SESSION_IDLE": "60",
+        "LIMITS_STORE": "redis://127.0.0.1/0",
+    }
     others = {key: written for key, written in wide.items() if key != variable(name)}
     for value in (lowest, highest):
         assert value_of(from_env(**others, **{variable(name): f"{value}"}), name) == value
@@ -849,6 +853,7 @@ CONTRADICTIONS: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "an issuer over plain http": ("oidc.issuer", {"OIDC_ISSUER": "http://id.example.org"}),
     "one port for two": ("metrics.port", {"SERVER_PORT": "9090", "METRICS_PORT": "9090"}),
+    "workers that count alone": ("server.workers", {"SERVER_WORKERS": "2"}),
 }
 
 
@@ -931,6 +936,7 @@ CONSISTENT: dict[str, dict[str, str]] = {
     "a socket and a port": {"SERVER_SOCKET": "/run/x", "SERVER_PORT": "9090", "METRICS_PORT": "9090"},
     "roots": {"UPSTREAM_CA_FILE": certifi.where()},
     "page": {"SERVER_STATIC_DIR": str(Path(__file__).parent)},
+    "workers with a store": {"SERVER_WORKERS": "2", "LIMITS_STORE": "redis://127.0.0.1/0"},
 }
 
 
