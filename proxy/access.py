@@ -10,7 +10,6 @@ Rules:
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import secrets
 from collections.abc import Callable
@@ -20,8 +19,6 @@ from urllib.parse import parse_qsl
 import httpx
 import msgspec
 
-from proxy.bulletin import Bulletin, Notice
-from proxy.control import ControlFile
 from proxy.edge import Edge, cookies_named
 from proxy.errors import InvalidCredentials, InvalidRequest, LoginRequired, Refusal, SessionExpired, Unauthenticated
 from proxy.limits import Subject
@@ -31,15 +28,15 @@ from proxy.login import LoginFailed
 from proxy.login.flow import FLOW_SECONDS, FlowCookies, own_path
 from proxy.login.header import vouched
 from proxy.logs import Logs
-from proxy.session import ID_BYTES, Decree, Revocations, Session, Sessions, set_cookie
-from proxy.settings import Secret, Settings, SettingsError
+from proxy.revoked import Revoked
+from proxy.session import ID_BYTES, Session, Sessions, set_cookie
+from proxy.settings import Secret, Settings
 from proxy.visit import Visit
 
 if TYPE_CHECKING:
     from proxy.login.oidc import Provider
     from proxy.login.password import Passwords
 
-CONTROL_CHECK = 0.4  # seconds between two looks at what was revoked elsewhere: a second is promised
 CALLBACK = "/api/session/callback"
 LONGEST_LOGIN = 4096  # bytes of a login's body
 
@@ -84,67 +81,19 @@ class Access:
         self.password_secret = configured.passwords
         self.passwords = open_passwords(configured.passwords, clock) if self.mode == "password" else None
         self.provider = open_provider(settings, transport, wall) if self.mode == "oidc" else None
-        self.revocations = Revocations()
-        self.control = ControlFile(configured.control_file)
-        self.bulletin = Bulletin(limits.shared, self.lifetime) if limits.shared else None
-        self.read_control()
-        self._watching: asyncio.Task[None] | None = None
-        self._told = ""
+        self.revoked = Revoked(configured, limits.shared, logs, wall)
         self._spent: dict[str, int] = {}  # states of logins that have come back, and when they may be forgotten
         self.use_keys()
 
     # ---- its own life ---------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        self._watching = asyncio.create_task(self.watch())
+        self.revoked.start()
 
     async def stop(self) -> None:
-        """Tells the other servers what they have not heard yet."""
-        if self._watching is not None:
-            self._watching.cancel()
-        if self.bulletin is not None:
-            await self.bulletin.exchange()
+        await self.revoked.stop()
         if self.passwords is not None:
             self.passwords.close()
-
-    async def watch(self) -> None:
-        """Hears what was revoked by hand, and on other servers."""
-        while True:
-            try:
-                if self.bulletin is not None:
-                    await self.read_bulletin(self.bulletin)
-                self.read_control()
-            except SettingsError as error:
-                self.tell_unread(str(error))
-            except Exception as error:  # noqa: BLE001  # all that is revoked from now on depends on this task
-                self.logs.bug(error)
-            await asyncio.sleep(CONTROL_CHECK)
-
-    def tell_unread(self, fault: str) -> None:
-        """Once, not with every look."""
-        if fault != self._told:
-            self._told = fault
-            self.logs.line("control_file_unread", "error", fault=fault)
-
-    async def read_bulletin(self, bulletin: Bulletin) -> None:
-        notices, decree = await bulletin.exchange()
-        for notice in notices:
-            self.revocations.hear(notice.id, notice.until, notice.forget_at, self.wall())
-        if decree is not None:
-            self.obey(decree)
-
-    def read_control(self) -> None:
-        """Raises SettingsError."""
-        decree = self.control.read()
-        if decree is not None:
-            self.obey(decree)
-
-    def obey(self, decree: Decree) -> None:
-        """What the file says and what the store says, each of which may be behind, hold together."""
-        merged = self.revocations.decree.merged(decree)
-        if merged != self.revocations.decree:
-            self.revocations.decree = merged
-            self.logs.line("revoked", generation=merged.generation)
 
     def use_keys(self) -> None:
         """Cookies under any of the secret's lines are good, the newest first."""
@@ -205,7 +154,7 @@ class Access:
         cookies = self.cookies_of(visit)
         if not cookies:
             return None
-        opened = self.sessions.open(cookies, self.wall(), self.revocations)
+        opened = self.sessions.open(cookies, self.wall(), self.revoked.known)
         session = opened.session
         if not self.serves(session, visit):
             return None
@@ -235,7 +184,7 @@ class Access:
             return await self.mint(visit, vouched(visit.found, self.header, visit.caller))
         if self.edge.is_browser(visit.found):
             return await self.mint(visit, None)
-        session = self.sessions.mint_for_address(self.wall(), visit.caller.key, self.revocations)
+        session = self.sessions.mint_for_address(self.wall(), visit.caller.key, self.revoked.known)
         self.begin(visit, session)
         return session
 
@@ -243,7 +192,7 @@ class Access:
         """A session of its own id. Those without a subject are counted, or minting would be a way round the limits."""
         if subject is None:
             await self.limits.charge(mint, Subject("new", visit.caller.key))
-        generation, randomness = self.revocations.decree.generation, self.randomness(ID_BYTES)
+        generation, randomness = self.revoked.known.decree.generation, self.randomness(ID_BYTES)
         mode = self.mode_of(subject)
         session = self.sessions.mint(self.wall(), randomness, mode=mode, subject=subject, generation=generation)
         self.begin(visit, session)
@@ -282,7 +231,7 @@ class Access:
         before = self.opened(visit)
         session = await self.mint(visit, subject)
         if before is not None:
-            self.end(before.id, before.issued)
+            self.revoked.end(before.id, before.issued)
         self.audit(visit, "login", user=subject, session=visit.log["session"])
         return session
 
@@ -290,7 +239,7 @@ class Access:
         """Ends the session of the cookie. A cookie that is bad already is as dead as one can be."""
         session = self.opened(visit)
         if session is not None:
-            self.end(session.id, session.issued, shared_by_address=self.is_of_address(session, visit))
+            self.revoked.end(session.id, session.issued, here_only=self.is_of_address(session, visit))
             self.name_in_log(visit, session)
             self.audit(visit, "logout", user=session.subject, session=visit.log["session"])
         self.clear_cookie(visit)
@@ -298,19 +247,12 @@ class Access:
     def is_of_address(self, session: Session, visit: Visit) -> bool:
         """The one that all programs at an address share. It ends on this server only: any of them could end it without
         end, and the others would be told each time."""
-        return session.id == self.sessions.mint_for_address(0, visit.caller.key, self.revocations).id
-
-    def end(self, id_: str, issued: int, *, shared_by_address: bool = False) -> None:
-        now = self.wall()
-        ended = Session(id_, self.mode, None, issued, issued)
-        until, forget_at = self.revocations.revoke(ended, now, now + self.lifetime)
-        if self.bulletin is not None and not shared_by_address:
-            self.bulletin.post(Notice(id_, until, forget_at))
+        return session.id == self.sessions.mint_for_address(0, visit.caller.key, self.revoked.known).id
 
     def opened(self, visit: Visit) -> Session | None:
         """The session of the cookie, if that is good."""
         try:
-            return self.sessions.open(self.cookies_of(visit), self.wall(), self.revocations).session
+            return self.sessions.open(self.cookies_of(visit), self.wall(), self.revoked.known).session
         except Refusal:
             return None
 
@@ -349,7 +291,7 @@ class Access:
             self.audit(visit, "login_failed", reason=failed.reason)
             raise
         if flow.replaced:
-            self.end(flow.replaced, int(self.wall()))
+            self.revoked.end(flow.replaced, int(self.wall()))
         await self.log_in(visit, subject)
         visit.cookies = [*visit.cookies, self.flow_cookie("", 0)]
         return flow.next

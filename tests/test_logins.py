@@ -33,7 +33,7 @@ from harness import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy import access
+from proxy import revoked
 from proxy.control import ControlFile
 from proxy.edge import Caller
 from proxy.errors import Busy, Forbidden, InvalidCredentials, LoginRequired, Refusal, TooMany
@@ -460,13 +460,13 @@ def test_revoking_a_user_by_hand(loop: str, tmp_path: Path) -> None:
         alice, bob = login(proxy).cookie, login(proxy, "bob", "battery staple").cookie
         done = revoke("--user", "alice", control=control)
         assert (done.returncode, str(control) in done.stdout, "not there before" in done.stderr) == (0, True, True)
-        eventually(lambda: asked(proxy, alice) == (401, "session_required"), 10 * access.CONTROL_CHECK)
+        eventually(lambda: asked(proxy, alice) == (401, "session_required"), 10 * revoked.CHECK_EVERY)
         assert asked(proxy, bob) == (200, None)
         again = login(proxy).cookie
         assert asked(proxy, again) == (200, None)
         eventually(lambda: len(proxy.lines("revoked")) == 1)
         assert revoke("--all", control=control).returncode == 0
-        eventually(lambda: asked(proxy, bob) == (401, "session_required"), 10 * access.CONTROL_CHECK)
+        eventually(lambda: asked(proxy, bob) == (401, "session_required"), 10 * revoked.CHECK_EVERY)
         assert asked(proxy, again) == (401, "session_required")
         assert asked(proxy, login(proxy).cookie) == (200, None)
 

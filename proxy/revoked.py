@@ -1,0 +1,91 @@
+"""What was revoked, wherever that was done: by a logout here or on another server, or by an operator's hand.
+
+A request asks memory only. What others say is heard a few times a second: from the control file, and from the bulletin
+of the store that servers share.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from proxy.bulletin import Bulletin, Notice
+from proxy.control import ControlFile
+from proxy.limits.shared import Shared
+from proxy.logs import Logs
+from proxy.session import Decree, Revocations, Session
+from proxy.settings import Session as SessionSettings
+from proxy.settings import SettingsError
+
+CHECK_EVERY = 0.4  # seconds between two looks at what was revoked elsewhere: a second is promised
+
+
+class Revoked:
+    """The revocations of one server. `wall` gives Unix seconds. Raises SettingsError for a bad control file."""
+
+    def __init__(
+        self, configured: SessionSettings, shared: Shared | None, logs: Logs, wall: Callable[[], float]
+    ) -> None:
+        self.lifetime = configured.lifetime
+        self.logs = logs
+        self.wall = wall
+        self.known = Revocations()
+        self.control = ControlFile(configured.control_file)
+        self.bulletin = Bulletin(shared, self.lifetime) if shared else None
+        self._watching: asyncio.Task[None] | None = None
+        self._told = ""
+        self.read_control()
+
+    def start(self) -> None:
+        self._watching = asyncio.create_task(self.watch())
+
+    async def stop(self) -> None:
+        """Tells the other servers what they have not heard yet."""
+        if self._watching is not None:
+            self._watching.cancel()
+        if self.bulletin is not None:
+            await self.bulletin.exchange()
+
+    def end(self, id_: str, issued: int, *, here_only: bool = False) -> None:
+        """Kills the cookies of an id that were issued until now, here and where the bulletin is read."""
+        now = self.wall()
+        until, forget_at = self.known.revoke(Session(id_, "", None, issued, issued), now, now + self.lifetime)
+        if self.bulletin is not None and not here_only:
+            self.bulletin.post(Notice(id_, until, forget_at))
+
+    async def watch(self) -> None:
+        while True:
+            try:
+                if self.bulletin is not None:
+                    await self.read_bulletin(self.bulletin)
+                self.read_control()
+            except SettingsError as error:
+                self.tell_unread(str(error))
+            except Exception as error:  # noqa: BLE001  # all that is revoked from now on depends on this task
+                self.logs.bug(error)
+            await asyncio.sleep(CHECK_EVERY)
+
+    def tell_unread(self, fault: str) -> None:
+        """Once, not with every look."""
+        if fault != self._told:
+            self._told = fault
+            self.logs.line("control_file_unread", "error", fault=fault)
+
+    async def read_bulletin(self, bulletin: Bulletin) -> None:
+        notices, decree = await bulletin.exchange()
+        for notice in notices:
+            self.known.hear(notice.id, notice.until, notice.forget_at, self.wall())
+        if decree is not None:
+            self.obey(decree)
+
+    def read_control(self) -> None:
+        decree = self.control.read()
+        if decree is not None:
+            self.obey(decree)
+
+    def obey(self, decree: Decree) -> None:
+        """What the file says and what the store says, each of which may be behind, hold together."""
+        merged = self.known.decree.merged(decree)
+        if merged != self.known.decree:
+            self.known.decree = merged
+            self.logs.line("revoked", generation=merged.generation)
