@@ -1,22 +1,29 @@
 """Holds the tests to the fault table: when the whole suite is collected, each fault must have a test on each loop.
 
-And gives those of the page their browser.
+And gives those of the page their browser, and each test its place among those that run beside it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 from browser import browser, context
+from crowd import is_quiet, place
 from faults import FAULTS
 from harness import LOOPS
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 __all__ = ["browser", "context"]
 
 
 @pytest.hookimpl(tryfirst=True)  # before -k and -m take some away
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=is_quiet)  # the quiet ones last: nobody waits then, and nobody is waited for
     covered = {(number, loop) for item in items for number in numbers_of(item) for loop in loops_of(item)}
     if unknown := {number for number, _ in covered} - set(FAULTS):
         raise pytest.UsageError(f"no such fault: {sorted(unknown)}")
@@ -30,6 +37,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ]
     if missing:
         raise pytest.UsageError("faults without a test: " + "; ".join(missing))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    if not hasattr(item.config, "workerinput"):
+        return (yield)  # there are no others
+    run: Path = item.config._tmp_path_factory.getbasetemp().parent  # type: ignore[attr-defined]
+    with place(run, alone=is_quiet(item)):
+        return (yield)
 
 
 def numbers_of(item: pytest.Item) -> list[int]:

@@ -11,6 +11,7 @@ import pytest
 from bench import compare
 
 
+@pytest.mark.quiet
 def test_benchmark_compares_and_finds_no_fault(tmp_path: Path) -> None:
     """A tiny run prints every row with a figure for both proxies, and no byte was changed by either."""
     command = [sys.executable, compare.__file__, "--quick", "--seconds", "0.3", "--streams", "10"]

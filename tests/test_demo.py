@@ -316,6 +316,7 @@ def test_other_routes(model: Running, method: str, path: str, status: int) -> No
         f"Bearer {KEY[:-1]}",
         "Bearer \xe9",
     ],
+    ids=["none", "empty", "no key", "another scheme", "no scheme", "a letter more", "a letter less", "not ASCII"],
 )
 def test_what_is_not_the_key(model: Running, header: str | None) -> None:
     """Only the whole key after `Bearer` opens the door; everything else is 401 without the key in it."""

@@ -423,6 +423,7 @@ def test_a_full_house_goes_on_and_ends_whole(loop: str) -> None:
         assert [line["code"] for line in proxy.lines() if line["status"] == 503] == ["draining"]
 
 
+@pytest.mark.quiet
 @both_loops
 def test_a_full_house_is_told_when_the_time_is_over(loop: str) -> None:
     """At the deadline those that had time are whole, each of the others has its events, one word, and an end."""

@@ -473,7 +473,11 @@ def test_key_byte_by_byte(parts: list[bytes]) -> None:
     assert leak(parts) == delta("a")
 
 
-@pytest.mark.parametrize("key", [KEY, b'sk-"-' + KEY, b'"' + KEY, KEY + b'"', b"\\" + KEY])
+@pytest.mark.parametrize(
+    "key",
+    [KEY, b'sk-"-' + KEY, b'"' + KEY, KEY + b'"', b"\\" + KEY],
+    ids=["plain", "a quote within", "a quote before", "a quote behind", "a backslash before"],
+)
 def test_key_after_many_ordinary_events(key: bytes) -> None:
     """The thousandth event of its kind is searched like the first, whatever letters the key has."""
     before, after = delta("@").split(b"@")
@@ -486,7 +490,11 @@ def test_key_after_many_ordinary_events(key: bytes) -> None:
     assert events.count == 1000
 
 
-@pytest.mark.parametrize("echo", [b": " + KEY, b"event: " + KEY, b"id: " + KEY, KEY, b"data: [DONE]\ndata: " + KEY])
+@pytest.mark.parametrize(
+    "echo",
+    [b": " + KEY, b"event: " + KEY, b"id: " + KEY, KEY, b"data: [DONE]\ndata: " + KEY],
+    ids=["comment", "event", "id", "no field", "behind the end"],
+)
 def test_key_anywhere_in_an_event(echo: bytes) -> None:
     """Comments, names and unknown fields are searched like data."""
     assert leak([delta("a") + echo + b"\n\n"]) == delta("a")

@@ -221,6 +221,7 @@ def test_close_without_a_line() -> None:
     assert (logs._thread, output.getvalue()) == (None, b"")
 
 
+@pytest.mark.quiet
 def test_full_pipe_drops_and_counts() -> None:
     """When nobody reads, lines are queued up to the bound and then dropped and counted; the caller never waits. Once
     somebody reads, what was queued arrives whole and in order, and then how many were not."""
@@ -246,6 +247,7 @@ def test_full_pipe_drops_and_counts() -> None:
     assert lines[-1]["event"] == "after"
 
 
+@pytest.mark.quiet
 def test_close_does_not_wait_for_a_full_pipe() -> None:
     """close() gives up on a reader that does not read, in little more than a second."""
     with pipe() as (reading, writing):

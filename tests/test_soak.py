@@ -22,6 +22,7 @@ def run(minutes: float, *more: str) -> str:
     return done.stdout
 
 
+@pytest.mark.quiet
 def test_short_soak_finds_nothing() -> None:
     """Some seconds of all faults and all clients: every answer is what it must be, and nothing is left."""
     printed = run(0.08, "--rest", "2", "--clients", "50")
