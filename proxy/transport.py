@@ -24,6 +24,7 @@ import re
 import ssl
 from collections.abc import AsyncIterator, Callable
 from dataclasses import InitVar, dataclass, field
+from functools import cache
 from typing import Protocol, cast
 
 import certifi
@@ -514,6 +515,12 @@ async def _parts(body: httpx.SyncByteStream | httpx.AsyncByteStream) -> AsyncIte
             yield part
 
 
+@cache
+def default_ssl_context() -> ssl.SSLContext:
+    """The same one each time: to read some hundred roots takes 20 ms, and nobody changes it."""
+    return ssl.create_default_context(cafile=certifi.where())
+
+
 class Transport(httpx.AsyncBaseTransport):
     """Sends requests to any origin over HTTP/1.1, on one event loop. Unlimited in its live streams.
 
@@ -528,7 +535,7 @@ class Transport(httpx.AsyncBaseTransport):
         idle_seconds: float = IDLE_SECONDS,
         max_idle: int = MAX_IDLE,
     ) -> None:
-        self._ssl_context = ssl_context or ssl.create_default_context(cafile=certifi.where())
+        self._ssl_context = ssl_context or default_ssl_context()
         self._idle_seconds = idle_seconds
         self._max_idle = max_idle
         self._connections: set[_Connection] = set()
