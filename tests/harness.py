@@ -35,6 +35,7 @@ from proxy.settings import from_variables
 T = TypeVar("T")
 
 PATIENCE = 10.0  # seconds: ten times what anything here should take, so that only a hang fails
+STARTING = 60.0  # seconds for a process to come up, or for a command to do its work: on a busy machine a second or two
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "uvloop": uvloop.new_event_loop,
     "asyncio": asyncio.new_event_loop,
@@ -177,6 +178,7 @@ class ScriptedUpstream:
         self._loop = asyncio.new_event_loop()
         self._started = threading.Event()
         self._stop: asyncio.Event | None = None
+        self._writers: list[asyncio.StreamWriter] = []
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.port = 0
 
@@ -201,11 +203,21 @@ class ScriptedUpstream:
 
     async def _serve(self) -> None:
         self._stop = asyncio.Event()
-        listening = await asyncio.start_server(self._connected, "127.0.0.1", 0, backlog=1024)
+        listening = await asyncio.start_server(self._accepted, "127.0.0.1", 0, backlog=1024)
         self.port = listening.sockets[0].getsockname()[1]
         self._started.set()
         await self._stop.wait()
         listening.close()
+        unfinished = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in unfinished:
+            task.cancel()
+        await asyncio.gather(*unfinished, return_exceptions=True)
+        for writer in self._writers:  # of scripts that did not get to begin, or with bytes that nobody takes
+            writer.transport.abort()
+
+    def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Awaitable[None]:
+        self._writers.append(writer)
+        return self._connected(reader, writer)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1

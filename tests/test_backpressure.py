@@ -69,10 +69,12 @@ class Flood:
         return HELD + kernel + int(self.peer.writer.transport.get_write_buffer_limits()[1])
 
     def has_stalled(self, seconds: float = 0.3) -> bool:
-        """Has the upstream got rid of nothing for so long?"""
+        """Does the proxy read nothing, and has the upstream got rid of nothing for so long?"""
         before = self.pushed
         time.sleep(seconds)
-        return before == self.pushed > 0
+        transport: Any = self.proxy.service.app.transport
+        paused = not any(connection._transport.is_reading() for connection in transport._connections)
+        return paused and before == self.pushed > 0
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from harness import (
     DONE,
     GOOD,
     PATIENCE,
+    STARTING,
     Peer,
     Script,
     ScriptedUpstream,
@@ -58,7 +59,7 @@ def environment(given: dict[str, str]) -> dict[str, str]:
 def run(folder: Path, *arguments: str, **given: str) -> subprocess.CompletedProcess[str]:
     """One command to its end, in `folder`. Whatever it does, it shows no traceback and no warning of Python's."""
     done = subprocess.run(
-        [*COMMAND, *arguments], cwd=folder, env=environment(given), capture_output=True, text=True, timeout=PATIENCE
+        [*COMMAND, *arguments], cwd=folder, env=environment(given), capture_output=True, text=True, timeout=STARTING
     )
     assert_calm(done.stderr)
     return done
@@ -94,10 +95,10 @@ class Process:
         return self.process.wait(PATIENCE)
 
     def connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=STARTING)
 
     def get(self, path: str, port: int | None = None) -> tuple[int, bytes]:
-        with closing(http.client.HTTPConnection("127.0.0.1", port or self.port, timeout=PATIENCE)) as connection:
+        with closing(http.client.HTTPConnection("127.0.0.1", port or self.port, timeout=STARTING)) as connection:
             return exchange(connection, path)
 
     def answers(self) -> bool:
@@ -140,7 +141,7 @@ def serving(
     given = {**settings_for(upstream), "SERVER_PORT": str(free_port()), **given}
     with started(folder, "serve", *arguments, given=given, stdout=stdout, command=command) as process:
         process.port = int(given["SERVER_PORT"])
-        eventually(process.answers)
+        eventually(process.answers, STARTING)
         yield process
 
 
@@ -424,7 +425,7 @@ def test_serve_reads_its_config(tmp_path: Path) -> None:
         given = {"UPSTREAM_API_KEY": random_key()}
         with started(tmp_path, "serve", "--config", "my.toml", given=given) as process:
             process.port = port
-            eventually(process.answers)
+            eventually(process.answers, STARTING)
             assert chat(process) == b"".join(GOOD)
             process.tell(signal.SIGTERM)
             assert process.exit_code() == 0
@@ -681,7 +682,7 @@ def test_log_whose_reader_left(tmp_path: Path) -> None:
 
 def url_printed(process: Process) -> str:
     """The URL in what the process printed, once it has."""
-    found = eventually(lambda: re.findall(r"http://127\.0\.0\.1:(\d+)(\S*)", process.printed()))
+    found = eventually(lambda: re.findall(r"http://127\.0\.0\.1:(\d+)(\S*)", process.printed()), STARTING)
     port, path = found[0]
     process.port = int(port)
     return f"http://127.0.0.1:{port}{path}"
@@ -692,7 +693,7 @@ def test_demo(tmp_path: Path) -> None:
     with exit code 0."""
     with started(tmp_path, "demo", "--port", "0", given={"SERVER_PORT": "x", "NONSENSE": "1"}) as process:
         assert url_printed(process) == f"http://127.0.0.1:{process.port}"
-        eventually(process.answers)
+        eventually(process.answers, STARTING)
         status, page = process.get("/")
         assert status == 200
         assert b"<!doctype html>" in page.lower()

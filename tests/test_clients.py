@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,12 +22,14 @@ import pytest
 from harness import (
     DONE,
     PATIENCE,
+    STARTING,
     Peer,
     Running,
     ScriptedUpstream,
     delta,
     eventually,
     finish,
+    free_port,
     random_key,
     running,
     streaming,
@@ -230,13 +231,11 @@ def test_a_model_that_is_not_offered(program: str, folder: Path) -> None:
 
 def test_curl_shows_events_as_they_come(model: Model, folder: Path) -> None:
     """`curl -N` on /api/chat, the server a process of its own: the first event is there long before the last."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     variables = {"UPSTREAM_BASE_URL": model.base_url, "UPSTREAM_API_KEY": model.key, "POLICY_MODELS": "demo"}
+    port = free_port()
     with command("serve", SERVER_PORT=str(port), **variables) as serving:
         url = f"http://127.0.0.1:{port}"
-        eventually(lambda: is_ready(url))
+        eventually(lambda: is_ready(url), STARTING)
         with subprocess.Popen(
             ["sh", folder / "stream.sh", url, HELLO], stdout=subprocess.PIPE, encoding="utf-8"
         ) as curl:

@@ -30,6 +30,7 @@ from harness import (
     GOOD,
     LOOPS,
     PATIENCE,
+    STARTING,
     Peer,
     Running,
     ScriptedUpstream,
@@ -41,6 +42,7 @@ from harness import (
     environment,
     eventually,
     finish,
+    free_port,
     raw_chat,
     read_until,
     reset,
@@ -255,6 +257,8 @@ def nothing(proxy: Running) -> bytes:
 def test_many_slow_sockets_disturb_nobody(loop: str, hurried: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slow heads, slow bodies, silence and clients that do not read: all closed in time, beside a stream in peace."""
     monkeypatch.setattr(server, "WRITE_DEADLINE", 2.0)
+    monkeypatch.setattr(guard, "HEAD_SECONDS", 2.0)  # long enough for what each of them says at once
+    monkeypatch.setattr(visit, "BODY_SECONDS", 2.0)
     count = 2000 if FULL else 200
     flood = [delta("x" * 60000)] * 400
 
@@ -557,10 +561,8 @@ def no_more_descriptors() -> Iterator[None]:
 
 def test_serve_takes_all_descriptors_it_may_have(tmp_path: Path) -> None:
     """The soft limit is raised; the hard one holds, and within it nobody is cut off by accident."""
-    with ScriptedUpstream(streaming(*GOOD)) as upstream, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+    port = free_port()
+    with ScriptedUpstream(streaming(*GOOD)) as upstream:
         variables = {
             **environment(),
             "CHAT_PROXY_SERVER_PORT": str(port),
@@ -572,7 +574,7 @@ def test_serve_takes_all_descriptors_it_may_have(tmp_path: Path) -> None:
         process = subprocess.Popen(["sh", "-c", serve], env=variables, stdout=subprocess.PIPE, cwd=tmp_path)
         try:
             with ExitStack() as stack:
-                eventually(lambda: is_listening(port))
+                eventually(lambda: is_listening(port), STARTING)
                 sockets = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 5)) for _ in range(55)]
                 request = f"GET /api/session HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode()
                 statuses = []

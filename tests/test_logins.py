@@ -19,7 +19,7 @@ from argon2 import PasswordHasher
 from harness import (
     GOOD,
     LOOPS,
-    PATIENCE,
+    STARTING,
     Reply,
     Running,
     ScriptedUpstream,
@@ -449,7 +449,7 @@ def revoke(*arguments: str, control: Path, **more: str) -> subprocess.CompletedP
         **more,
     }
     command = [sys.executable, "-m", "proxy", "sessions", "revoke", *arguments]
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=STARTING, check=False)
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -560,7 +560,7 @@ def test_decrees_before_a_moment() -> None:
 
 def hash_password(*arguments: str, given: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "proxy", "hash-password", *arguments]
-    return subprocess.run(command, input=given, capture_output=True, text=True, timeout=PATIENCE * 6, check=False)
+    return subprocess.run(command, input=given, capture_output=True, text=True, timeout=STARTING, check=False)
 
 
 def test_hash_password() -> None:

@@ -854,9 +854,9 @@ MEGABYTES: dict[str, bytes] = {
 def test_a_megabyte_of_anything_is_read_in_time(sent: bytes) -> None:
     """No body makes the policy work more than in proportion to its size."""
     generous = with_fields("tools", max_messages=100_000, max_input_chars=10**8)
-    began = time.perf_counter()
+    began = time.thread_time()  # what the machine does beside does not count
     answer(sent, generous)
-    assert time.perf_counter() - began < SLOWEST
+    assert time.thread_time() - began < SLOWEST
 
 
 # ---- properties ----------------------------------------------------------------------------------------------

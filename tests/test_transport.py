@@ -441,13 +441,13 @@ async def test_bytes_on_an_idle_connection_close_it() -> None:
 @on_both_loops
 async def test_idle_connections_are_closed_after_their_time() -> None:
     """idle_seconds after its last answer a connection is gone, with no request to trigger that; others stay."""
-    async with serving(always(EMPTY)) as upstream, transporting(idle_seconds=0.3) as transport:
+    async with serving(always(EMPTY)) as upstream, transporting(idle_seconds=0.9) as transport:
         responses = [transport.handle_async_request(post(upstream.url)) for _ in range(2)]
         await asyncio.gather(*responses)
         assert transport.open_sockets == 2
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.6)
         await transport.handle_async_request(post(upstream.url))
-        await settled(lambda: transport.open_sockets == 1, 0.25)
+        await settled(lambda: transport.open_sockets == 1, 0.75)
         await settled(lambda: transport.open_sockets == upstream.open == 0)
 
 
@@ -843,12 +843,12 @@ async def test_read_timeout_is_between_reads_of_a_pulled_body() -> None:
     async def handler(peer: Peer) -> None:
         await peer.answer(CHUNKED)
         for _ in range(6):
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.2)
             await peer.send(chunk(b"a"))
         await peer.gone()
 
     async with serving(handler) as upstream, transporting() as transport:
-        response = await transport.handle_async_request(post(upstream.url, read=0.15))
+        response = await transport.handle_async_request(post(upstream.url, read=0.8))
         seen, failed = await pull_to_the_fault(response)
         assert (seen, type(failed)) == (b"a" * 6, httpx.ReadTimeout)
         await settled(lambda: transport.open_sockets == upstream.open == 0)

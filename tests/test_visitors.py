@@ -201,13 +201,13 @@ def tight(upstream: ScriptedUpstream) -> Iterator[Running]:
     with running(
         upstream.base_url,
         SERVER_MAX_STREAMS="3",
-        LIMITS_PER_SESSION="4/2 seconds",
+        LIMITS_PER_SESSION="4/4 seconds",
         LIMITS_PER_ADDRESS="100/minute",
         LIMITS_NEW_SESSIONS="3/hour",
         LIMITS_REFUSALS_PER_ADDRESS="3/minute",
         LIMITS_STREAMS_PER_SESSION="1",
         LIMITS_STREAMS_PER_ADDRESS="2",
-        LIMITS_TOKENS_PER_SESSION="10000/2 seconds",
+        LIMITS_TOKENS_PER_SESSION="10000/4 seconds",
         LIMITS_TOKENS_PER_ADDRESS="20000/day",
     ) as proxy:
         yield proxy
@@ -517,16 +517,16 @@ def test_requests_are_limited_for_as_long_as_told(tight: Running) -> None:
         reply = page.chat()
         assert reply.status == 200
         assert (
-            reply.headers["ratelimit-policy"] == '"per_session 4/2 second";q=4;w=2, "per_address 100/minute";q=100;w=60'
+            reply.headers["ratelimit-policy"] == '"per_session 4/4 second";q=4;w=4, "per_address 100/minute";q=100;w=60'
         )
-        assert reply.headers["ratelimit"].startswith(f'"per_session 4/2 second";r={remaining};t=')
+        assert reply.headers["ratelimit"].startswith(f'"per_session 4/4 second";r={remaining};t=')
     refused = page.chat()
     assert code_of(refused) == (429, "rate_limited")
     assert refused.error["type"] == "rate_limit_error"
-    assert refused.headers["ratelimit-policy"] == '"per_session 4/2 second";q=4;w=2'
-    assert re.fullmatch(r'"per_session 4/2 second";r=0;t=[12]', refused.headers["ratelimit"])
-    assert 1 <= int(refused.headers["retry-after-ms"]) <= 2000
-    assert wait_told(refused) <= 2
+    assert refused.headers["ratelimit-policy"] == '"per_session 4/4 second";q=4;w=4'
+    assert re.fullmatch(r'"per_session 4/4 second";r=0;t=[1-4]', refused.headers["ratelimit"])
+    assert 1 <= int(refused.headers["retry-after-ms"]) <= 4000
+    assert wait_told(refused) <= 4
     time.sleep(wait_told(refused))
     assert page.chat().status == 200
 
@@ -582,9 +582,9 @@ def test_tokens_are_limited_for_as_long_as_told(tight: Running) -> None:
     assert page.chat("cost 9500").status == 200
     refused = page.chat(max_tokens=500)
     assert code_of(refused) == (429, "tokens_exhausted")
-    assert refused.headers["ratelimit-policy"] == '"tokens_per_session 10000/2 second";q=10000;w=2'
-    assert re.fullmatch(r'"tokens_per_session 10000/2 second";r=500;t=[12]', refused.headers["ratelimit"])
-    assert wait_told(refused) <= 2
+    assert refused.headers["ratelimit-policy"] == '"tokens_per_session 10000/4 second";q=10000;w=4'
+    assert re.fullmatch(r'"tokens_per_session 10000/4 second";r=500;t=[1-4]', refused.headers["ratelimit"])
+    assert wait_told(refused) <= 4
     assert page.chat(max_tokens=400).status == 200
     time.sleep(wait_told(refused))
     assert page.chat(max_tokens=500).status == 200
@@ -705,9 +705,9 @@ def test_session_shape(tight: Running) -> None:
     assert told["models"] == ["m", "other"]
     assert [list(entry) for entry in told["limits"]] == [["name", "limit", "remaining", "reset_at"]] * 4
     assert [(entry["name"], entry["limit"], entry["remaining"]) for entry in told["limits"]] == [
-        ("per_session 4/2 second", 4, 4),
+        ("per_session 4/4 second", 4, 4),
         ("per_address 100/minute", 100, 100),
-        ("tokens_per_session 10000/2 second", 10_000, 10_000),
+        ("tokens_per_session 10000/4 second", 10_000, 10_000),
         ("tokens_per_address 20000/day", 20_000, 20_000),
     ]
     for entry, seconds in zip(told["limits"], (2, 60, 2, DAY), strict=True):

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from faults import fault
-from harness import GOOD, LOOPS, PATIENCE, Peer, ScriptedUpstream, delta, eventually, free_port, streaming
+from harness import GOOD, LOOPS, PATIENCE, STARTING, Peer, ScriptedUpstream, delta, eventually, free_port, streaming
 from test_cli import HELLO, InSteps, Process, begun, exchange, run, serving, settings_for, started
 from test_metrics import series
 from test_store import Redis, folder, store
@@ -38,6 +38,7 @@ import sys
 from proxy import cli
 from proxy.limits import allowance, shared
 shared.HELD_SECONDS, allowance.RENEW_EVERY = {held}, {held} / 3
+shared.DEADLINE = 10  # the store is there; only this machine may be busy
 if "{loop}" == "asyncio":
     import asyncio
     cli.uvloop = asyncio
@@ -63,7 +64,7 @@ def workers(
     command = [sys.executable, "-W", "error", "-c", START.format(held=HELD, loop=loop)]
     given = {"SERVER_WORKERS": str(count), "LIMITS_STORE": store.url, **WIDE, **given}
     with serving(tmp_path, upstream, stdout=None, command=command, **given) as process:
-        eventually(lambda: len(seen_serving(process)) == count)
+        eventually(lambda: len(seen_serving(process)) == count, STARTING)
         yield process
 
 
@@ -179,7 +180,7 @@ def test_a_killed_worker_takes_only_its_streams_along(loop: str, tmp_path: Path,
             eventually(lambda: Counter(line["ending"] for line in lines(process, "request") if line["ending"]) == whole)
             eventually(lambda: leases(counted) == 0)
             eventually(lambda: held_tokens(counted) == 0)
-        eventually(lambda: len(seen_serving(process)) == 2)
+        eventually(lambda: len(seen_serving(process)) == 2, STARTING)
         ends(process)
         eventually(lambda: upstream.open == 0)
 
@@ -210,11 +211,11 @@ def test_early_deaths_are_not_repeated_at_once(tmp_path: Path, store: Redis) -> 
         started(tmp_path, "serve", given={**settings_for(upstream.base_url), **given}, command=command) as process,
     ):
         process.port = int(given["SERVER_PORT"])
-        eventually(lambda: len(lines(process, "worker_died")) >= 4)
+        eventually(lambda: len(lines(process, "worker_died")) >= 4, STARTING)
         deaths = [line["time"] for line in lines(process, "worker_died")]
         assert max(deaths) - min(deaths) >= PAUSE  # two at once, a pause, two more
         broken.unlink()
-        eventually(lambda: len(seen_serving(process)) == 2)
+        eventually(lambda: len(seen_serving(process)) == 2, STARTING)
         ends(process)
 
 
@@ -310,7 +311,7 @@ def test_replacing_all_cuts_nobody(tmp_path: Path, store: Redis) -> None:
         askers = [Asker(process) for _ in range(8)]
         for rounds in range(1, 3):
             process.tell(signal.SIGHUP)
-            eventually(lambda rounds=rounds: len(lines(process, "workers_replaced")) == rounds)  # type: ignore[misc]
+            eventually(lambda rounds=rounds: len(lines(process, "workers_replaced")) == rounds, STARTING)  # type: ignore[misc]
         scraper.stop()
         for asker in askers:
             asker.stop()
@@ -351,7 +352,7 @@ def test_a_replaced_worker_has_the_settings_of_now(tmp_path: Path, store: Redis)
         }
         with started(tmp_path, "serve", given=given, command=command) as process:
             process.port = int(given["SERVER_PORT"])
-            eventually(lambda: len(seen_serving(process)) == 2 if process.answers() else None)
+            eventually(lambda: len(seen_serving(process)) == 2 if process.answers() else None, STARTING)
             file.write_text("[policy]\nmodels = []\n[serve]\nport = 1\n", encoding="utf-8")
             process.tell(signal.SIGHUP)
             eventually(lambda: lines(process, "settings_refused"))
@@ -361,7 +362,7 @@ def test_a_replaced_worker_has_the_settings_of_now(tmp_path: Path, store: Redis)
             fresh = secrets.token_urlsafe(32)
             key.write_text(fresh, encoding="utf-8")
             process.tell(signal.SIGHUP)
-            eventually(lambda: lines(process, "workers_replaced"))
+            eventually(lambda: lines(process, "workers_replaced"), STARTING)
             assert models(process) == {"second"}
             with closing(process.connect()) as connection:
                 exchange(connection, "/api/chat", **HELLO)

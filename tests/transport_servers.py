@@ -476,9 +476,9 @@ def nginx(folder: Path, certificates: Certificates) -> Iterator[list[int]]:
     certificate.private_key_pem.write_to_path(folder / "key.pem")
     for blob in certificate.cert_chain_pems:
         blob.write_to_path(folder / "chain.pem", append=True)
-    with contextlib.ExitStack() as reserved:
-        listeners = [reserved.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
-        ports = [listener.getsockname()[1] for listener in listeners]
+    from harness import free_port  # the servers of this file, run as a program, need nothing of it
+
+    ports = [free_port(), free_port()]
     configuration = folder / "nginx.conf"
     configuration.write_text(NGINX.format(folder=folder, port=ports[0], tls_port=ports[1]))
     with process("/usr/sbin/nginx", "-c", str(configuration), "-p", str(folder)):

@@ -199,10 +199,11 @@ const COSTLY = [
 
 for (const source of COSTLY) {
   test(`costly: ${JSON.stringify(source).slice(0, 30)}`, () => {
-    const began = performance.now();
+    const before = process.cpuUsage();
     shown([source]);
     parse(source, { open: true });
-    assert.ok(performance.now() - began < 3_000);
+    const { user, system } = process.cpuUsage(before); // microseconds of our own: others may use the machine, too
+    assert.ok(user + system < 3_000_000);
   });
 }
 
