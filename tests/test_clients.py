@@ -203,6 +203,7 @@ def test_our_rate_limit(program: str, model: Model, folder: Path) -> None:
     with running(model.base_url, key=model.key, **settings) as proxy:
         assert said("complete.mjs", proxy.url, folder) == ANSWER.text + "\n"
         assert failed(program, proxy.url, folder) == ("", "RateLimitError rate_limited")
+        assert proxy.line(2)["status"] == 429
         assert [line["code"] for line in proxy.lines() if line["status"] == 429] == ["rate_limited"]
 
 

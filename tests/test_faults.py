@@ -354,7 +354,7 @@ def test_the_key_a_request_went_out_with_is_guarded_to_its_end(loop: str, files:
         assert first == FIRST
         assert json.loads(ours.removeprefix(b"data: "))["error"]["code"] == "stream_interrupted"
         assert proxy.line()["code"] == "stream_interrupted"
-        assert proxy.lines("key_alarm")
+        assert eventually(lambda: proxy.lines("key_alarm"))
 
 
 # ---- row 40: bugs ---------------------------------------------------------------------------------------------------
