@@ -15,7 +15,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import msgspec
@@ -46,7 +46,7 @@ from proxy.limits import Standing, Subject, limit_headers
 from proxy.limits.allowance import Allowance
 from proxy.limits.requests import ask, refuse
 from proxy.login import LoginFailed
-from proxy.logs import Logs
+from proxy.logs import Bridge, Logs
 from proxy.metrics import Metrics
 from proxy.page import Page, Probe, failed_login, page_folder
 from proxy.relay import ClientGone, Leash, Relay
@@ -55,6 +55,9 @@ from proxy.settings import Settings
 from proxy.transport import ResponseStream
 from proxy.upstream import Attempts, Upstream
 from proxy.visit import Visit, bare_refusal
+
+if TYPE_CHECKING:
+    from proxy.traces import Traces
 
 Handler = Callable[[Visit], Awaitable[None]]
 
@@ -100,7 +103,7 @@ class Resource:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         proxy = self.proxy
-        visit = proxy.visit(scope, receive, send)
+        visit = proxy.visit(scope, receive, send, self.route)
         proxy.enter()
         try:
             try:
@@ -161,6 +164,7 @@ class ChatProxy:
         self.metrics = Metrics(settings.policy.models)
         self.metrics.streams.set_function(lambda: self.limits.leases.live)
         self.metrics.store_up.set_function(lambda: self.limits.is_up)
+        self.traces = self.open_traces() if settings.traces.enabled else None
         self.base_headers: Headers = [HSTS] if server.is_https else []
         self.run_id = randomness(6).hex()  # with a number behind it, the id of a request: unique, and cheap
         self.numbers = itertools.count(1)
@@ -172,6 +176,12 @@ class ChatProxy:
         self.live: set[Leash] = set()  # those among them that the drain lets go on for a while
         self.nothing = Resource(self)
         self.router = self.build_router()
+
+    def open_traces(self) -> Traces:
+        from proxy.traces import Traces  # opentelemetry is needed here only
+
+        settings = self.settings
+        return Traces(settings.traces, settings.upstream.base_url, bridge=Bridge(self.logs), note=self.note_traces)
 
     def build_router(self) -> Router:
         api: dict[str, dict[str, Handler]] = {
@@ -208,6 +218,8 @@ class ChatProxy:
         await self.access.stop()
         await self.limits.aclose()
         await self.transport.aclose()
+        if self.traces is not None:
+            await self.traces.aclose()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -256,7 +268,7 @@ class ChatProxy:
         broke: Interruption | None = None
         try:
             async with Leash(visit.receive, self.live) as leash:
-                source = await self.upstream.stream(order.body, visit.request_id, attempts)
+                source = await self.upstream.stream(order.body, visit.request_id, attempts, visit.traceparent)
                 relay = self.relay(visit, order, source, leash, attempts.key)
                 exchange.on(Event.BEGIN)
                 await relay.run(visit.head(200, [*STREAM_HEADERS, *limit_headers(visit.standings)]))
@@ -294,7 +306,7 @@ class ChatProxy:
         """Passes on one whole answer."""
         try:
             async with Leash(visit.receive, self.live) as leash:
-                answer = await self.upstream.complete(order.body, visit.request_id, attempts)
+                answer = await self.upstream.complete(order.body, visit.request_id, attempts, visit.traceparent)
         except ClientGone:
             self.note_abort(leash)
             raise
@@ -371,14 +383,17 @@ class ChatProxy:
 
     # ---- what all requests share ----------------------------------------------------------------------------------
 
-    def visit(self, scope: Scope, receive: Receive, send: Send) -> Visit:
+    def visit(self, scope: Scope, receive: Receive, send: Send, route: str | None) -> Visit:
         found = gather(scope["headers"])
         peer = scope["client"]
         caller = self.edge.caller(peer[0] if peer else None, found)
         request_id = self.edge.request_id(caller, found) or f"{self.run_id}-{next(self.numbers):x}"
-        return Visit(
+        visit = Visit(
             scope, receive, send, caller=caller, found=found, base_headers=self.base_headers, request_id=request_id
         )
+        if self.traces is not None:
+            visit.trace = self.traces.begin(visit.method, route, *self.edge.trace_parent(caller, found))
+        return visit
 
     def enter(self) -> None:
         self.busy += 1
@@ -408,6 +423,7 @@ class ChatProxy:
     # ---- settling -------------------------------------------------------------------------------------------------
 
     def count(self, visit: Visit, order: policy.Order, attempts: Attempts, used: Usage) -> None:
+        visit.used = used
         visit.log["tokens"] = used.prompt_tokens + used.completion_tokens
         visit.log["retries"] = attempts.retries
         self.metrics.retries.inc(attempts.retries)
@@ -437,7 +453,7 @@ class ChatProxy:
             metrics.rate.observe(relay.events.count / (now - relay.first_at))
 
     def settle(self, visit: Visit, route: str | None) -> None:
-        """The request's one log line and its place in the metrics."""
+        """The request's one log line, its place in the metrics, the end of its span."""
         self.metrics.requests.labels(str(visit.status)).inc()
         if visit.ending is not None:
             self.metrics.endings.labels(visit.ending).inc()
@@ -456,6 +472,15 @@ class ChatProxy:
             reason=visit.reason,
             **visit.log,
         )
+        if visit.trace is not None:
+            visit.trace.end(
+                request_id=visit.request_id,
+                status=visit.status if visit.began else None,
+                code=visit.code,
+                ending=visit.ending,
+                tokens=(visit.used.prompt_tokens, visit.used.completion_tokens) if visit.used else None,
+                log=visit.log,
+            )
 
     def note_no_request(self, peer: str | None, refusal: Refusal) -> None:
         """The same for what the guard refused before it became a request."""
@@ -470,6 +495,13 @@ class ChatProxy:
             self.logs.line("limits_unavailable", "error", reason=lost, policy=self.settings.limits.when_store_fails)
         else:
             self.logs.line("limits_available")
+
+    def note_traces(self, lost: str | None) -> None:
+        """Spans do not reach their collector, for this reason, or do again. Called in a thread of theirs."""
+        if lost:
+            self.logs.line("traces_unavailable", "warning", reason=lost)
+        else:
+            self.logs.line("traces_available")
 
     def alarm_if_due(self, visit: Visit, refusal: Refusal) -> None:
         """The key does not work, or comes back: both want the operator, not the visitor."""

@@ -132,6 +132,12 @@ class Edge:
             return None
         return given.decode()
 
+    def trace_parent(self, caller: Caller, found: Found) -> tuple[bytes, bytes]:
+        """`traceparent` and `tracestate` as a trusted proxy sent them, unchecked; anyone else's are not believed."""
+        if not caller.through_proxy:
+            return b"", b""
+        return found.get(b"traceparent", b""), found.get(b"tracestate", b"")
+
     # ---- is it our page -------------------------------------------------------------------------------------------
 
     def check_host(self, found: Found) -> None:

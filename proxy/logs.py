@@ -69,7 +69,7 @@ def in_pieces(data: bytes) -> Iterator[bytes]:
 
 
 class Logs:
-    """The log of one server. `line` may be called from the loop: it does not wait."""
+    """The log of one server. `line` may be called from the loop: it does not wait. Other threads may call it, too."""
 
     def __init__(self, configured: Log, output: Output | None = None) -> None:
         self.level = LEVELS[configured.level]
@@ -81,6 +81,7 @@ class Logs:
         self._wanted = threading.Event()
         self._closed = False
         self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
 
     def line(self, event: str, level: str = "info", /, **fields: Any) -> None:
         """Queues one line; `fields` are shown in the order given."""
@@ -108,9 +109,10 @@ class Logs:
             self._thread.join(1.0)
 
     def _wake(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._write_all, name="chat-proxy-log", daemon=True)
-            self._thread.start()
+        with self._starting:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._write_all, name="chat-proxy-log", daemon=True)
+                self._thread.start()
         self._wanted.set()
 
     def _write_all(self) -> None:

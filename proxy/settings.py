@@ -482,6 +482,12 @@ class Metrics:
 
 
 @dataclass(frozen=True, slots=True)
+class Traces:
+    enabled: bool = setting(boolean, False)
+    propagate: bool = setting(boolean, False)
+
+
+@dataclass(frozen=True, slots=True)
 class Log:
     format: str = setting(choice("json", "text"), "json")
     level: str = setting(choice("debug", "info", "warning", "error"), "info")
@@ -497,6 +503,7 @@ class Settings:
     policy: Policy
     limits: Limits
     metrics: Metrics
+    traces: Traces
     log: Log
 
 
@@ -509,6 +516,7 @@ SECTIONS: dict[str, type[Any]] = {
     "policy": Policy,
     "limits": Limits,
     "metrics": Metrics,
+    "traces": Traces,
     "log": Log,
 }
 
@@ -723,8 +731,14 @@ def holds_certificates(file: str) -> bool:
 LOGIN_PACKAGES = {"password": "argon2", "oidc": "joserfc"}
 
 
+TRACES_PACKAGE = "opentelemetry.exporter.otlp.proto.http"  # brings the others that are needed
+
+
 def is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # not even what it is a part of
+        return False
 
 
 def address(listening: Server | Metrics) -> tuple[str, int]:
@@ -783,6 +797,18 @@ CONTRADICTIONS = (
         ("limits.store",),
         lambda s: s.limits.is_shared and not is_installed("redis"),
         "needs packages that are not installed: pip install 'chat-proxy[redis]'",
+    ),
+    Contradiction(
+        "traces.enabled",
+        ("traces.enabled",),
+        lambda s: s.traces.enabled and not is_installed(TRACES_PACKAGE),
+        "needs packages that are not installed: pip install 'chat-proxy[otel]'",
+    ),
+    Contradiction(
+        "traces.propagate",
+        ("traces.enabled", "traces.propagate"),
+        lambda s: s.traces.propagate and not s.traces.enabled,
+        "wants traces.enabled: without it there is no span that the upstream could be told of",
     ),
     Contradiction(
         "upstream.base_url",

@@ -146,17 +146,22 @@ class Upstream:
 
     # ---- the two calls --------------------------------------------------------------------------------------------
 
-    async def stream(self, body: bytes, request_id: str, attempts: Attempts) -> ResponseStream:
+    async def stream(
+        self, body: bytes, request_id: str, attempts: Attempts, traceparent: bytes | None = None
+    ) -> ResponseStream:
         """The upstream's stream, its headers checked. Raises a Refusal."""
-        response = await self.open(body, request_id, attempts, b"text/event-stream", self.configured.first_byte_timeout)
+        patience = self.configured.first_byte_timeout
+        response = await self.open(body, request_id, attempts, b"text/event-stream", patience, traceparent)
         return cast(ResponseStream, response.stream)
 
-    async def complete(self, body: bytes, request_id: str, attempts: Attempts) -> bytes:
+    async def complete(
+        self, body: bytes, request_id: str, attempts: Attempts, traceparent: bytes | None = None
+    ) -> bytes:
         """A whole answer, at most LONGEST_ANSWER bytes of JSON, within total_timeout. Raises a Refusal."""
         patience = self.configured.total_timeout
         try:
             async with asyncio.timeout(patience):
-                response = await self.open(body, request_id, attempts, b"application/json", patience)
+                response = await self.open(body, request_id, attempts, b"application/json", patience, traceparent)
                 try:
                     answer = await read_at_most(response, LONGEST_ANSWER)
                 finally:
@@ -190,7 +195,13 @@ class Upstream:
     # ---- attempts -------------------------------------------------------------------------------------------------
 
     async def open(
-        self, body: bytes, request_id: str, attempts: Attempts, wanted: bytes, patience: float
+        self,
+        body: bytes,
+        request_id: str,
+        attempts: Attempts,
+        wanted: bytes,
+        patience: float,
+        traceparent: bytes | None = None,
     ) -> httpx.Response:
         """A response of status 200 and the wanted content type within `patience` seconds, all retries included.
 
@@ -202,6 +213,7 @@ class Upstream:
             *self.headers(attempts.key, request_id, wanted),
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(body)),
+            *([(b"traceparent", traceparent)] if traceparent else []),
         ]
         request = httpx.Request("POST", self.url, headers=headers, stream=httpx.ByteStream(body))
         request.extensions = {**self.timeouts(patience), "sent": attempts.mark_sent}

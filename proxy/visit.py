@@ -10,14 +10,18 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.types import Message, Receive, Scope, Send
 
 from proxy.edge import Caller, Found
 from proxy.errors import BodyTooLarge, Headers, Refusal, RequestTimeout
+from proxy.events import Usage
 from proxy.limits import Standing, limit_headers
 from proxy.relay import ClientGone
+
+if TYPE_CHECKING:
+    from proxy.traces import Trace
 
 API_HEADERS: Headers = [
     (b"cache-control", b"no-store, no-transform"),
@@ -36,7 +40,7 @@ class Visit:
 
     __slots__ = (
         *("_base_headers", "began", "caller", "code", "cookies", "ending", "found", "log", "method", "query"),
-        *("reason", "receive", "request_id", "send", "standings", "started", "status"),
+        *("reason", "receive", "request_id", "send", "standings", "started", "status", "trace", "used"),
     )
 
     def __init__(
@@ -67,6 +71,13 @@ class Visit:
         self.reason: str | None = None
         self.began = False
         self.log: dict[str, Any] = {}
+        self.used: Usage | None = None
+        self.trace: Trace | None = None
+
+    @property
+    def traceparent(self) -> bytes | None:
+        """What an upstream may know of this request's trace."""
+        return self.trace.traceparent if self.trace is not None else None
 
     async def body(self, most: int) -> bytes:
         """The request's body.

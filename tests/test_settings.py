@@ -137,6 +137,8 @@ CONTRACT: dict[str, Any] = {
     "limits.when_store_fails": "local",
     "metrics.host": "127.0.0.1",
     "metrics.port": 0,
+    "traces.enabled": False,
+    "traces.propagate": False,
     "log.format": "json",
     "log.level": "info",
 }
@@ -872,6 +874,18 @@ def test_packages_of_a_store_must_be_there(monkeypatch: pytest.MonkeyPatch) -> N
     with refused("limits.store") as faults:
         from_env(LIMITS_STORE="redis://127.0.0.1")
     assert "pip install 'chat-proxy[redis]'" in faults[0].message
+
+
+def test_packages_of_traces_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "is_installed", lambda package: False)
+    with refused("traces.enabled") as faults:
+        from_env(TRACES_ENABLED="true")
+    assert "pip install 'chat-proxy[otel]'" in faults[0].message
+
+
+def test_a_part_of_a_package_that_is_not_there_is_not_there() -> None:
+    assert settings.is_installed(settings.TRACES_PACKAGE)
+    assert not settings.is_installed("opentelemetry_of_nobody.exporter")
 
 
 def test_packages_of_a_mode_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
