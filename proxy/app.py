@@ -51,7 +51,7 @@ from proxy.metrics import Metrics
 from proxy.page import Page, Probe, failed_login, page_folder
 from proxy.relay import ClientGone, Leash, Relay
 from proxy.session import Session
-from proxy.settings import Settings
+from proxy.settings import Settings, refused_by_opentelemetry
 from proxy.transport import ResponseStream
 from proxy.upstream import Attempts, Upstream
 from proxy.visit import Visit, bare_refusal
@@ -178,10 +178,14 @@ class ChatProxy:
         self.router = self.build_router()
 
     def open_traces(self) -> Traces:
-        from proxy.traces import Traces  # opentelemetry is needed here only
+        """Raises SettingsError for variables that OpenTelemetry refuses, some of them when it is imported."""
+        bridge, upstream = Bridge(self.logs), self.settings.upstream.base_url
+        try:
+            from proxy.traces import Traces  # opentelemetry is needed here only
 
-        settings = self.settings
-        return Traces(settings.traces, settings.upstream.base_url, bridge=Bridge(self.logs), note=self.note_traces)
+            return Traces(self.settings.traces, upstream, bridge=bridge, note=self.note_traces)
+        except Exception as error:  # noqa: BLE001  # of any kind, as it comes
+            raise refused_by_opentelemetry(error) from None
 
     def build_router(self) -> Router:
         api: dict[str, dict[str, Handler]] = {

@@ -691,6 +691,13 @@ def utf8(raw: str) -> str:
     return raw
 
 
+def refused_by_opentelemetry(error: Exception) -> SettingsError:
+    """What it has against the OTEL_* variables, which are settings that it reads itself: their names (rule 2)."""
+    named = ", ".join(re.findall(r"OTEL_[A-Z_]+", str(error))) or "OTEL_*"
+    message = f"OpenTelemetry cannot use what its variables say: {named} ({type(error).__name__})"
+    return SettingsError([Fault("traces.enabled", "environment", message)])
+
+
 def with_public_url(settings: Settings) -> Settings:
     if settings.server.public_url:
         return settings  # given, or faulty

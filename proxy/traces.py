@@ -84,24 +84,19 @@ class Traces:
     def __init__(self, configured: settings.Traces, upstream: str, *, bridge: logging.Handler, note: Note) -> None:
         """`bridge` takes the packages' warnings; `note` is told why spans are lost, and None once they get through.
 
-        Both are called in other threads. Raises SettingsError for variables that OpenTelemetry refuses.
+        Both are called in other threads. Raises whatever OpenTelemetry does when it cannot use a variable.
         """
         self.propagate = configured.propagate
         provider = provider_of(upstream)
         self._about_chats = {"gen_ai.operation.name": "chat"} | ({"gen_ai.provider.name": provider} if provider else {})
-        self._exporter: Exporter | None = None
         self._bridge = bridge
         for name in LIBRARIES:
             library = logging.getLogger(name)
             library.addHandler(bridge)
             library.propagate = False
-        try:
-            self._exporter = Exporter(note)
-            self._provider = TracerProvider(resource=resource(), shutdown_on_exit=False)
-            self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
-        except Exception as error:  # noqa: BLE001  # a number that is none, a component that is not installed, ...
-            self._leave_loggers()
-            raise settings.SettingsError([refused_variables(error)]) from None
+        self._exporter = Exporter(note)
+        self._provider = TracerProvider(resource=resource(), shutdown_on_exit=False)
+        self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
         self._tracer = self._provider.get_tracer("chat-proxy", __version__)
 
     def begin(self, method: str, route: str | None, traceparent: bytes = b"", tracestate: bytes = b"") -> Trace:
@@ -138,8 +133,7 @@ class Traces:
             library = logging.getLogger(name)
             library.removeHandler(self._bridge)
             library.addHandler(SILENCE)
-        if self._exporter is not None:
-            self._exporter.leave_logger()
+        self._exporter.leave_logger()
 
 
 SILENCE = logging.NullHandler()
@@ -286,7 +280,7 @@ class Ear(logging.Handler):
         self.heard = ""
 
     def listen(self) -> None:
-        self._thread, self.heard = threading.get_ident(), "it is told to try again later"
+        self._thread, self.heard = threading.get_ident(), "not taken in time"
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.thread != self._thread or not isinstance(record.args, tuple):
@@ -309,9 +303,3 @@ def provider_of(upstream: str) -> str | None:
     """The conventions' name for whoever answers there, if it has one."""
     host = urlsplit(upstream).hostname or ""
     return next((name for known, name in PROVIDERS.items() if f".{host}".endswith(f".{known}")), None)
-
-
-def refused_variables(error: Exception) -> settings.Fault:
-    """The fault in words; of the SDK's own no more than the names of variables, since it quotes their values."""
-    named = ", ".join(re.findall(r"OTEL_[A-Z_]+[A-Z]", str(error))) or "OTEL_*"
-    return settings.Fault("traces.enabled", "", f"OpenTelemetry refuses what its variables say: {named}")
