@@ -91,9 +91,7 @@ class Traces:
         self._about_chats = {"gen_ai.operation.name": "chat"} | ({"gen_ai.provider.name": provider} if provider else {})
         self._bridge = bridge
         for name in LIBRARIES:
-            library = logging.getLogger(name)
-            library.addHandler(bridge)
-            library.propagate = False
+            logging.getLogger(name).addHandler(bridge)
         self._exporter = Exporter(note)
         self._provider = TracerProvider(resource=resource(), shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(self._exporter))

@@ -545,6 +545,7 @@ def test_a_collector_that_does_not_answer_holds_up_nothing(
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "10")
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "2")
     monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "1")
+    monkeypatch.setattr(traces, "FLUSH_SECONDS", 0.3)
     with collecting() as url, ScriptedUpstream(streaming(*GOOD)) as upstream:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", url)
         with running(upstream.base_url, **ON) as proxy:
@@ -554,7 +555,7 @@ def test_a_collector_that_does_not_answer_holds_up_nothing(
             ending = time.monotonic()
         took = time.monotonic() - ending
     assert slowest < 1000
-    assert traces.FLUSH_SECONDS * 0.9 < took < BOUND
+    assert 0.3 <= took < BOUND
 
 
 def test_lost_spans_are_told_once(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
