@@ -4,7 +4,7 @@ Rules:
 1. A span holds names, numbers and codes, as a log line does: never a prompt, a cookie, a key, an address, a user.
 2. No request waits for the collector: ended spans wait in the SDK's bounded queue, a thread of its own sends them. The
    end of the server waits FLUSH_SECONDS at most.
-3. All of it is one server's own: nothing global is set, and no surrounding context is read.
+3. All of it is one server's own: nothing global is set but the packages' loggers, and no surrounding context is read.
 4. Where spans go, under which name, and how many are kept, the OTEL_* variables say; the SDK reads them itself.
 5. opentelemetry is spoken to here and nowhere else, and this room is entered only where traces are switched on.
 """
@@ -45,6 +45,8 @@ SAMPLED_AND_RANDOM = 0x03  # the flags that have a meaning (W3C Trace Context Le
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
 LIBRARIES = ("opentelemetry", "urllib3")  # loggers of the packages that work here
 COMPLAINING = "opentelemetry.exporter.otlp.proto.http.trace_exporter"  # the logger of what did not get through
+
+SILENCE = logging.NullHandler()
 
 # W3C Trace Context, 3.2.2 and 3.3.1.3
 PARENT = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
@@ -132,9 +134,6 @@ class Traces:
             library.removeHandler(self._bridge)
             library.addHandler(SILENCE)
         self._exporter.leave_logger()
-
-
-SILENCE = logging.NullHandler()
 
 
 class Trace:
