@@ -554,7 +554,7 @@ def test_a_collector_that_does_not_answer_holds_up_nothing(
             slowest = max(line["duration_ms"] for line in proxy.lines())
             ending = time.monotonic()
         took = time.monotonic() - ending
-    assert slowest < 1000
+    assert slowest < 5000  # one that waited would have waited for an export, which has ten seconds
     assert 0.3 <= took < BOUND
 
 
