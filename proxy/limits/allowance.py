@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Callable
 from types import TracebackType
 
-from proxy.errors import LimitsUnavailable, TokensExhausted, TooManyStreams
+from proxy.errors import LimitsUnavailable, Refusal, TokensExhausted, TooManyStreams
 from proxy.limits import Standing, Subject, limit_headers
 from proxy.limits.leases import SOON, Lease, Leases
 from proxy.limits.requests import Event, RequestLimits, too_many
@@ -39,14 +39,17 @@ class Hold:
         self.claims = claims
         self.holder = holder
         self.reservation = reservation  # of the counters here; None while the store has it
+        self.is_unheard = False  # asked of the store, which may have booked it without our hearing so
         self.used = 0
 
     def settle(self, used: int) -> None:
         self.used = used
 
     @property
-    def used_of_claims(self) -> list[tuple[Claim, int]]:
-        return [(claim, self.used) for claim in self.claims]
+    def owed(self) -> list[tuple[Claim, int]]:
+        """What the store is to book in place of what it holds: nothing where the counters here have it."""
+        used = self.used if self.reservation is None else 0
+        return [(claim, used) for claim in self.claims]
 
     def leave_to_store(self) -> None:
         """From now on the store holds what this process held in its place."""
@@ -142,10 +145,10 @@ class Allowance:
             return self.hold_here(subject, amount, [], "")
         claims = [*self.tokens.claims(subject, amount), *self.leases.claims(subject)]
         holder = secrets.token_hex(8)
+        was_up = self.shared.is_up
         taken = await self.shared.take(claims, holder)
         if taken is None:
-            self.check_alone()
-            hold = self.hold_here(subject, amount, claims, holder)
+            hold = self.hold_alone(subject, amount, claims, holder, is_unheard=was_up)
         elif not taken.booked:
             raise full([(c, f) for c, f in zip(claims, taken.found, strict=True) if is_full(c, f)])
         else:
@@ -157,21 +160,32 @@ class Allowance:
         self.holds[holder] = hold
         return hold
 
-    def hold_here(self, subject: Subject, amount: int, claims: list[Claim], holder: str) -> Hold:
-        """By the counters of this process."""
-        reservation = self.tokens.reserve(subject, amount)
+    def hold_alone(self, subject: Subject, amount: int, claims: list[Claim], holder: str, *, is_unheard: bool) -> Hold:
+        """While the store is gone. A question that it may have heard is settled when it is back, or who asked would be
+        in his own way until that expires."""
         try:
-            return Hold(self, self.leases.acquire(subject), claims, holder, reservation)
-        except BaseException:
-            reservation.settle(0)
+            self.check_alone()
+            hold = self.hold_here(subject, amount, claims, holder)
+        except Refusal:
+            if is_unheard:
+                self.unsettled[holder] = [(claim, 0) for claim in claims]
             raise
+        hold.is_unheard = is_unheard
+        return hold
+
+    def hold_here(self, subject: Subject, amount: int, claims: list[Claim], holder: str) -> Hold:
+        """By the counters of this process. Who gets no place begins no window of tokens."""
+        self.tokens.check(subject, amount)
+        lease = self.leases.acquire(subject)
+        return Hold(self, lease, claims, holder, self.tokens.reserve(subject, amount))
 
     async def settle(self, hold: Hold) -> None:
         """Tells the store. One that is gone hears of it when it is back; what it holds expires by itself."""
         assert self.shared is not None
         del self.holds[hold.holder]
-        if hold.reservation is None and not await self.shared.settle(hold.used_of_claims, hold.holder):
-            self.unsettled[hold.holder] = hold.used_of_claims
+        is_heard = hold.reservation is None and await self.shared.settle(hold.owed, hold.holder)
+        if not is_heard and (hold.reservation is None or hold.is_unheard):
+            self.unsettled[hold.holder] = hold.owed
 
     async def renew(self) -> None:
         """Holds on to what the live answers of this process hold."""

@@ -144,7 +144,7 @@ for n = 2, #KEYS do
     else
         local ended = redis.call('ZREM', key .. ':h', id .. ':' .. amount)
         if ended == 1 then redis.call('HINCRBY', key, 'held', -amount) end
-        if what == 'add' then open(key, window) end
+        if what == 'add' and used > 0 then open(key, window) end
         if redis.call('EXISTS', key) == 1 then redis.call('HINCRBY', key, 'used', used) end
     end
 end

@@ -72,6 +72,15 @@ class Tokens:
 
     def reserve(self, subject: Subject, amount: int) -> Reservation:
         """Holds `amount` tokens in every window, or in none. Raises TokensExhausted with a true Retry-After."""
+        held = self.check(subject, amount)
+        self.make_room()
+        for key, window in held.items():
+            window.used += amount
+            self.windows[key] = window
+        return Reservation(list(held.values()), amount)
+
+    def check(self, subject: Subject, amount: int) -> dict[tuple[int, str], Window]:
+        """The windows that have room for it; nothing is held. Raises TokensExhausted."""
         held = [(purse, key, self.window(purse, key)) for purse, key in self.keys(subject)]
         short = [
             self.standing_of(purse, window) for purse, _, window in held if window.used + amount > purse.rate.amount
@@ -79,11 +88,7 @@ class Tokens:
         if short:
             wait = max(standing.resets_in for standing in short)
             raise TokensExhausted(retry_after=wait, headers=limit_headers(short))
-        self.make_room()
-        for _, key, window in held:
-            window.used += amount
-            self.windows[key] = window
-        return Reservation([window for _, _, window in held], amount)
+        return {key: window for _, key, window in held}
 
     def claims(self, subject: Subject, amount: int) -> list[Claim]:
         """The same for a store that others share."""
