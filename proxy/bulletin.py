@@ -22,8 +22,9 @@ DEADLINE = 2.0  # seconds: nobody waits for it, and a long list is no sign of a 
 PAGE = 1000  # notices heard at once
 MOST_SENT = 200  # notices posted at once
 
+# A store that is full must still hear of a logout: both are allowed to (allow-oom).
 # KEYS: the notices, the decree. ARGV: since when (ms), how long notices stay (ms), PAGE, new notices.
-EXCHANGE = """
+EXCHANGE = """#!lua flags=allow-oom
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 for n = 4, #ARGV do redis.call('ZADD', KEYS[1], now, ARGV[n]) end
@@ -33,7 +34,7 @@ local found = redis.call('ZRANGEBYSCORE', KEYS[1], ARGV[1], '+inf', 'WITHSCORES'
 return {now, found, redis.call('GET', KEYS[2])}
 """
 # KEYS: the decree. ARGV: what was there, what is to be there. Two operators at once do not undo each other.
-REPLACE = """
+REPLACE = """#!lua flags=allow-oom
 if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[2])
 return 1

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from proxy.errors import LimitsUnavailable, Refusal, TokensExhausted, TooManyStreams
 from proxy.limits import Standing, Subject, limit_headers
 from proxy.limits.leases import SOON, Lease, Leases
 from proxy.limits.requests import Event, RequestLimits, too_many
-from proxy.limits.shared import RENEW_EVERY, Claim, Found, Shared, open_store
+from proxy.limits.shared import AT_ONCE, RENEW_EVERY, Claim, Found, Shared, open_store
 from proxy.limits.tokens import Reservation, Tokens
 from proxy.settings import Limits
+
+RENEWED_AT_ONCE = AT_ONCE // 2  # one by one, a thousand would expire on a slow store; requests need places, too
 
 
 class Hold:
@@ -197,9 +199,13 @@ class Allowance:
                 self.bug(error)
 
     async def renew_all(self) -> None:
+        holders = iter(list(self.holds))
+        await asyncio.gather(*(self.renew_each(holders) for _ in range(RENEWED_AT_ONCE)))
+
+    async def renew_each(self, holders: Iterator[str]) -> None:
         assert self.shared is not None
-        for holder in list(self.holds):
-            hold = self.holds.get(holder)  # it may have ended while the one before was renewed
+        for holder in holders:
+            hold = self.holds.get(holder)  # it may have ended while others were renewed
             if hold is not None and hold.reservation is None:
                 await self.shared.renew(hold.claims, holder)
 
