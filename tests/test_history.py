@@ -7,16 +7,19 @@ the size; CHAT_PROXY_FULL=1 makes a million hits.
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from pathlib import Path
@@ -24,17 +27,35 @@ from typing import BinaryIO
 
 import history_hits
 import pytest
-from harness import PATIENCE, environment, eventually
+from harness import (
+    DONE,
+    PATIENCE,
+    Peer,
+    Script,
+    ScriptedUpstream,
+    chat,
+    delta,
+    environment,
+    eventually,
+    finish,
+    running,
+    streaming,
+)
 from history import STORE, Grant, Violation, apart, fixed, moving, together
 from hypothesis import given
 from hypothesis import strategies as st
-from test_store import Redis, leases
+from test_cli import Process, serving, settings_for
+from test_store import Redis, leases, patient, used
+from test_workers import HELD, START, WIDE, children, ends, lines
 
 from proxy.errors import TokensExhausted, TooMany, TooManyStreams
 from proxy.limits import Subject
 from proxy.limits.allowance import Allowance, Hold
 from proxy.limits.requests import ask
+from proxy.policy import apply
 from proxy.settings import from_variables
+
+__all__ = ["patient"]
 
 FULL = bool(os.environ.get("CHAT_PROXY_FULL"))
 HITS = 1_000_000 if FULL else 10_000
@@ -411,3 +432,151 @@ async def remembered(hits: int) -> Histories:
         found.granted("hold", words)
     found.held_at_the_end.append(limits.leases.live + len(limits.leases.held))
     return found
+
+
+# ---- over HTTP, through two workers ---------------------------------------------------------------------------------
+
+VISITORS = 4
+REQUESTS_A_SECOND, ANSWERS_A_SECOND = 5, 3  # of one visitor
+QUESTION = b'{"messages":[{"role":"user","content":"hi"}],"stream":true,"max_tokens":10}'
+PATIENT = "from proxy.limits import shared\nshared.DEADLINE = 1.0\n"  # a worker that is not scheduled for a moment
+
+
+@dataclass
+class Asked:
+    """One request over HTTP: when, by whom, and the status and code of its answer; 0 when it got none."""
+
+    visitor: str
+    asked: float
+    answered: float = 0.0
+    status: int = 0
+    code: str = ""
+
+    def grant(self, amount: int) -> Grant:
+        if not self.status:
+            return Grant(self.visitor, 0, self.asked, self.asked + FROZEN_AT_MOST)
+        return Grant(self.visitor, amount, self.asked, self.answered)
+
+
+def tokens_held() -> int:
+    """What one answer may cost, as the policy reckons; our upstream takes all of it."""
+    chosen = from_variables(
+        {f"CHAT_PROXY_{name}": value for name, value in settings_for("http://127.0.0.1/v1").items()}
+    )
+    order = apply(QUESTION, chosen.policy)
+    return order.prompt_tokens + order.output_tokens
+
+
+def counting(used: int) -> Script:
+    """Answers, and counts so many tokens."""
+    usage = b'data: {"choices":[],"usage":{"prompt_tokens":%d,"completion_tokens":10}}\n\n' % (used - 10)
+    return streaming(delta("one"), finish(), usage, DONE)
+
+
+class Visitors:
+    """They ask all the time, on connections that are kept, and note what they were answered."""
+
+    def __init__(self, process: Process, hits: int) -> None:
+        self.process = process
+        self.turns = iter(range(hits))
+        self.asked: list[Asked] = []
+
+    def ask_on(self) -> None:
+        connection = self.process.connect()
+        for number in self.turns:
+            one = Asked(f"198.51.100.{number % VISITORS}", time.monotonic())
+            self.asked.append(one)
+            headers = {"content-type": "application/json", "x-forwarded-for": one.visitor}
+            try:
+                connection.request("POST", "/api/chat", QUESTION, headers)
+                answer = connection.getresponse()
+                one.answered, one.status = time.monotonic(), answer.status
+                body = answer.read()
+            except (http.client.HTTPException, OSError):
+                connection.close()  # its worker was killed
+            else:
+                one.code = json.loads(body)["error"]["code"] if one.status != 200 else ""
+            time.sleep(random.random() * 0.2)
+        connection.close()
+
+
+def test_the_limits_hold_over_http(store: Redis, tmp_path: Path) -> None:
+    """Two workers, one of which is killed, grant a visitor no more than one would; while the store is frozen, each of
+    them as much again. Nobody gets a 500, and afterwards nothing is held.
+    """
+    hits, held = max(250, HITS // 100), tokens_held()
+    limits = {
+        "LIMITS_PER_SESSION": f"{REQUESTS_A_SECOND}/second",
+        "LIMITS_TOKENS_PER_SESSION": f"{ANSWERS_A_SECOND * held}/second",
+    }
+    command = [sys.executable, "-W", "error", "-c", PATIENT + START.format(held=HELD, loop="uvloop")]
+    settings = {**WIDE, **limits, "SERVER_WORKERS": "2", "LIMITS_STORE": store.url}
+    with (
+        ScriptedUpstream(counting(held)) as upstream,
+        serving(tmp_path, upstream.base_url, stdout=None, command=command, **settings) as process,
+        ThreadPoolExecutor(8) as threads,
+    ):
+        visitors = Visitors(process, hits)
+        asking = [threads.submit(visitors.ask_on) for _ in range(8)]
+        eventually(lambda: len(visitors.asked) > 0.3 * hits, PATIENCE + hits / 10)
+        os.kill(min(children(process)), signal.SIGKILL)
+        eventually(lambda: len(visitors.asked) > 0.7 * hits, PATIENCE + hits / 10)
+        frozen_at = time.monotonic()
+        store.freeze()
+        eventually(lambda: lines(process, "limits_unavailable"))
+        store.thaw()
+        for thread in asking:
+            thread.result(PATIENCE + hits / 10)
+        with store.client() as client:
+            eventually(lambda: not leases(client))
+        ends(process)
+    before = [one for one in visitors.asked if one.asked < frozen_at]
+    for asked, servers in ((before, 1), (visitors.asked, 1 + 2)):
+        requests = [one.grant(1) for one in asked if one.status == 200 or one.code == "tokens_exhausted"]
+        answers = [one.grant(held) for one in asked if one.status in (0, 200)]
+        assert moving(requests, servers * REQUESTS_A_SECOND, 1.0, GRAIN) == []
+        assert fixed(answers, servers * ANSWERS_A_SECOND * held, 1.0, GRAIN) == []
+    codes = Counter((one.status, one.code) for one in visitors.asked)
+    assert set(codes) <= {(200, ""), (429, "rate_limited"), (429, "tokens_exhausted"), (0, "")}
+    assert min(codes[200, ""], codes[429, "rate_limited"]) > hits // 20
+    assert codes[0, ""] <= 8
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_burst_never_overdraws_tokens_over_http(store: Redis) -> None:
+    """Of 200 at once as many are let in as can be paid for at their worst. What the upstream counts beyond that is
+    booked, too: the account is overdrawn by that much at the most, and nobody else is let in.
+    """
+    held, beyond, may_pay = tokens_held(), 7, 10
+    go_on = threading.Event()
+
+    async def script(peer: Peer) -> None:
+        while True:
+            await peer.request()
+            await asyncio.to_thread(go_on.wait, PATIENCE)
+            usage = b'data: {"choices":[],"usage":{"prompt_tokens":%d,"completion_tokens":10}}\n\n'
+            await peer.sse(delta("one"), finish(), usage % (held + beyond - 10), DONE)
+
+    limit = may_pay * held + held // 2
+    settings = {"LIMITS_TOKENS_PER_SESSION": f"{limit}/hour"}
+    with ScriptedUpstream(script) as upstream, ExitStack() as stack:
+        given = {"LIMITS_STORE": store.url, "SESSION_SECRET": "s" * 40, **settings}
+        servers = [stack.enter_context(running(upstream.base_url, **given)) for _ in range(2)]
+        threads = stack.enter_context(ThreadPoolExecutor(200))
+        asked = [threads.submit(chat, servers[number % 2], max_tokens=10) for number in range(200)]
+        eventually(lambda: sum(one.done() for one in asked) == 200 - may_pay, 3 * PATIENCE)
+        go_on.set()
+        replies = [one.result(PATIENCE) for one in asked]
+        assert Counter(reply.status for reply in replies) == {200: may_pay, 429: 200 - may_pay}
+        assert {reply.error["code"] for reply in replies if reply.status == 429} == {"tokens_exhausted"}
+        name = f"tokens_per_session {limit}/hour"
+        eventually(lambda: used(servers[0], {})[name] == min(limit, may_pay * (held + beyond)))
+        assert may_pay * (held + beyond) <= limit + may_pay * beyond
+        with store.client() as client:
+            assert sum(
+                int(client.hget(key, "used") or 0)
+                for key in client.scan_iter("*:tokens_per_session:*")
+                if client.type(key) == b"hash"
+            ) == may_pay * (held + beyond)
+            eventually(lambda: not leases(client))
+        assert chat(servers[1], max_tokens=10).status == 429
