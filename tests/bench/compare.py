@@ -118,12 +118,13 @@ def running(name: str, command: list[str], port: int, upstream_port: int, **vari
             process.wait()
 
 
-def chat_proxy() -> contextlib.AbstractContextManager[Target]:
+def chat_proxy(**settings: str) -> contextlib.AbstractContextManager[Target]:
     port, upstream_port = free_port(), free_port()
     variables = {
         "SERVER_PORT": str(port),
         "UPSTREAM_BASE_URL": f"http://127.0.0.1:{upstream_port}/v1",
         **PROXY_SETTINGS,
+        **settings,
     }
     prefixed = {f"CHAT_PROXY_{name}": value for name, value in variables.items()}
     return running("chat-proxy", [sys.executable, "-m", "proxy", "serve"], port, upstream_port, **prefixed)

@@ -1,0 +1,116 @@
+"""What limits on a shared store cost: chat-proxy with memory:// and with redis://, side by side, in one run.
+
+    python tests/bench/store.py [--seconds 3] [--rounds 3]
+
+Answers of one event (load.py), first by the one server, then by the other, round by round; the median of the rounds.
+The servers have one CPU, the load another and the store, where there are no more, shares that of the load. Exit code 1
+when a byte was changed or an answer cut.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import redis
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench.compare import PATIENCE, STREAMS, Target, cell, chat_proxy, cpus, faults_of, free_port, measure
+
+QUESTIONS = 3  # of one request: may it, may it hold tokens and a stream, and what it has used
+
+
+@contextlib.contextmanager
+def a_store() -> Iterator[redis.Redis]:
+    """A Redis of our own, that keeps nothing."""
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", folder]
+        process = subprocess.Popen(["redis-server", *options], stdout=subprocess.DEVNULL)
+        try:
+            if pair := cpus():
+                os.sched_setaffinity(process.pid, {pair[1]})
+            with redis.Redis(port=port) as client:
+                wait_for(client)
+                yield client
+        finally:
+            process.terminate()
+            process.wait(PATIENCE)
+
+
+def wait_for(client: redis.Redis) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        with contextlib.suppress(redis.ConnectionError):
+            client.ping()
+            return
+        if time.monotonic() > deadline:
+            sys.exit("redis-server does not run")
+        time.sleep(0.05)
+
+
+def calls(client: redis.Redis) -> int:
+    """Scripts that the store has run so far."""
+    counted: Any = client.info("commandstats")
+    return int(counted.get("cmdstat_evalsha", {"calls": 0})["calls"])
+
+
+def measured_on(client: redis.Redis, target: Target, seconds: float) -> dict[str, Any]:
+    """One round with the store. One in which it was taken for gone, as on a busy machine, says nothing."""
+    before = calls(client)
+    result = measure(target, "requests", STREAMS["requests"], seconds, 1)
+    if result.get("requests"):
+        result["calls_per_request"] = (calls(client) - before) / result["requests"]
+        if result["calls_per_request"] < QUESTIONS:
+            result["faults"]["the store was taken for gone"] = 1
+    return result
+
+
+ROWS = {
+    "CPU us per one-event request": "cpu_us_per_request",
+    "Redis calls per request": "calls_per_request",
+    "requests per second": "requests_per_second",
+}
+
+
+def shown(rounds: dict[str, list[dict[str, Any]]]) -> str:
+    lines = [f"{'':32}{'memory://':>12}{'redis://':>12}{'ratio':>8}"]
+    for label, figure in ROWS.items():
+        memory, shared = (
+            median(found) if (found := [result[figure] for result in results if figure in result]) else None
+            for results in rounds.values()
+        )
+        ratio = shared / memory if shared is not None and memory else None
+        lines.append(f"{label:32}{cell(memory):>12}{cell(shared):>12}{cell(ratio):>8}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
+    options.add_argument("--rounds", type=int, default=3, help="of each server")
+    chosen = options.parse_args()
+    rounds: dict[str, list[dict[str, Any]]] = {"memory": [], "redis": []}
+    with a_store() as client:
+        url = f"redis://127.0.0.1:{client.connection_pool.connection_kwargs['port']}/0"
+        with chat_proxy() as memory, chat_proxy(LIMITS_STORE=url, SESSION_SECRET="s" * 40) as shared:
+            for _ in range(chosen.rounds):
+                rounds["memory"].append(measure(memory, "requests", STREAMS["requests"], chosen.seconds, 1))
+                rounds["redis"].append(measured_on(client, shared, chosen.seconds))
+    print(shown(rounds))
+    faults = [fault for name, results in rounds.items() for result in results for fault in faults_of({name: result})]
+    print(f"faults: {len(faults)}", *faults, sep="\n  ")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
