@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from bench import compare
+from bench import compare, store
 
 
 @pytest.mark.quiet
@@ -41,3 +41,16 @@ def test_benchmark_compares_and_finds_no_fault(tmp_path: Path) -> None:
 def test_benchmark_names_faults(result: dict[str, object], found: list[str]) -> None:
     """Changed bytes, and calls that stayed open, are told by scenario and number."""
     assert compare.faults_of({"idle": result}) == found
+
+
+def test_benchmark_of_the_store_counts_its_calls() -> None:
+    """Three calls a request; on a machine so busy that the store is taken for gone, fewer, and it says so."""
+    command = [sys.executable, store.__file__, "--seconds", "0.3", "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    for label in store.ROWS:
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith(label)]
+        assert float(line.split()[-2]) > 0
+    faults = done.stdout.partition("faults: ")[2].split("\n  ")
+    assert {fault.strip() for fault in faults[1:]} <= {"redis: 1 x the store was taken for gone"}
+    assert done.returncode == (1 if faults[1:] else 0)
