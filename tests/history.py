@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
+from math import inf
 
 STORE = "store"
 
@@ -84,15 +85,16 @@ def fixed(grants: Iterable[Grant], limit: int, seconds: float, grain: float = 0.
     """The same of windows that begin with the first grant after the one before has ended.
 
     Each begins between `first` and `last`: not before the one before it has ended nor before anything was asked, and at
-    the latest when the first that is surely not of the one before was answered.
+    the latest when the first that is surely not of the one before was answered. What is worth nothing may have begun
+    one, or not.
     """
     found = []
     for key, theirs in by_key(grants).items():
         asked = sorted((grant.asked, grant.answered, grant.amount) for grant in theirs)
         answered = sorted((grant.answered, grant.asked) for grant in theirs)
-        soonest = least_from([answer for _, answer, _ in asked])
+        soonest = least_from([answer if amount else inf for _, answer, amount in asked])
         first_asked = least_from([question for _, question in answered])
-        number, ended = 0, float("-inf")
+        number, ended = 0, -inf
         while number < len(asked):  # from this one on none is of the window before
             first = max(ended, first_asked[bisect_left(answered, (ended,))])
             last = soonest[number]
@@ -129,8 +131,8 @@ def apart(grants: Iterable[Grant], resets: Iterable[tuple[float, float]]) -> lis
     either side of one belongs to none.
     """
     edges = sorted(resets)
-    begins = [float("-inf"), *(end for _, end in edges)]
-    ends = [*(begin for begin, _ in edges), float("inf")]
+    begins = [-inf, *(end for _, end in edges)]
+    ends = [*(begin for begin, _ in edges), inf]
     parts: list[list[Grant]] = [[] for _ in begins]
     for grant in grants:
         number = bisect_right(begins, grant.asked) - 1

@@ -7,6 +7,7 @@ of it takes longer than the work.) Each line of a history is written at once, so
     hold SESSION ADDRESS AMOUNT ASKED ANSWERED BY UNTIL     so many tokens and a stream were held, and used
     asks SESSION ADDRESS ASKED NUMBER                       tokens and a stream are asked for
     told NUMBER                                             and nothing about that question is unknown any more
+    kept SESSION|ADDRESS|all BEGAN ENDED                    a renewal or a merge may have begun a window of tokens
     no | out                                                it was refused, or could not be counted
     found BEGAN ENDED                                       the store was back, and heard what it missed
     end HELD                                                all is over, and so much is held still
@@ -21,7 +22,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import count
@@ -43,6 +44,7 @@ SESSIONS, ADDRESSES = 8, 2
 NEW_KEYS_EVERY = 5.0  # seconds: in a long history nobody could tell any more where a fixed window began
 HOLD_SECONDS = 0.02  # in the middle; a few last as long as LONG_HOLD
 LONG_HOLD = 1.5
+FROZEN_AT_MOST = 20.0
 AMOUNTS = (50, 150)  # tokens of one answer
 BOOKED, REFUSED, UNHEARD, UNASKED = "booked", "refused", "unheard", "unasked"
 store_said: ContextVar[str] = ContextVar("store_said", default=UNASKED)
@@ -58,7 +60,7 @@ class Plan:
     limits: dict[str, str]
     pause: float = 0.0
     tasks: int = 8
-    held_seconds: int = 3
+    renew_every: float = 1.0  # seconds
     deadline: float = 0.5  # a process that is not scheduled for a moment has not lost its store
 
 
@@ -84,7 +86,7 @@ class History:
 
     def listen_to(self, store: Any) -> None:
         """Who decided is told by the store's answer; that it forgets its own token windows, by the merge."""
-        real_take, real_merge = store.take, store.on_found
+        real_take, real_keep, real_merge = store.take, store.keep, store.on_found
 
         async def take(claims: list[Claim], holder: str = "") -> Taken | None:
             was_up = store.is_up
@@ -95,6 +97,16 @@ class History:
                 store_said.set(BOOKED if taken.booked else REFUSED)
             return taken
 
+        async def keep(what: str, used: Iterable[tuple[Claim, int]], holder: str) -> bool:
+            amounts = list(used)
+            began = time.monotonic()
+            kept: bool = await real_keep(what, amounts, holder)
+            ended = time.monotonic() if kept else began + FROZEN_AT_MOST
+            for claim, _ in amounts:
+                if claim.kind == "fixed" and what != "settle":
+                    self.write("kept", claim.whose, began, ended)
+            return kept
+
         async def merge() -> None:
             began = time.monotonic()
             try:
@@ -102,7 +114,7 @@ class History:
             finally:
                 self.write("found", began, time.monotonic())
 
-        store.take, store.on_found = take, merge
+        store.take, store.keep, store.on_found = take, keep, merge
 
     async def run(self) -> None:
         self.allowance.start()
@@ -168,8 +180,7 @@ class History:
 def work(plan: Plan) -> None:
     random.seed()
     shared.DEADLINE = plan.deadline
-    shared.HELD_SECONDS = plan.held_seconds
-    vars(door)["RENEW_EVERY"] = plan.held_seconds / 3
+    vars(door)["RENEW_EVERY"] = plan.renew_every
     uvloop.run(History(plan).run())
 
 

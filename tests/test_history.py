@@ -62,7 +62,6 @@ HITS = 1_000_000 if FULL else 10_000
 ROUND = 7_500  # hits between the first fault and the last
 PROCESSES = 8
 UNHEARD = "unheard"
-FROZEN_AT_MOST = 20.0  # seconds
 PAUSE = 0.03  # seconds between two hits of a task, of which each process has eight
 GRAIN = 0.0015  # seconds: Redis counts in milliseconds
 
@@ -188,6 +187,7 @@ class Histories:
     """
 
     grants: dict[tuple[str, str], list[Grant]] = field(default_factory=dict)
+    kept: list[Grant] = field(default_factory=list)
     refused: int = 0
     unavailable: int = 0
     merges: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
@@ -204,6 +204,8 @@ class Histories:
                 asked[words[3]] = words
             elif what == "told":
                 del asked[words[0]]
+            elif what == "kept":
+                self.kept.append(Grant(words[0], 0, float(words[1]), float(words[2])))
             elif what == "found":
                 self.merges.setdefault(name, []).append((float(words[0]), float(words[1])))
             elif what == "end":
@@ -231,7 +233,8 @@ class Histories:
     def unheard(self, whose: str, name: str) -> list[Grant]:
         """By one process, or what any process has asked the store; without an amount."""
         grants = self.grants.get(("unheard", whose), [])
-        return [replace(grant, by=UNHEARD) for grant in grants if name in (STORE, grant.by)]
+        kept = [grant for grant in self.kept if name == STORE and whose_key(grant.key) == whose]
+        return kept + [replace(grant, by=UNHEARD) for grant in grants if name in (STORE, grant.by)]
 
     def violations(self, resets: list[tuple[float, float]]) -> list[Violation]:
         """Of what the store granted between two resets; and of what each process granted alone: requests in any window
@@ -251,9 +254,13 @@ class Histories:
         return found
 
 
+def whose_key(key: str) -> str:
+    return "all" if key == "all" else {"s": "session", "a": "address"}[key[0]]
+
+
 def widened(grant: Grant) -> Grant:
     """What was asked of a frozen store may have begun a window when it was thawed."""
-    return replace(grant, answered=grant.asked + FROZEN_AT_MOST) if grant.by == UNHEARD else grant
+    return replace(grant, answered=grant.asked + history_hits.FROZEN_AT_MOST) if grant.by == UNHEARD else grant
 
 
 def stream(grant: Grant) -> Grant:
@@ -307,7 +314,7 @@ class Crowd:
         """Hits so far; a few other lines do not matter."""
         for name, reader in self.readers.items():
             written = reader.read()
-            self.lines[name] += written.count(b"\n") - written.count(b"asks ") - written.count(b"told ")
+            self.lines[name] += sum(written.count(word) for word in (b"ask ", b"hold ", b"no\n", b"out\n"))
             if b"end " in written:
                 self.ended.add(name)
         return self.lines.total()
@@ -454,7 +461,7 @@ class Asked:
 
     def grant(self, amount: int) -> Grant:
         if not self.status:
-            return Grant(self.visitor, 0, self.asked, self.asked + FROZEN_AT_MOST)
+            return Grant(self.visitor, 0, self.asked, self.asked + history_hits.FROZEN_AT_MOST)
         return Grant(self.visitor, amount, self.asked, self.answered)
 
 
