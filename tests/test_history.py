@@ -236,7 +236,7 @@ class Histories:
         kept = [grant for grant in self.kept if name == STORE and whose_key(grant.key) == whose]
         return kept + [replace(grant, by=UNHEARD) for grant in grants if name in (STORE, grant.by)]
 
-    def violations(self, resets: list[tuple[float, float]]) -> list[Violation]:
+    def violations(self, resets: list[tuple[float, float]]) -> list[tuple[str, Violation]]:
         """Of what the store granted between two resets; and of what each process granted alone: requests in any window
         whatever, tokens between two merges, for it then tells the store and begins anew.
         """
@@ -247,10 +247,10 @@ class Histories:
                 begins_anew = resets if name == STORE else self.merges.get(name, []) if what == "hold" else []
                 granted = self.by(what, whose, name) + (self.unheard(whose, name) if what == "hold" else [])
                 for part in apart(granted, begins_anew):
-                    found += check([widened(grant) for grant in part], limit, 1.0, GRAIN)
+                    found += [(name, one) for one in check([widened(grant) for grant in part], limit, 1.0, GRAIN)]
             for whose, limit in STREAMS.items():
                 for part in apart(self.by("hold", whose, name), resets if name == STORE else []):
-                    found += together([stream(grant) for grant in part], limit)
+                    found += [(name, one) for one in together([stream(grant) for grant in part], limit)]
         return found
 
 
@@ -529,6 +529,7 @@ def test_the_limits_hold_over_http(store: Redis, tmp_path: Path) -> None:
         os.kill(min(children(process)), signal.SIGKILL)
         eventually(lambda: len(visitors.asked) > 0.7 * hits, PATIENCE + hits / 10)
         frozen_at = time.monotonic()
+        was_lost = bool(lines(process, "limits_unavailable"))  # by a machine too busy to answer for a second
         store.freeze()
         eventually(lambda: lines(process, "limits_unavailable"))
         store.thaw()
@@ -538,7 +539,7 @@ def test_the_limits_hold_over_http(store: Redis, tmp_path: Path) -> None:
             eventually(lambda: not leases(client))
         ends(process)
     before = [one for one in visitors.asked if one.asked < frozen_at]
-    for asked, servers in ((before, 1), (visitors.asked, 1 + 2)):
+    for asked, servers in ((before, 3 if was_lost else 1), (visitors.asked, 3)):
         requests = [one.grant(1) for one in asked if one.status == 200 or one.code == "tokens_exhausted"]
         answers = [one.grant(held) for one in asked if one.status in (0, 200)]
         assert moving(requests, servers * REQUESTS_A_SECOND, 1.0, GRAIN) == []

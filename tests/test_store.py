@@ -835,6 +835,30 @@ def test_a_store_that_goes_again_before_it_has_heard(store: Redis) -> None:
     asyncio.run(story())
 
 
+def test_what_begins_while_the_store_goes_again_is_told_the_next_time(
+    store: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As what it has used, not as what it may have cost at its worst."""
+
+    async def story() -> None:
+        async with allowance(store, LIMITS_TOKENS_PER_SESSION="10000/hour") as limits:
+            await lost(store, limits)
+            begun: list[Hold] = []
+
+            async def gone_again() -> None:
+                begun.append(await limits.hold(ME, 1000))
+
+            with monkeypatch.context() as patch:
+                patch.setattr(limits, "renew_all", gone_again)
+                await limits.merge()
+            async with begun[0] as hold:
+                hold.settle(7)
+            await found(store, limits)
+            assert await booked(limits) == 7
+
+    asyncio.run(story())
+
+
 @pytest.mark.usefixtures("patient")
 def test_a_renewal_does_not_bring_back_what_has_ended(store: Redis) -> None:
     async def story() -> None:

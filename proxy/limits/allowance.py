@@ -224,10 +224,10 @@ class Allowance:
         assert self.shared is not None
         for hold in self.holds.values():
             hold.leave_to_store()
-        await self.renew_all()
         if used := self.tokens.used():
             self.unsettled[secrets.token_hex(8)] = used
-            self.tokens.forget()
+        self.tokens.forget()  # before anything is waited for: what is counted here after that is not told yet
+        await self.renew_all()
         for holder, amounts in list(self.unsettled.items()):
             if not await self.shared.add(amounts, holder):
                 return
