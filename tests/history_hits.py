@@ -9,7 +9,7 @@ of it takes longer than the work.) Each line of a history is written at once, so
     told NUMBER                                             and nothing about that question is unknown any more
     kept SESSION|ADDRESS|all BEGAN ENDED                    a renewal or a merge may have begun a window of tokens
     no | out                                                it was refused, or could not be counted
-    found BEGAN ENDED                                       the store was back, and heard what it missed
+    found AT                                                the store was back, and what was counted alone is forgotten
     end HELD                                                all is over, and so much is held still
 """
 
@@ -48,6 +48,7 @@ FROZEN_AT_MOST = 20.0
 AMOUNTS = (50, 150)  # tokens of one answer
 BOOKED, REFUSED, UNHEARD, UNASKED = "booked", "refused", "unheard", "unasked"
 store_said: ContextVar[str] = ContextVar("store_said", default=UNASKED)
+alone_since: ContextVar[float] = ContextVar("alone_since")  # nothing comes between that and its own decision
 
 
 @dataclass
@@ -91,6 +92,7 @@ class History:
         async def take(claims: list[Claim], holder: str = "") -> Taken | None:
             was_up = store.is_up
             taken: Taken | None = await real_take(claims, holder)
+            alone_since.set(time.monotonic())
             if taken is None:
                 store_said.set(UNHEARD if was_up else UNASKED)
             else:
@@ -108,11 +110,8 @@ class History:
             return kept
 
         async def merge() -> None:
-            began = time.monotonic()
-            try:
-                await real_merge()
-            finally:
-                self.write("found", began, time.monotonic())
+            self.write("found", time.monotonic())  # its windows are forgotten at once
+            await real_merge()
 
         store.take, store.keep, store.on_found = take, keep, merge
 
@@ -151,7 +150,8 @@ class History:
     async def ask(self, subject: Subject) -> None:
         asked = time.monotonic()
         await self.allowance.charge(ask, subject)
-        self.write("ask", *subject[:2], 1, asked, time.monotonic(), self.by, 0)
+        answered, by = time.monotonic(), self.by
+        self.write("ask", *subject[:2], 1, asked if by == STORE else alone_since.get(), answered, by, 0)
 
     async def hold(self, subject: Subject, number: int) -> None:
         """Every second session uses all that it has held, the others any part of it."""
@@ -167,6 +167,8 @@ class History:
             raise
         async with held as hold:
             answered, by = time.monotonic(), self.by
+            if by != STORE:
+                asked = alone_since.get()
             is_long = random.random() < 0.02
             await asyncio.sleep(LONG_HOLD if is_long else random.random() * 2 * HOLD_SECONDS)
             used = amount if number % 2 else random.randint(0, amount)

@@ -207,7 +207,7 @@ class Histories:
             elif what == "kept":
                 self.kept.append(Grant(words[0], 0, float(words[1]), float(words[2])))
             elif what == "found":
-                self.merges.setdefault(name, []).append((float(words[0]), float(words[1])))
+                self.merges.setdefault(name, []).append((float(words[0]), float(words[0])))
             elif what == "end":
                 self.held_at_the_end.append(int(words[0]))
             elif what == "bug":
