@@ -12,7 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import inf
 
@@ -128,14 +128,17 @@ def together(grants: Iterable[Grant], limit: int) -> list[Violation]:
 
 def apart(grants: Iterable[Grant], resets: Iterable[tuple[float, float]]) -> list[list[Grant]]:
     """The histories between the resets, each of which happened between two times. A grant that may have been booked on
-    either side of one belongs to none.
+    either side of one is worth nothing on both: there it may have begun a window, no more is known.
     """
     edges = sorted(resets)
     begins = [-inf, *(end for _, end in edges)]
     ends = [*(begin for begin, _ in edges), inf]
     parts: list[list[Grant]] = [[] for _ in begins]
     for grant in grants:
-        number = bisect_right(begins, grant.asked) - 1
-        if grant.answered <= ends[number]:
-            parts[number].append(grant)
+        earliest, latest = bisect_right(begins, grant.asked) - 1, bisect_left(ends, grant.answered)
+        if earliest == latest:
+            parts[earliest].append(grant)
+            continue
+        for part in parts[earliest : latest + 1]:
+            part.append(replace(grant, amount=0, until=0.0))
     return parts

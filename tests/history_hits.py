@@ -7,7 +7,8 @@ of it takes longer than the work.) Each line of a history is written at once, so
     hold SESSION ADDRESS AMOUNT ASKED ANSWERED BY UNTIL     so many tokens and a stream were held, and used
     asks SESSION ADDRESS ASKED NUMBER                       tokens and a stream are asked for
     told NUMBER                                             and nothing about that question is unknown any more
-    kept SESSION|ADDRESS|all BEGAN ENDED                    a renewal or a merge may have begun a window of tokens
+    kept SESSION|ADDRESS|all BEGAN ENDED                    a renewal or a merge may have begun a window of tokens;
+                                                            they are the same when the store has not answered
     no | out                                                it was refused, or could not be counted
     found AT                                                the store was back, and what was counted alone is forgotten
     end HELD                                                all is over, and so much is held still
@@ -44,7 +45,6 @@ SESSIONS, ADDRESSES = 8, 2
 NEW_KEYS_EVERY = 5.0  # seconds: in a long history nobody could tell any more where a fixed window began
 HOLD_SECONDS = 0.02  # in the middle; a few last as long as LONG_HOLD
 LONG_HOLD = 1.5
-FROZEN_AT_MOST = 20.0
 AMOUNTS = (50, 150)  # tokens of one answer
 BOOKED, REFUSED, UNHEARD, UNASKED = "booked", "refused", "unheard", "unasked"
 store_said: ContextVar[str] = ContextVar("store_said", default=UNASKED)
@@ -103,7 +103,7 @@ class History:
             amounts = list(used)
             began = time.monotonic()
             kept: bool = await real_keep(what, amounts, holder)
-            ended = time.monotonic() if kept else began + FROZEN_AT_MOST
+            ended = time.monotonic() if kept else began
             for claim, _ in amounts:
                 if claim.kind == "fixed" and what != "settle":
                     self.write("kept", claim.whose, began, ended)

@@ -62,6 +62,7 @@ HITS = 1_000_000 if FULL else 10_000
 ROUND = 7_500  # hits between the first fault and the last
 PROCESSES = 8
 UNHEARD = "unheard"
+FROZEN_AT_MOST = 20.0  # seconds
 PAUSE = 0.03  # seconds between two hits of a task, of which each process has eight
 GRAIN = 0.0015  # seconds: Redis counts in milliseconds
 
@@ -152,10 +153,11 @@ def test_the_checker_is_right_about_fixed_windows(walk: list[tuple[int, int, int
 
 
 def test_a_reset_begins_a_new_history() -> None:
-    """What may have been booked before or after it is in neither; what surely was, is in one."""
+    """What surely was booked before or after it is there; what may have been on either side, is worth nothing."""
     grants = [at(0), at(0.9, late=0.05), at(0.9, late=0.2), at(1.05), at(1.05, late=0.3), at(1.2), at(3)]
     parts = apart(grants, [(1.0, 1.1), (2.0, 2.0)])
-    assert [[grant.asked for grant in part] for part in parts] == [[0, 0.9], [1.2], [3]]
+    assert [[grant.asked for grant in part if grant.amount] for part in parts] == [[0, 0.9], [1.2], [3]]
+    assert [[grant.asked for grant in part if not grant.amount] for part in parts] == [[0.9, 1.05, 1.05]] * 2 + [[]]
     assert apart(grants, []) == [grants]
 
 
@@ -205,7 +207,8 @@ class Histories:
             elif what == "told":
                 del asked[words[0]]
             elif what == "kept":
-                self.kept.append(Grant(words[0], 0, float(words[1]), float(words[2])))
+                by = UNHEARD if words[1] == words[2] else name
+                self.kept.append(Grant(words[0], 0, float(words[1]), float(words[2]), by))
             elif what == "found":
                 self.merges.setdefault(name, []).append((float(words[0]), float(words[0])))
             elif what == "end":
@@ -260,7 +263,7 @@ def whose_key(key: str) -> str:
 
 def widened(grant: Grant) -> Grant:
     """What was asked of a frozen store may have begun a window when it was thawed."""
-    return replace(grant, answered=grant.asked + history_hits.FROZEN_AT_MOST) if grant.by == UNHEARD else grant
+    return replace(grant, answered=grant.asked + FROZEN_AT_MOST) if grant.by == UNHEARD else grant
 
 
 def stream(grant: Grant) -> Grant:
@@ -461,7 +464,7 @@ class Asked:
 
     def grant(self, amount: int) -> Grant:
         if not self.status:
-            return Grant(self.visitor, 0, self.asked, self.asked + history_hits.FROZEN_AT_MOST)
+            return Grant(self.visitor, 0, self.asked, self.asked + FROZEN_AT_MOST)
         return Grant(self.visitor, amount, self.asked, self.answered)
 
 
