@@ -218,6 +218,7 @@ class Shared:
         self.take_script = client.register_script(TAKE)
         self.keep_script = client.register_script(KEEP)
         self._places = asyncio.Semaphore(AT_ONCE)
+        self._left_behind: set[asyncio.Future[Any]] = set()
         self._told_at = -TELL_EVERY
         self._probing: asyncio.Task[None] | None = None
 
@@ -258,11 +259,32 @@ class Shared:
         if not self.is_up:
             return None
         try:
-            async with self._places, asyncio.timeout(DEADLINE):
-                return await script(keys=keys, args=arguments) if self.is_up else None
+            async with self._places:
+                return await self.ask(script, keys, arguments) if self.is_up else None
         except self.failures as error:
             self.lose(type(error).__name__)
             return None
+
+    async def ask(self, script: Any, keys: list[str], arguments: list[str | int]) -> Any:
+        """The script's answer, or one of `failures` at the latest after DEADLINE.
+
+        In a task of its own, which is left behind then: nobody waits for a client that has lost its cancellation.
+        """
+        asking = asyncio.ensure_future(script(keys=keys, args=arguments))
+        try:
+            if not (await asyncio.wait((asking,), timeout=DEADLINE))[0]:
+                raise TimeoutError
+            return asking.result()
+        finally:
+            if not asking.done():
+                self._left_behind.add(asking)
+                asking.add_done_callback(self.forget)
+                asking.cancel()
+
+    def forget(self, asking: asyncio.Future[Any]) -> None:
+        self._left_behind.discard(asking)
+        if not asking.cancelled():
+            asking.exception()  # seen, or asyncio would tell of it
 
     # ---- lost and found -------------------------------------------------------------------------------------------
 
@@ -290,8 +312,7 @@ class Shared:
     async def answers(self) -> bool:
         claim = Claim("moving", "probe", secrets.token_hex(8), 1, 1, 1)
         try:
-            async with asyncio.timeout(DEADLINE):
-                await self.take_script(keys=[claim.key], args=[claim.whose, 1000, claim.kind, 1, 1, 1000])
+            await self.ask(self.take_script, [claim.key], [claim.whose, 1000, claim.kind, 1, 1, 1000])
         except self.failures:
             return False
         return True
