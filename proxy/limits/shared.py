@@ -336,7 +336,6 @@ def open_store(url: str, clock: Callable[[], float], tell: Callable[[str | None]
     options: dict[str, Any] = {
         "implementation": "redispy",
         "retry": Retry(NoBackoff(), 0),
-        "socket_timeout": None,  # each call has its own; for this one it uses wait_for, which can lose a cancellation
     }
     storage: Any = storage_from_string(f"async+{url}", **options)
     return Shared(storage.bridge.get_connection(), (RedisError,), clock, tell=tell)
