@@ -45,17 +45,15 @@ from history import STORE, Grant, Violation, apart, fixed, moving, together
 from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import Process, serving, settings_for
-from test_store import Redis, leases, patient, used
+from test_store import Redis, leases, used
 from test_workers import HELD, START, WIDE, children, ends, lines
 
 from proxy.errors import TokensExhausted, TooMany, TooManyStreams
-from proxy.limits import Subject
+from proxy.limits import Subject, shared
 from proxy.limits.allowance import Allowance, Hold
 from proxy.limits.requests import ask
 from proxy.policy import apply
 from proxy.settings import from_variables
-
-__all__ = ["patient"]
 
 FULL = bool(os.environ.get("CHAT_PROXY_FULL"))
 HITS = 1_000_000 if FULL else 10_000
@@ -553,11 +551,11 @@ def test_the_limits_hold_over_http(store: Redis, tmp_path: Path) -> None:
     assert codes[0, ""] <= 8
 
 
-@pytest.mark.usefixtures("patient")
-def test_a_burst_never_overdraws_tokens_over_http(store: Redis) -> None:
+def test_a_burst_never_overdraws_tokens_over_http(store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 200 at once as many are let in as can be paid for at their worst. What the upstream counts beyond that is
     booked, too: the account is overdrawn by that much at the most, and nobody else is let in.
     """
+    monkeypatch.setattr(shared, "DEADLINE", PATIENCE)  # the store lives, and is not to be taken for gone
     held, beyond, may_pay = tokens_held(), 7, 10
     go_on = threading.Event()
 

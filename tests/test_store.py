@@ -147,12 +147,6 @@ def store(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Redis]:
     server.stop()
 
 
-@pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For what is not about deadlines: on a busy machine a store that lives may miss them."""
-    monkeypatch.setattr(shared, "DEADLINE", 2.0)
-
-
 def new_address() -> dict[str, str]:
     number = next(numbers)
     return {"x-forwarded-for": f"198.20.{number >> 8}.{number & 255}"}
@@ -413,7 +407,6 @@ def find(store: Redis, how: str) -> None:
     (store.start if how == "killed" else store.thaw)()
 
 
-@pytest.mark.usefixtures("patient")
 def test_a_full_store_still_counts(store: Redis) -> None:
     """It refuses what is new; not our scripts, which say that they may (allow-oom)."""
     with two(store, LIMITS_PER_SESSION="2/hour") as servers:
@@ -430,9 +423,8 @@ def test_nobody_waits_for_a_store_in_trouble(
     how: str, policy: str, store: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Many at once are answered as the policy says, none with a 500 or late; the events of a live answer pass on."""
-    if how == "full":
-        monkeypatch.setattr(shared, "DEADLINE", 2.0)  # it is not gone, and a busy machine is not to make it so
-
+    if how != "full":
+        monkeypatch.setattr(shared, "DEADLINE", DEADLINE)
     with (
         ScriptedUpstream(always(talk)) as upstream,
         Link(store) as link,
@@ -503,7 +495,6 @@ def trouble(how: str, store: Redis, link: Link) -> None:
         lose(store, how)
 
 
-@pytest.mark.usefixtures("patient")
 def test_a_full_store_still_hears_of_logouts(store: Redis, tmp_path: Path) -> None:
     with two_of_one_name(store, "uvloop", tmp_path) as servers, store.client() as client:
         cookies = [chat(proxy, headers={"sec-fetch-site": "same-origin"}).cookie for proxy in servers]
@@ -624,7 +615,6 @@ class allowance:  # noqa: N801  # used as a context
 # ---- the scripts themselves -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("patient")
 def test_no_window_ever_holds_too_much(store: Redis) -> None:
     """Many at once on one counter: however they meet, no window of its length holds more than the limit."""
     limit, seconds, hits = 40, 1, 20000 if FULL else 4000
@@ -653,7 +643,6 @@ def test_no_window_ever_holds_too_much(store: Redis) -> None:
     assert len(ends) >= limit
 
 
-@pytest.mark.usefixtures("patient")
 def test_a_burst_never_overdraws(store: Redis) -> None:
     """200 at once hold no more than there is; afterwards exactly what was used is booked."""
 
@@ -732,7 +721,6 @@ def test_an_answer_that_outlives_an_outage(store: Redis) -> None:
     asyncio.run(story())
 
 
-@pytest.mark.usefixtures("patient")
 def test_what_was_booked_unheard_is_given_back(store: Redis) -> None:
     """A frozen store has the question in its socket, and books it when it is thawed. By then it was counted here, or
     refused: what the store holds for it is nobody's, and free as soon as it is found."""
@@ -763,7 +751,6 @@ def test_what_was_booked_unheard_is_given_back(store: Redis) -> None:
     asyncio.run(story(LIMITS_WHEN_STORE_FAILS="refuse"))
 
 
-@pytest.mark.usefixtures("patient")
 def test_many_answers_are_renewed_in_time_on_a_slow_store(store: Redis) -> None:
     """A thousand, one by one over a way of 30 ms, would take as long as they last unrenewed."""
 
@@ -859,7 +846,6 @@ def test_what_begins_while_the_store_goes_again_is_told_the_next_time(
     asyncio.run(story())
 
 
-@pytest.mark.usefixtures("patient")
 def test_a_renewal_does_not_bring_back_what_has_ended(store: Redis) -> None:
     async def story() -> None:
         async with allowance(
