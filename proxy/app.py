@@ -76,6 +76,11 @@ class Bill:
         self.prompt_tokens = prompt_tokens
         self.used = Usage()
         self.is_known = False
+        self.events: Events | None = None  # of a stream that is being relayed
+
+    def so_far(self) -> int:
+        """Of an answer that is not over."""
+        return self.prompt_tokens + (self.events.count if self.events is not None else 0)
 
     def note_stream(self, events: Events) -> None:
         self.note(events.usage or Usage(self.prompt_tokens, events.count))
@@ -247,8 +252,8 @@ class ChatProxy:
         order = policy.apply(body, self.settings.policy, exact_usage=self.settings.limits.exact_usage)
         visit.log["model"] = order.model
         most = order.prompt_tokens + order.choices * order.output_tokens
-        async with await self.limits.hold(subject, most) as hold:
-            attempts, bill = Attempts(), Bill(order.prompt_tokens)
+        attempts, bill = Attempts(), Bill(order.prompt_tokens)
+        async with await self.limits.hold(subject, most, bill.so_far) as hold:
             try:
                 if order.stream:
                     await self.stream(visit, order, attempts, bill)
@@ -274,6 +279,7 @@ class ChatProxy:
             async with Leash(visit.receive, self.live) as leash:
                 source = await self.upstream.stream(order.body, visit.request_id, attempts, visit.traceparent)
                 relay = self.relay(visit, order, source, leash, attempts.key)
+                bill.events = relay.events
                 exchange.on(Event.BEGIN)
                 await relay.run(visit.head(200, [*STREAM_HEADERS, *limit_headers(visit.standings)]))
         except ClientGone:

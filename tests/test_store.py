@@ -588,6 +588,39 @@ def test_what_a_dead_worker_held_is_free_again(store: Redis, monkeypatch: pytest
     asyncio.run(die_and_look())
 
 
+def test_a_dead_worker_pays_what_it_had_spent(store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its prompts at once, what was answered since with the renewal. One that was only late pays what it says then,
+    once, whatever was booked for it meanwhile."""
+    monkeypatch.setattr(shared, "HELD_SECONDS", 1)
+    given = {"LIMITS_TOKENS_PER_SESSION": "1000/hour", "LIMITS_TOKENS_PER_ADDRESS": ""}
+
+    async def used(limits: Allowance) -> int:
+        found = await limits.standings(lambda request: None, ME)
+        return next(each.limit - each.remaining for each in found if each.name == "tokens_per_session")
+
+    async def die_and_look() -> None:
+        async with allowance(store, **given) as dead, allowance(store, **given) as alive:
+            spent = 10
+            silent = await dead.hold(ME, 100, lambda: 7)
+            await dead.hold(ME, 100, lambda: spent)
+            late = await dead.hold(ME, 100, lambda: spent)
+            spent = 25
+            del dead.holds[silent.holder]  # nothing is heard of it any more
+            await dead.renew_all()
+            assert await used(alive) == 300
+            await asyncio.sleep(1.1)
+            assert await used(alive) == 7 + 25 + 25
+            await dead.renew_all()
+            assert await used(alive) == 7 + 100 + 100
+            await asyncio.sleep(1.1)
+            assert await used(alive) == 7 + 25 + 25
+            async with late:
+                late.settle(40)
+            assert await used(alive) == 7 + 25 + 40
+
+    asyncio.run(die_and_look())
+
+
 class allowance:  # noqa: N801  # used as a context
     """An Allowance without a server."""
 

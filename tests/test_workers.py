@@ -136,7 +136,7 @@ class Reader:
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_killed_worker_takes_only_its_streams_along(loop: str, tmp_path: Path, store: Redis) -> None:
     """Row 33: of the streams of two workers only the killed one's break, visibly; its upstream calls are closed, its
-    leases and reservations expire by themselves, and another worker takes its place."""
+    leases and reservations expire by themselves, what it had spent is paid, and another worker takes its place."""
     count = 500 if FULL else 60
     go_on = threading.Event()
 
@@ -180,6 +180,11 @@ def test_a_killed_worker_takes_only_its_streams_along(loop: str, tmp_path: Path,
             eventually(lambda: Counter(line["ending"] for line in lines(process, "request") if line["ending"]) == whole)
             eventually(lambda: leases(counted) == 0)
             eventually(lambda: held_tokens(counted) == 0)
+            logged = next(line for line in lines(process, "request") if line["ending"])
+            prompt, each = logged["tokens"] - logged["events"], logged["tokens"]
+            killed = count - whole["complete"]
+            paid = used_tokens(process) - whole["complete"] * each
+            assert prompt * killed <= paid <= (prompt + 1) * killed  # an event may have come after the last renewal
         eventually(lambda: len(seen_serving(process)) == 2, STARTING)
         ends(process)
         eventually(lambda: upstream.open == 0)
@@ -190,6 +195,12 @@ def leases(store: Any) -> int:
     seconds, microseconds = store.time()
     now = seconds * 1000 + microseconds // 1000
     return sum(store.zcount(key, now, "+inf") for key in store.scan_iter(f"{PREFIX}streams_per_*", 1000))
+
+
+def used_tokens(process: Process) -> int:
+    """By all at this address, as a session's page is told."""
+    limits = json.loads(process.get("/api/session")[1])["limits"]
+    return sum(each["limit"] - each["remaining"] for each in limits if each["name"].startswith("tokens_per_address"))
 
 
 def held_tokens(store: Any) -> int:

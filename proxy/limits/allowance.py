@@ -25,7 +25,8 @@ RENEWED_AT_ONCE = AT_ONCE // 2  # one by one, a thousand would expire on a slow 
 class Hold:
     """What one answer holds while it is written: its place among the live streams, and the most it may cost.
 
-    `settle` books what was used in its place; leaving the `async with` without that gives all of it back.
+    `settle` books what was used in its place; leaving the `async with` without that gives all of it back. `so_far` says
+    what has been used: should this process die, the store books that.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Hold:
         self.lease = lease
         self.claims = claims
         self.holder = holder
+        self.so_far: Callable[[], int] = lambda: 0
         self.reservation = reservation  # of the counters here; None while the store has it
         self.is_unheard = False  # asked of the store, which may have booked it without our hearing so
         self.used = 0
@@ -141,14 +143,14 @@ class Allowance:
 
     # ---- live answers ---------------------------------------------------------------------------------------------
 
-    async def hold(self, subject: Subject, amount: int) -> Hold:
+    async def hold(self, subject: Subject, amount: int, so_far: Callable[[], int] = lambda: 0) -> Hold:
         """Raises TokensExhausted, TooManyStreams, Busy, LimitsUnavailable."""
         if self.shared is None:
             return self.hold_here(subject, amount, [], "")
         claims = [*self.tokens.claims(subject, amount), *self.leases.claims(subject)]
         holder = secrets.token_hex(8)
         was_up = self.shared.is_up
-        taken = await self.shared.take(claims, holder)
+        taken = await self.shared.take(claims, holder, so_far())
         if taken is None:
             hold = self.hold_alone(subject, amount, claims, holder, is_unheard=was_up)
         elif not taken.booked:
@@ -159,6 +161,7 @@ class Allowance:
             except BaseException:
                 await self.shared.settle([(claim, 0) for claim in claims], holder)
                 raise
+        hold.so_far = so_far
         self.holds[holder] = hold
         return hold
 
@@ -207,7 +210,8 @@ class Allowance:
         for holder in holders:
             hold = self.holds.get(holder)  # it may have ended while others were renewed
             if hold is not None and hold.reservation is None:
-                await self.shared.renew(hold.claims, holder)
+                spent = hold.so_far()
+                await self.shared.renew([(claim, spent) for claim in hold.claims], holder)
 
     # ---- alone ----------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ Rules:
 2. Each call has DEADLINE, once it has its place. The first that fails takes the store for gone; until a probe finds it
    again nobody waits for it, and every call says None at once.
 3. What is held (a live stream, its reserved tokens) expires by itself HELD_SECONDS after it was renewed last: a worker
-   that dies gives back what it held.
+   that dies gives back what it held, and pays what it was known to have spent.
 4. Keys are hashes: who looks into the store learns no session, user or address from the limits.
 
 Wants Redis 7: a store that is full must still count.
@@ -41,9 +41,21 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
 local function forget_dead(key)
     for _, member in ipairs(redis.call('ZRANGEBYSCORE', key .. ':h', '-inf', now)) do
-        redis.call('HINCRBY', key, 'held', -tonumber(string.match(member, ':(%d+)$')))
+        local id, amount = string.match(member, '^(.*):(%d+)$')
+        local spent = redis.call('HGET', key, id) or 0
+        redis.call('HINCRBY', key, 'held', -amount)
+        redis.call('HINCRBY', key, 'used', spent)
+        redis.call('HSET', key, 'paid:' .. id, spent)
         redis.call('ZREM', key .. ':h', member)
     end
+end
+
+-- It was not dead after all: what it was made to pay is its own again.
+local function pay_back(key, id)
+    local paid = redis.call('HGET', key, 'paid:' .. id)
+    if not paid then return end
+    redis.call('HINCRBY', key, 'used', -paid)
+    redis.call('HDEL', key, 'paid:' .. id)
 end
 
 -- What is in the counter now, and in how many milliseconds some of it will be free again.
@@ -72,9 +84,10 @@ local function open(key, window)
     redis.call('PEXPIRE', key, window)
 end
 
-local function hold_tokens(key, id, amount, hold, window)
+local function hold_tokens(key, id, amount, spent, hold, window)
     local member = id .. ':' .. amount
     open(key, window)
+    redis.call('HSET', key, id, spent)
     if not redis.call('ZSCORE', key .. ':h', member) then redis.call('HINCRBY', key, 'held', amount) end
     redis.call('ZADD', key .. ':h', now + hold, member)
     redis.call('PEXPIRE', key .. ':h', window)
@@ -86,15 +99,15 @@ local function hold_lease(key, id, hold)
 end
 """
 
-# ARGV: the holder's id, how long it holds (ms), then for each key: kind, amount, limit, window (ms).
+# ARGV: the holder's id, how long it holds (ms), what it has spent, then for each key: kind, amount, limit, window (ms).
 # Returns 1 or 0 for booked or not, then for each key: what was in it before, and ms until some of that is free.
 TAKE = (
     FUNCTIONS
     + """
-local id, hold = ARGV[1], tonumber(ARGV[2])
+local id, hold, spent = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local booked, answer = 1, {1}
 for n, key in ipairs(KEYS) do
-    local at = 3 + (n - 1) * 4
+    local at = 4 + (n - 1) * 4
     local found, free = look(ARGV[at], key, tonumber(ARGV[at + 3]))
     if found + ARGV[at + 1] > tonumber(ARGV[at + 2]) then booked = 0 end
     answer[#answer + 1], answer[#answer + 2] = found, free
@@ -102,13 +115,13 @@ end
 answer[1] = booked
 if booked == 0 then return answer end
 for n, key in ipairs(KEYS) do
-    local at = 3 + (n - 1) * 4
+    local at = 4 + (n - 1) * 4
     local kind, amount, window = ARGV[at], tonumber(ARGV[at + 1]), tonumber(ARGV[at + 3])
     if kind == 'moving' and amount > 0 then
         redis.call('ZADD', key, now, id)
         redis.call('PEXPIRE', key, window)
     elseif kind == 'fixed' and amount > 0 then
-        hold_tokens(key, id, amount, hold, window)
+        hold_tokens(key, id, amount, spent, hold, window)
     elseif kind == 'held' and amount > 0 then
         hold_lease(key, id, hold)
     end
@@ -119,7 +132,8 @@ return answer
 
 # KEYS: the holder's mark, then the counters. ARGV: the holder's id, how long it holds (ms), what to do, then for each
 # counter: kind, reserved amount, used amount, window (ms).
-# `renew` sees to it that what is held is held, for another while, also in a store that has forgotten. `settle` ends it
+# `renew` sees to it that what is held is held, for another while, also in a store that has forgotten, and says what it
+# has used by now. `settle` ends it
 # and books what was used, once: its answer may be lost, and it is asked again. It never makes a window: one that is
 # over is nobody's any more. `add` does, since what it books was used while the store was away.
 KEEP = (
@@ -140,8 +154,11 @@ for n = 2, #KEYS do
     elseif kind == 'held' then
         redis.call('ZREM', key, id)
     elseif what == 'renew' then
-        hold_tokens(key, id, amount, hold, window)
+        pay_back(key, id)
+        hold_tokens(key, id, amount, used, hold, window)
     else
+        pay_back(key, id)
+        redis.call('HDEL', key, id)
         local ended = redis.call('ZREM', key .. ':h', id .. ':' .. amount)
         if ended == 1 then redis.call('HINCRBY', key, 'held', -amount) end
         if what == 'add' and used > 0 then open(key, window) end
@@ -222,9 +239,10 @@ class Shared:
         self._told_at = -TELL_EVERY
         self._probing: asyncio.Task[None] | None = None
 
-    async def take(self, claims: list[Claim], holder: str = "") -> Taken | None:
-        """Books all claims or none; None when the store does not answer."""
-        arguments: list[str | int] = [holder or secrets.token_hex(8), HELD_SECONDS * 1000]
+    async def take(self, claims: list[Claim], holder: str = "", spent: int = 0) -> Taken | None:
+        """Books all claims or none; None when the store does not answer. `spent` is what a holder will have used even
+        if nothing is ever heard of it again."""
+        arguments: list[str | int] = [holder or secrets.token_hex(8), HELD_SECONDS * 1000, spent]
         for claim in claims:
             arguments += [claim.kind, claim.amount, claim.limit, claim.seconds * 1000]
         answer = await self.call(self.take_script, [claim.key for claim in claims], arguments)
@@ -234,9 +252,9 @@ class Shared:
         found = [Found(used, free / 1000) for used, free in zip(numbers[1::2], numbers[2::2], strict=True)]
         return Taken(numbers[0] == 1, found)
 
-    async def renew(self, claims: Iterable[Claim], holder: str) -> bool:
-        """Holds on to what is held. False when the store does not answer, here as below."""
-        return await self.keep("renew", [(claim, 0) for claim in claims], holder)
+    async def renew(self, spent: Iterable[tuple[Claim, int]], holder: str) -> bool:
+        """Holds on to what is held, of which so much is spent. False when the store does not answer, here as below."""
+        return await self.keep("renew", spent, holder)
 
     async def settle(self, used: Iterable[tuple[Claim, int]], holder: str) -> bool:
         """Gives back what was held, and books what was used in its place; once, however often it is asked."""
@@ -312,7 +330,7 @@ class Shared:
     async def answers(self) -> bool:
         claim = Claim("moving", "probe", secrets.token_hex(8), 1, 1, 1)
         try:
-            await self.ask(self.take_script, [claim.key], [claim.whose, 1000, claim.kind, 1, 1, 1000])
+            await self.ask(self.take_script, [claim.key], [claim.whose, 1000, 0, claim.kind, 1, 1, 1000])
         except self.failures:
             return False
         return True
