@@ -89,9 +89,9 @@ class History:
         """Who decided is told by the store's answer; that it forgets its own token windows, by the merge."""
         real_take, real_keep, real_merge = store.take, store.keep, store.on_found
 
-        async def take(claims: list[Claim], holder: str = "") -> Taken | None:
+        async def take(claims: list[Claim], holder: str = "", spent: int = 0) -> Taken | None:
             was_up = store.is_up
-            taken: Taken | None = await real_take(claims, holder)
+            taken: Taken | None = await real_take(claims, holder, spent)
             alone_since.set(time.monotonic())
             if taken is None:
                 store_said.set(UNHEARD if was_up else UNASKED)
