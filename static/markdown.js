@@ -384,13 +384,14 @@ function table(source, at, open) {
  */
 function row(tag, texts, width, sides) {
   const filled = Array.from({ length: width }, (_, column) => texts[column] ?? "");
-  const scope = tag === "th" ? { scope: "col" } : {};
   return element(
     "tr",
     {},
     filled.map((text, column) => {
-      const aligned = sides[column] ? { class: sides[column] } : {};
-      return element(tag, { ...scope, ...aligned }, inline(text));
+      /** @type {Record<string, string>} */
+      const attrs = tag === "th" ? { scope: "col" } : {};
+      if (sides[column]) attrs.class = sides[column];
+      return element(tag, attrs, inline(text));
     }),
   );
 }
@@ -538,7 +539,7 @@ class Scanner {
       return;
     }
     const [, ...items] = this.#items.splice(bracket.at);
-    const inner = items.flatMap((item) => (isLink(item) ? item.children : item));
+    const inner = items.flatMap((item) => /** @type {Item[]} */ (isLink(item) ? item.children : [item]));
     const written = this.#source.slice(bracket.from - 1, link.end);
     this.#items.push(...linked(link.url, emphasis(inner, false), written, bracket.image));
     this.#brackets = []; // a link holds no link, and is in none

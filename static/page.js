@@ -97,11 +97,12 @@ async function run(turn) {
     onRetry: ({ delay }) => say(`Busy. Asking again in ${duration(delay / 1000)}.`),
   });
   try {
-    for await (const text of answer) {
+    for await (const delta of answer) {
+      if (delta.type !== "text") continue;
       if (turn.text === "") say("Answering…");
-      turn.add(text, performance.now());
+      turn.add(delta.text, performance.now());
     }
-    const tokens = answer.usage?.completion_tokens ?? answer.deltas;
+    const { tokens } = answer.metrics;
     turn.complete({ finishReason: answer.finishReason, tokens, now: performance.now() });
     say(`Complete: ${plural(tokens, "token")}.`);
   } catch (caught) {

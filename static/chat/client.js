@@ -1,445 +1,373 @@
 // @ts-check
 /**
- * One question to `/api/chat`, answered as a stream.
+ * One question to `/api/chat`, answered as a stream. The types are in client.d.ts.
  *
  *     const answer = streamChat({ messages, model, signal });
- *     for await (const text of answer) show(text);       // came to its end: the answer is complete
+ *     for await (const delta of answer) {
+ *       if (delta.type === "text") show(delta.text);     // or see textOf in deltas.js
+ *     }                                                  // came to its end: the answer is complete
  *
  * Rules of this file:
  * 1. The loop ends normally only when the answer is complete. Every other ending throws a ChatError that says which
  *    (`truncated`, `aborted`, `error`) and carries the text so far as `partial`.
  * 2. Complete means `[DONE]`, or a finish_reason for every choice seen; whatever the socket does afterwards.
  * 3. A request is repeated only before its answer began, only on statuses that say so, and never silently for long.
+ *    A connection that broke is never a reason, so a tab that slept and wakes up asks nothing twice.
  * 4. Leaving the loop, by `break`, by an exception or by the signal, ends the request at once.
  * 5. No key, and no other origin: the session cookie does it, and the page cannot read even that.
  */
 
 import { SSEParser } from "./sse.js";
 
-/** @typedef {{role: "system" | "user" | "assistant", content: string | object[]}} Message */
-/** @typedef {"truncated" | "aborted" | "error"} BadEnding */
-/** @typedef {{prompt_tokens?: number, completion_tokens?: number, total_tokens?: number}} Usage */
-/** @typedef {{method: string, url: string, headers: Record<string, string>, body: string}} SentRequest */
-/** @typedef {{attempt: number, delay: number, error: ChatError}} RetryNotice `delay` in milliseconds */
+/** @typedef {import("./client.js").BadEnding} BadEnding */
+/** @typedef {import("./client.js").ChatOptions} ChatOptions */
+/** @typedef {import("./client.js").Delta} Delta */
+/** @typedef {import("./client.js").ChatStream} ChatStream */
+/** @typedef {import("./client.js").ErrorFacts} ErrorFacts */
+/** @typedef {import("./client.js").Headerlike} Headerlike */
+/** @typedef {import("./client.js").SentRequest} SentRequest */
+/** @typedef {import("./client.js").Usage} Usage */
 
-/**
- * @typedef {object} ChatOptions
- * @property {Message[]} messages the conversation, oldest first
- * @property {string} [model] one of the server's models; without it the server takes its first
- * @property {AbortSignal} [signal] abort it to stop the answer
- * @property {Record<string, unknown>} [body] further fields of the request, e.g. `{temperature: 0.2}`
- * @property {string} [url] default `/api/chat`
- * @property {string} [sessionUrl] where a lost session is fetched anew, default `/api/session`; "" to leave it lost
- * @property {number} [retries] repetitions at most, default 2
- * @property {number} [idleTimeout] milliseconds without a byte before we give up, default 90,000: the server's own
- *   deadlines are 60 s, and its word on what happened is better than ours
- * @property {typeof globalThis.fetch} [fetch]
- * @property {() => number} [random] the jitter, 0 to 1
- * @property {(request: SentRequest) => void} [onRequest] each request as it is sent
- * @property {(response: Response) => void} [onResponse] each response, when its headers are in
- * @property {(event: import("./sse.js").SSEEvent) => void} [onEvent] each event, as received
- * @property {(notice: RetryNotice) => void} [onRetry] before each wait for a repetition
- */
-
-const RETRY_STATUSES = new Set([429, 502, 503]);
 /** A 502 that asking again does not help: the server's key is wrong. */
-const LASTING_CODES = new Set(["upstream_auth"]);
+const LASTING_CODE = "upstream_auth";
 /** Milliseconds. A longer wait asked for by the server is the reader's to decide on: it is an error with retryAfter. */
-export const MAX_HONOURED_WAIT = 5_000;
+const MAX_HONOURED_WAIT = 5_000;
 const FIRST_BACKOFF = 500;
 const MAX_BACKOFF = 8_000;
 /** Milliseconds given to the last bytes after `[DONE]`, so that the connection can be used again. */
 const DRAIN = 1_000;
 /** Milliseconds given to a stream that has a finish_reason, but has neither said `[DONE]` nor ended. */
 const SETTLE = 3_000;
+/** A timer that is late by so many milliseconds has slept, with its tab; what came meanwhile is read first. */
+const ASLEEP = 2_000;
 
 /** Why an answer is not complete. */
 export class ChatError extends Error {
+  name = "ChatError";
+  /** @type {BadEnding} */
+  ending = "error";
+  code = "";
+  status = 0;
+  /** @type {number | null} */
+  retryAfter = null;
+  partial = "";
+  /** @type {string | null} */
+  requestId = null;
+
   /**
    * @param {string} message for people: the server's, where there is one
-   * @param {object} facts
-   * @param {BadEnding} facts.ending
-   * @param {string} facts.code the server's code, or `aborted`, `truncated`, `connection_lost`, `network_error`,
-   *   `client_timeout`, `protocol_error` (no event stream), `bad_event`, `http_<status>`
-   * @param {number} [facts.status] HTTP status; 0 without a response
-   * @param {number | null} [facts.retryAfter] seconds after which the server would like to be asked again
-   * @param {string} [facts.partial] the text that had arrived
-   * @param {string | null} [facts.requestId] what the server's log calls this request
-   * @param {unknown} [facts.cause]
+   * @param {ErrorFacts} facts
    */
-  constructor(message, { ending, code, status = 0, retryAfter = null, partial = "", requestId = null, cause }) {
-    super(message, { cause });
-    this.name = "ChatError";
-    this.ending = ending;
-    this.code = code;
-    this.status = status;
-    this.retryAfter = retryAfter;
-    this.partial = partial;
-    this.requestId = requestId;
+  constructor(message, facts) {
+    super(message);
+    Object.assign(this, facts);
   }
 }
 
 /**
- * Asks, and gives the answer's text piece by piece.
+ * Asks, and gives the answer piece by piece.
  * @param {ChatOptions} options
  * @returns {ChatStream} iterate it once; its fields fill while you do
  */
-export function streamChat(options) {
-  return new ChatStream(options);
-}
-
-/** What the events of one answer add up to. Pure. */
-export class Answer {
-  text = "";
-  /** Events that carried text: with most models one token each. */
-  deltas = 0;
-  /** @type {Usage | null} */
-  usage = null;
+export function streamChat({
+  messages, model, body, signal,
+  url = "/api/chat", sessionUrl = "/api/session",
+  retries = 2, idleTimeout = 90_000, firstTokenTimeout = 150_000,
+  fetch = globalThis.fetch, random = Math.random,
+  onRequest, onResponse, onEvent, onRetry,
+}) {
+  const controller = new AbortController(); // its reason is the error that is thrown
+  const leave = () => controller.abort(fault("aborted", "The answer was stopped.", "aborted"));
+  const late = () => controller.abort(fault("client_timeout", "Nothing arrived for too long.", isBegun ? "truncated" : "error"));
+  const idle = alarm(late);
+  const first = alarm(late);
   /** @type {Map<number, string | null>} finish_reason by choice */
-  #choices = new Map();
-  done = false;
+  const choices = new Map();
+  let isRead = false;
+  let isBegun = false; // there was a response
+  let isDone = false;
+  let tokens = 0; // deltas with something in them: with most models one token each
+  let repetitions = 0;
+  let startedAt = 0; // this and the next ones: milliseconds
+  let firstAt = 0;
+  let lastAt = 0;
+  let endedAt = 0;
 
-  /** @returns {string | null} why the model stopped: "stop", "length", "content_filter", ... */
-  get finishReason() {
-    return this.#choices.get(0) ?? null;
+  /** @type {ChatStream} */
+  const answer = {
+    text: "",
+    finishReason: null,
+    usage: null,
+    requestId: null,
+    get metrics() {
+      const count = answer.usage?.completion_tokens ?? tokens;
+      return {
+        ttft_ms: firstAt ? firstAt - startedAt : null,
+        tokens_per_s: count > 1 && lastAt > firstAt ? ((count - 1) * 1000) / (lastAt - firstAt) : null,
+        total_ms: startedAt && (endedAt || performance.now()) - startedAt,
+        retries: repetitions,
+        tokens: count,
+      };
+    },
+    [Symbol.asyncIterator]() {
+      if (isRead) throw new TypeError("a ChatStream can be read once");
+      isRead = true;
+      const deltas = read();
+      const end = deltas.return.bind(deltas);
+      deltas.return = () => {
+        leave(); // a generator alone would first wait for the next piece
+        return end(undefined);
+      };
+      return deltas;
+    },
+  };
+  return answer;
+
+  /** Whether the answer is whole, should nothing more arrive. */
+  function isWhole() {
+    return isDone || (choices.size > 0 && [...choices.values()].every(Boolean));
   }
 
-  /** @returns {boolean} whether the answer is whole, should nothing more arrive */
-  get complete() {
-    return this.done || (this.#choices.size > 0 && [...this.#choices.values()].every((reason) => reason !== null));
-  }
-
-  /**
-   * @param {import("./sse.js").SSEEvent} event
-   * @returns {string} the text it adds to the first choice; "" for none
-   * @throws {ChatError} for an error event, and for what cannot be read
-   */
-  take(event) {
-    if (event.data.trim() === "[DONE]") {
-      this.done = true;
-      return "";
-    }
-    const chunk = readChunk(event);
-    if (chunk.usage && typeof chunk.usage === "object") this.usage = chunk.usage;
-    let added = "";
-    for (const choice of Array.isArray(chunk.choices) ? chunk.choices : []) {
-      const index = choice?.index ?? 0;
-      this.#choices.set(index, choice?.finish_reason ?? this.#choices.get(index) ?? null);
-      const text = choice?.delta?.content ?? choice?.delta?.refusal;
-      if (index === 0 && typeof text === "string") added += text;
-    }
-    if (added !== "") {
-      this.text += added;
-      this.deltas += 1;
-    }
-    return added;
-  }
-}
-
-export class ChatStream {
-  #options;
-  #answer = new Answer();
-  #started = false;
-  #timedOut = false;
-  /** @type {string | null} */
-  requestId = null;
-
-  /** @param {ChatOptions} options */
-  constructor(options) {
-    this.#options = options;
-  }
-
-  /** The text so far. */
-  get text() {
-    return this.#answer.text;
-  }
-
-  /** Events with text so far. */
-  get deltas() {
-    return this.#answer.deltas;
-  }
-
-  /** Why the model stopped; null before it did. */
-  get finishReason() {
-    return this.#answer.finishReason;
-  }
-
-  /** The upstream's own count, where it gave one. */
-  get usage() {
-    return this.#answer.usage;
-  }
-
-  /** @returns {AsyncGenerator<string, void, void>} */
-  [Symbol.asyncIterator]() {
-    if (this.#started) throw new TypeError("a ChatStream can be read once");
-    this.#started = true;
-    return this.#read();
-  }
-
-  async *#read() {
-    const { signal, idleTimeout = 90_000, onEvent } = this.#options;
-    const controller = new AbortController();
-    const leave = () => controller.abort();
-    signal?.addEventListener("abort", leave, { once: true });
-    const deadline = new Deadline(() => {
-      this.#timedOut = true;
-      leave();
-    });
-    const answer = this.#answer;
-    let phase = "asking";
+  /** @returns {AsyncGenerator<Delta, undefined, undefined>} */
+  async function* read() {
+    let whole = false;
+    startedAt = performance.now();
+    signal?.addEventListener("abort", leave);
     try {
-      if (signal?.aborted) throw signal.reason;
-      const response = await this.#ask(controller.signal, deadline, idleTimeout);
-      phase = "reading";
-      const reader = /** @type {ReadableStream<Uint8Array>} */ (response.body).getReader();
+      if (signal?.aborted) leave();
+      const reader = await ask();
+      isBegun = true;
       const parser = new SSEParser();
-      while (!answer.done) {
-        deadline.set(answer.complete ? SETTLE : idleTimeout);
+      while (!isDone) {
+        idle.set(isWhole() ? SETTLE : idleTimeout);
         const { value, done } = await reader.read();
+        controller.signal.throwIfAborted();
         if (done) break;
         for (const event of parser.feed(value)) {
-          if (signal?.aborted) throw signal.reason; // what is still in hand is not shown after a stop
           onEvent?.(event);
-          const text = answer.take(event);
-          if (text !== "") {
-            deadline.clear(); // the reader of this loop may take its time
-            yield text;
+          for (const delta of take(event)) {
+            idle.clear(); // the reader of this loop may take its time
+            if (firstAt) first.clear();
+            yield delta;
+            controller.signal.throwIfAborted(); // what is still in hand is not shown after a stop
           }
-          if (answer.done) break;
         }
       }
-      if (!answer.complete) throw ended("The answer broke off before its end.", "truncated", "truncated");
-      phase = "whole";
-      drain(reader, controller);
+      if (!isWhole()) throw fault("truncated", "The answer broke off.", "truncated");
+      whole = true;
+      drain(reader, leave);
     } catch (error) {
-      if (answer.complete && !(error instanceof ChatError)) return;
-      throw this.#explain(error, phase);
+      if (!isWhole() || error instanceof ChatError) throw explained(error);
     } finally {
-      deadline.clear();
+      endedAt = performance.now();
+      idle.clear();
+      first.clear();
       signal?.removeEventListener("abort", leave);
-      if (phase !== "whole") leave();
+      if (!whole) leave();
     }
   }
 
   /**
    * Sends the request, and sends it again where that is allowed.
-   * @param {AbortSignal} signal
-   * @param {Deadline} deadline
-   * @param {number} idleTimeout
-   * @returns {Promise<Response>} a 200 with an event stream
+   * @returns {Promise<ReadableStreamDefaultReader<Uint8Array>>} of a 200 with an event stream
    * @throws {ChatError}
    */
-  async #ask(signal, deadline, idleTimeout) {
-    const { fetch = globalThis.fetch, random = Math.random, retries = 2, onResponse, onRetry } = this.#options;
-    const request = this.#request();
-    let renewed = false;
-    for (let attempt = 0; ; ) {
-      deadline.set(idleTimeout);
-      const response = await this.#send(fetch, request, signal);
-      this.requestId = response.headers.get("x-request-id");
+  async function ask() {
+    const { signal } = controller;
+    /** @type {SentRequest} */
+    const request = {
+      method: "POST",
+      url,
+      headers: { "content-type": "application/json", accept: "text/event-stream" },
+      body: JSON.stringify({ model, messages, stream: true, ...body }),
+    };
+    for (let renewed = false; ; ) {
+      signal.throwIfAborted();
+      idle.set(idleTimeout);
+      first.set(firstTokenTimeout);
+      onRequest?.(request);
+      // A redirect is an error: a conversation is not forwarded to wherever somebody points.
+      const response = await fetch(url, { ...request, signal, mode: "same-origin", redirect: "error" });
+      answer.requestId = response.headers.get("x-request-id");
       onResponse?.(response);
-      if (response.status === 200 && isEventStream(response)) return response;
+      if (response.status === 200) return streamOf(response).getReader();
       const error = await refusal(response);
-      if (error.code === "session_required" && !renewed) {
+      if (error.code === "session_required" && sessionUrl && !renewed) {
         renewed = true;
-        if (await this.#renewSession(fetch, signal)) continue;
+        if ((await fetch(sessionUrl, { signal })).ok) continue;
       }
-      const again = attempt < retries && !LASTING_CODES.has(error.code);
-      const delay = again ? retryDelay(response, attempt, random()) : null;
+      const again = repetitions < retries && error.code !== LASTING_CODE;
+      const delay = again ? retryDelay(response, repetitions, random()) : null;
       if (delay === null) throw error;
-      attempt += 1;
-      deadline.clear();
-      onRetry?.({ attempt, delay, error });
+      idle.clear();
+      first.clear();
+      repetitions += 1;
+      onRetry?.({ attempt: repetitions, delay, error });
       await pause(delay, signal);
     }
   }
 
-  /** @returns {SentRequest} */
-  #request() {
-    const { url = "/api/chat", messages, model, body } = this.#options;
-    return {
-      method: "POST",
-      url,
-      headers: { "content-type": "application/json", accept: "text/event-stream" },
-      body: JSON.stringify({ ...(model ? { model } : {}), messages, stream: true, ...body }),
-    };
-  }
-
   /**
-   * @param {typeof globalThis.fetch} fetch
-   * @param {SentRequest} request
-   * @param {AbortSignal} signal
+   * @param {import("./sse.js").SSEEvent} event
+   * @returns {Generator<Delta, void, void>}
+   * @throws {ChatError} for an error event, and for what cannot be read
    */
-  #send(fetch, request, signal) {
-    this.#options.onRequest?.(request);
-    return fetch(request.url, {
-      method: request.method,
-      headers: request.headers,
-      body: request.body,
-      signal,
-      mode: "same-origin",
-      credentials: "same-origin",
-      cache: "no-store",
-      redirect: "error", // a conversation is not forwarded to wherever somebody points
-    });
-  }
-
-  /**
-   * @param {typeof globalThis.fetch} fetch
-   * @param {AbortSignal} signal
-   * @returns {Promise<boolean>} whether there may be a session now
-   */
-  async #renewSession(fetch, signal) {
-    const { sessionUrl = "/api/session" } = this.#options;
-    if (sessionUrl === "") return false;
-    const response = await fetch(sessionUrl, { signal, credentials: "same-origin", cache: "no-store" });
-    return response.ok;
-  }
-
-  /**
-   * @param {unknown} error
-   * @param {string} phase
-   * @returns {ChatError}
-   */
-  #explain(error, phase) {
-    const found = this.#name(error, phase);
-    found.partial = this.#answer.text;
-    found.requestId ??= this.requestId;
-    return found;
-  }
-
-  /**
-   * @param {unknown} error
-   * @param {string} phase
-   * @returns {ChatError}
-   */
-  #name(error, phase) {
-    if (this.#options.signal?.aborted) return ended("The answer was stopped.", "aborted", "aborted", error);
-    const begun = phase !== "asking";
-    if (this.#timedOut) {
-      return ended("Nothing arrived for too long.", begun ? "truncated" : "error", "client_timeout", error);
+  function* take(event) {
+    isDone ||= event.data.trim() === "[DONE]";
+    if (isDone) return;
+    const chunk = readChunk(event);
+    for (const { index = 0, delta, finish_reason: reason } of listOf(chunk.choices).map(Object)) {
+      const known = choices.get(index);
+      choices.set(index, reason ?? known ?? null);
+      if (index !== 0) continue;
+      for (const found of piecesOf(Object(delta))) {
+        tokens += 1;
+        lastAt = performance.now();
+        firstAt ||= lastAt;
+        if (found.type === "text") answer.text += found.text;
+        yield found;
+      }
+      if (reason && !known) yield { type: "finish", reason: (answer.finishReason = reason) };
     }
-    if (error instanceof ChatError) return error;
-    if (error instanceof RangeError) return ended(error.message, "error", "bad_event", error);
-    return begun
-      ? ended("The connection broke before the answer ended.", "truncated", "connection_lost", error)
-      : ended("The server could not be reached.", "error", "network_error", error);
+    const { usage } = chunk;
+    if (usage && typeof usage === "object") yield { type: "usage", usage: (answer.usage = usage) };
+  }
+
+  /**
+   * @param {unknown} cause
+   * @returns {ChatError}
+   */
+  function explained(cause) {
+    const error =
+      controller.signal.reason ??
+      (cause instanceof ChatError ? cause
+      : cause instanceof RangeError ? fault("bad_event", cause.message)
+      : isBegun ? fault("connection_lost", "The connection broke.", "truncated")
+      : fault("network_error", "The server could not be reached."));
+    if (error !== cause) error.cause = cause;
+    return Object.assign(error, { partial: answer.text, requestId: answer.requestId });
   }
 }
 
 /**
+ * @param {string} code
+ * @param {string} message
+ * @param {BadEnding} [ending]
+ * @param {number} [status]
+ */
+function fault(code, message, ending = "error", status = 0) {
+  return new ChatError(message, { code, ending, status });
+}
+
+/** @param {unknown} value @returns {any[]} */
+function listOf(value) {
+  return Array.isArray(value) ? value : [];
+}
+
+/**
+ * @param {any} delta of a chunk's choice
+ * @returns {Delta[]}
+ */
+function piecesOf({ content, refusal, reasoning, reasoning_content, tool_calls }) {
+  /** @type {any[]} */
+  const pieces = [
+    { type: "reasoning", text: reasoning_content ?? reasoning },
+    { type: "text", text: content ?? refusal },
+    { type: "tool_calls", calls: listOf(tool_calls) },
+  ];
+  return pieces.filter(({ text, calls }) => isText(text) || calls?.length);
+}
+
+/** @param {unknown} value */
+function isText(value) {
+  return typeof value === "string" && value !== "";
+}
+
+/**
  * How long to wait before the request is sent again. Pure.
- * @param {{status: number, headers: {get(name: string): string | null}}} response
+ * @param {{status: number, headers: Headerlike}} response
  * @param {number} attempt repetitions so far
  * @param {number} jitter 0 to 1
  * @returns {number | null} milliseconds; null: do not send it again
  */
 export function retryDelay({ status, headers }, attempt, jitter) {
   const wish = headers.get("x-should-retry");
-  if (wish === "false" || (wish !== "true" && !RETRY_STATUSES.has(status))) return null;
+  if (wish === "false" || (wish !== "true" && ![429, 502, 503].includes(status))) return null;
   const asked = retryAfter(headers);
   if (asked !== null) return asked * 1000 <= MAX_HONOURED_WAIT ? asked * 1000 + jitter * 250 : null;
   return Math.min(MAX_BACKOFF, FIRST_BACKOFF * 2 ** attempt) * (0.5 + jitter / 2);
 }
 
 /**
- * @param {{get(name: string): string | null}} headers
+ * @param {Headerlike} headers
  * @param {number} [now] Unix milliseconds
  * @returns {number | null} seconds to wait, from retry-after-ms or Retry-After (RFC 9110, 10.2.3: seconds or a date)
  */
 export function retryAfter(headers, now = Date.now()) {
-  const milliseconds = headers.get("retry-after-ms");
-  if (milliseconds && /^\d+(\.\d+)?$/.test(milliseconds)) return Number(milliseconds) / 1000;
-  const value = headers.get("retry-after");
-  if (!value) return null;
-  if (/^\d+$/.test(value)) return Number(value);
-  const date = Date.parse(value);
+  for (const [name, unit] of /** @type {[string, number][]} */ ([["retry-after-ms", 1000], ["retry-after", 1]])) {
+    const value = headers.get(name) ?? "";
+    if (/^\d+(\.\d+)?$/.test(value)) return Number(value) / unit;
+  }
+  const date = Date.parse(headers.get("retry-after") ?? "");
   return Number.isNaN(date) ? null : Math.max(0, (date - now) / 1000);
 }
 
 /**
  * @param {import("./sse.js").SSEEvent} event
  * @returns {any} the chunk, an object
- * @throws {ChatError}
+ * @throws {ChatError} also for an error event: OpenAI's object, or whatever an upstream made of it
  */
-function readChunk(event) {
+function readChunk({ event, data }) {
   let chunk;
   try {
-    chunk = JSON.parse(event.data);
-  } catch (cause) {
-    throw ended("The answer has an event that is not JSON.", "error", "bad_event", cause);
+    chunk = JSON.parse(data);
+  } catch {
+    // what is no JSON is no chunk either
   }
-  if (chunk === null || typeof chunk !== "object") {
-    throw ended("The answer has an event that is no chunk.", "error", "bad_event");
-  }
-  if (chunk.error || event.event === "error") throw errorEvent(chunk.error ?? chunk);
-  return chunk;
+  if (Object(chunk) !== chunk) throw fault("bad_event", "An event is no chunk.");
+  const error = chunk.error || (event === "error" && chunk);
+  if (!error) return chunk;
+  const message = isText(error) ? error : error.message;
+  const code = String(error.code ?? error.type ?? "stream_error");
+  throw fault(code, message || "The answer ended with an error.", "error", 200);
 }
 
 /**
- * @param {any} error the `error` of an error event: OpenAI's object, or whatever an upstream made of it
- * @returns {ChatError}
+ * @param {Response} response with status 200
+ * @throws {ChatError} when it is no event stream
  */
-function errorEvent(error) {
-  const message = typeof error === "string" ? error : error.message;
-  const code = error.code ?? error.type ?? "stream_error";
-  return new ChatError(message || "The answer ended with an error.", { ending: "error", code: String(code), status: 200 });
+function streamOf({ headers, body, status }) {
+  if (body && /^text\/event-stream\s*(;|$)/i.test(headers.get("content-type") ?? "")) return body;
+  body?.cancel().catch(() => {}); // of no interest, and it may never end
+  throw fault("protocol_error", "The server's answer is no event stream.", "error", status);
 }
 
 /**
- * @param {Response} response anything but a 200 with an event stream
+ * @param {Response} response with another status
  * @returns {Promise<ChatError>}
  */
 async function refusal(response) {
-  const requestId = response.headers.get("x-request-id");
-  const { status } = response;
-  if (status === 200) {
-    response.body?.cancel().catch(() => {}); // of no interest, and it may never end
-    const message = "The server answered, but not with an event stream.";
-    return new ChatError(message, { ending: "error", code: "protocol_error", status, requestId });
-  }
-  const error = await response.json().then(
-    (body) => body?.error,
-    () => null, // not from us: a gateway's HTML page, or cut
-  );
-  return new ChatError(error?.message || `The server answered with status ${status}.`, {
-    ending: "error",
-    code: error?.code ? String(error.code) : `http_${status}`,
-    status,
-    retryAfter: retryAfter(response.headers),
-    requestId,
-  });
-}
-
-/** @param {Response} response */
-function isEventStream(response) {
-  return /^text\/event-stream\s*(;|$)/i.test(response.headers.get("content-type") ?? "") && response.body !== null;
-}
-
-/**
- * @param {string} message
- * @param {BadEnding} ending
- * @param {string} code
- * @param {unknown} [cause]
- */
-function ended(message, ending, code, cause) {
-  return new ChatError(message, { ending, code, cause });
+  const { status, headers } = response;
+  const body = await response.json().catch(() => null); // not from us: a gateway's HTML page, or cut
+  const { message, code } = Object(body?.error);
+  const error = fault(String(code || `http_${status}`), message || `The server answered with status ${status}.`, "error", status);
+  error.retryAfter = retryAfter(headers);
+  return error;
 }
 
 /**
  * Reads what follows `[DONE]`, so that the response ends by itself and its connection can be used again.
  * @param {ReadableStreamDefaultReader<Uint8Array>} reader
- * @param {AbortController} controller
+ * @param {() => void} leave
  */
-async function drain(reader, controller) {
-  const timer = setTimeout(() => controller.abort(), DRAIN);
+async function drain(reader, leave) {
+  const timer = setTimeout(leave, DRAIN);
   try {
     while (!(await reader.read()).done);
   } catch {
     // it was complete before
-  } finally {
-    clearTimeout(timer);
   }
+  clearTimeout(timer);
 }
 
 /**
@@ -449,37 +377,29 @@ async function drain(reader, controller) {
  */
 function pause(milliseconds, signal) {
   return new Promise((resolve, reject) => {
-    const quit = () => {
-      clearTimeout(timer);
-      reject(signal.reason);
-    };
-    const timer = setTimeout(() => {
-      signal.removeEventListener("abort", quit);
-      resolve();
-    }, milliseconds);
-    if (signal.aborted) quit();
-    else signal.addEventListener("abort", quit, { once: true });
+    setTimeout(resolve, milliseconds);
+    signal.addEventListener("abort", reject); // the signal lives no longer than its request
   });
 }
 
-/** One timer, set again and again. */
-class Deadline {
+/** @typedef {ReturnType<typeof alarm>} Alarm */
+
+/**
+ * One timer, set again and again.
+ * @param {() => void} ring
+ */
+function alarm(ring) {
   /** @type {ReturnType<typeof setTimeout> | undefined} */
-  #timer;
-  #passed;
-
-  /** @param {() => void} passed */
-  constructor(passed) {
-    this.#passed = passed;
-  }
-
+  let timer;
+  const clear = () => clearTimeout(timer);
   /** @param {number} milliseconds from now */
-  set(milliseconds) {
-    clearTimeout(this.#timer);
-    this.#timer = setTimeout(this.#passed, milliseconds);
-  }
-
-  clear() {
-    clearTimeout(this.#timer);
-  }
+  const set = (milliseconds) => {
+    clear();
+    const due = performance.now() + milliseconds;
+    timer = setTimeout(() => {
+      if (performance.now() - due < ASLEEP) ring();
+      else timer = setTimeout(ring, ASLEEP);
+    }, milliseconds);
+  };
+  return { set, clear };
 }

@@ -54,22 +54,15 @@ export class SSEParser {
     if (this.#size + this.#line.length > this.#max) {
       throw new RangeError(`an event is longer than ${this.#max} characters`);
     }
-    const text = this.#opened(typeof chunk === "string" ? chunk : this.#decoder.decode(chunk, { stream: true }));
+    let text = typeof chunk === "string" ? chunk : this.#decoder.decode(chunk, { stream: true });
     if (text === "") return [];
-    /** @type {SSEEvent[]} */
-    const events = [];
-    const lineEnd = /\r\n?|\n/g;
-    let from = this.#afterCR && text.startsWith("\n") ? 1 : 0;
-    lineEnd.lastIndex = from;
-    for (let end = lineEnd.exec(text); end; end = lineEnd.exec(text)) {
-      const event = this.#endLine(this.#line + text.slice(from, end.index));
-      if (event) events.push(event);
-      this.#line = "";
-      from = lineEnd.lastIndex;
-    }
-    this.#line += text.slice(from);
+    if (this.#atStart) text = text.replace(/^\uFEFF/, "");
+    this.#atStart = false;
+    const lines = (this.#afterCR && text.startsWith("\n") ? text.slice(1) : text).split(/\r\n?|\n/);
     this.#afterCR = text.endsWith("\r");
-    return events;
+    lines[0] = this.#line + lines[0];
+    this.#line = lines.pop() ?? "";
+    return lines.flatMap((line) => this.#endLine(line));
   }
 
   /** Forgets everything: ready for another stream. */
@@ -83,26 +76,15 @@ export class SSEParser {
   }
 
   /**
-   * @param {string} text
-   * @returns {string} the text without a byte order mark that opens the stream
-   */
-  #opened(text) {
-    if (!this.#atStart || text === "") return text;
-    this.#atStart = false;
-    return text.startsWith("\uFEFF") ? text.slice(1) : text;
-  }
-
-  /**
    * @param {string} line without its end
-   * @returns {SSEEvent | null} the event, if this was the blank line that ends one with data
+   * @returns {SSEEvent[]} the event, if this was the blank line that ends one with data
    */
   #endLine(line) {
     if (line === "") {
-      const event = this.#data.length
-        ? { event: this.#type || "message", data: this.#data.join("\n"), id: this.#id }
-        : null;
+      const data = this.#data;
+      const event = { event: this.#type || "message", data: data.join("\n"), id: this.#id };
       this.#clear();
-      return event;
+      return data.length ? [event] : [];
     }
     const colon = line.indexOf(":");
     const name = colon < 0 ? line : line.slice(0, colon); // "" is a comment
@@ -115,7 +97,7 @@ export class SSEParser {
     } else if (name === "id" && !value.includes("\0")) {
       this.#id = value;
     }
-    return null;
+    return [];
   }
 
   #clear() {

@@ -3,11 +3,13 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { ChatError, MAX_HONOURED_WAIT, retryAfter, retryDelay, streamChat } from "../../static/chat/client.js";
+import { ChatError, retryAfter, retryDelay, streamChat } from "../../static/chat/client.js";
+import { randomCuts, seeded } from "./random.js";
 
 const messages = [{ role: "user", content: "hi" }];
 const delta = (content, finish_reason = null, index = 0) =>
   `data: ${JSON.stringify({ choices: [{ index, delta: { content }, finish_reason }] })}\n\n`;
+const chunk = (delta, more = {}) => `data: ${JSON.stringify({ choices: [{ index: 0, delta }], ...more })}\n\n`;
 const DONE = "data: [DONE]\n\n";
 
 /** A stub of fetch: gives the replies in turn, notes the calls, and breaks off when the signal says so. */
@@ -38,6 +40,11 @@ function sse(...parts) {
       pull(controller) {
         const part = queue.shift();
         if (part === "hang") return new Promise(() => {});
+        if (part === "wait") return new Promise((resolve) => setTimeout(resolve, 10)).then(() => this.pull(controller));
+        if (typeof part === "function") {
+          part();
+          return this.pull(controller);
+        }
         if (part instanceof Error) controller.error(part);
         else if (part === undefined) controller.close();
         else controller.enqueue(new TextEncoder().encode(part));
@@ -56,14 +63,16 @@ function refusal(status, code, headers = {}) {
 async function read(replies, options = {}) {
   const { calls, fetch } = stub(...replies);
   const answer = streamChat({ messages, fetch, random: () => 0, ...options });
-  const texts = [];
+  const deltas = [];
+  let error = null;
   try {
-    for await (const text of answer) texts.push(text);
-    return { answer, texts, calls, error: null };
-  } catch (error) {
-    assert.ok(error instanceof ChatError, String(error?.stack));
-    return { answer, texts, calls, error };
+    for await (const delta of answer) deltas.push(delta);
+  } catch (caught) {
+    assert.ok(caught instanceof ChatError, String(caught?.stack));
+    error = caught;
   }
+  const texts = deltas.flatMap((delta) => (delta.type === "text" ? [delta.text] : []));
+  return { answer, deltas, texts, calls, error };
 }
 
 /** [label, parts, text, ending, code]; ending "complete" has no code */
@@ -116,12 +125,58 @@ for (const [label, parts, text, ending, code] of ENDINGS) {
     assert.equal(texts.join(""), text);
     assert.equal(error?.ending ?? "complete", ending);
   });
+
+  test(`ending: ${label}, cut at random`, async () => {
+    const random = seeded(label);
+    for (let round = 0; round < 20; round += 1) {
+      const pieces = parts.flatMap((part) => (typeof part === "string" ? randomCuts(part, random) : [part]));
+      const { texts, error } = await read([sse(...pieces)]);
+      assert.equal(texts.join(""), text);
+      assert.equal(error?.ending ?? "complete", ending);
+    }
+  });
 }
 
-test("usage, finish_reason and the number of deltas are there afterwards", async () => {
+/** [label, parts, deltas] */
+const DELTAS = [
+  ["text, empty and none", [chunk({ role: "assistant", content: "" }), chunk({ content: "a" }), chunk({}), chunk(null)], [{ type: "text", text: "a" }]],
+  ["a refusal is text", [chunk({ refusal: "no" })], [{ type: "text", text: "no" }]],
+  ["reasoning, by either name", [chunk({ reasoning_content: "a", content: null }), chunk({ reasoning: "b", content: "" })], [{ type: "reasoning", text: "a" }, { type: "reasoning", text: "b" }]],
+  ["both in one chunk, in order", [chunk({ content: "b", reasoning: "a" })], [{ type: "reasoning", text: "a" }, { type: "text", text: "b" }]],
+  ["tool calls", [chunk({ content: null, tool_calls: [{ index: 0, id: "c" }] }), chunk({ tool_calls: [] })], [{ type: "tool_calls", calls: [{ index: 0, id: "c" }] }]],
+  ["the finish, once", [delta("a", "stop"), delta("", "stop")], [{ type: "text", text: "a" }, { type: "finish", reason: "stop" }]],
+  ["usage, beside choices and alone", [chunk({}, { usage: null }), chunk({}, { usage: { total_tokens: 1 } }), `data: {"choices":[],"usage":{"total_tokens":2}}\n\n`], [{ type: "usage", usage: { total_tokens: 1 } }, { type: "usage", usage: { total_tokens: 2 } }]],
+  ["another choice's text and finish are not the first's", [delta("x", "stop", 1)], []],
+  ["what no chunk should hold", [`data: {"choices":[null,7,{"delta":7},{"delta":{"content":7,"tool_calls":7,"reasoning":[]}}],"usage":7}\n\n`, `data: {"choices":7}\n\n`, "data: []\n\n"], []],
+];
+
+for (const [label, parts, expected] of DELTAS) {
+  test(`deltas: ${label}`, async () => assert.deepEqual((await read([sse(...parts, DONE)])).deltas, expected));
+}
+
+test("usage and finish_reason are there afterwards, and the metrics", async () => {
   const usage = `data: ${JSON.stringify({ choices: [], usage: { completion_tokens: 9 } })}\n\n`;
   const { answer } = await read([sse(delta(""), delta("a"), delta("b", "length"), usage, DONE)]);
-  assert.deepEqual([answer.usage?.completion_tokens, answer.finishReason, answer.deltas], [9, "length", 2]);
+  assert.deepEqual([answer.usage?.completion_tokens, answer.finishReason, answer.metrics.tokens], [9, "length", 9]);
+});
+
+test("metrics: before, without an answer, and of one that took its time", async () => {
+  const { fetch } = stub(refusal(503, "busy", { "retry-after-ms": "30" }), sse(delta("a"), delta("b"), delta("c"), DONE));
+  const answer = streamChat({ messages, fetch, random: () => 0 });
+  assert.deepEqual(answer.metrics, { ttft_ms: null, tokens_per_s: null, total_ms: 0, retries: 0, tokens: 0 });
+  const seen = [];
+  for await (const delta of answer) {
+    seen.push(delta);
+    await new Promise((resolve) => setTimeout(resolve, 20));
+  }
+  const { ttft_ms, tokens_per_s, total_ms, retries, tokens } = answer.metrics;
+  assert.deepEqual([seen.length, tokens, retries], [3, 3, 1]);
+  assert.ok(ttft_ms >= 29 && total_ms >= ttft_ms + 39, `${ttft_ms} ${total_ms}`);
+  assert.ok(tokens_per_s > 0 && tokens_per_s <= 2 / 0.038, `${tokens_per_s}`);
+  await new Promise((resolve) => setTimeout(resolve, 20));
+  assert.equal(answer.metrics.total_ms, total_ms, "the clock stands still after the end");
+  const { answer: refused } = await read([refusal(400, "invalid_request")]);
+  assert.deepEqual([refused.metrics.ttft_ms, refused.metrics.tokens], [null, 0]);
 });
 
 test("the request is a same-origin POST without any key", async () => {
@@ -130,7 +185,7 @@ test("the request is a same-origin POST without any key", async () => {
   assert.equal(url, "/api/chat");
   assert.deepEqual(JSON.parse(init.body), { model: "m", messages, stream: true, temperature: 0 });
   assert.deepEqual(init.headers, { "content-type": "application/json", accept: "text/event-stream" });
-  assert.deepEqual([init.method, init.mode, init.credentials, init.redirect], ["POST", "same-origin", "same-origin", "error"]);
+  assert.deepEqual([init.method, init.mode, init.redirect], ["POST", "same-origin", "error"]);
 });
 
 test("an abort in the middle is an abort, with the part that had come, and ends the request", async () => {
@@ -140,7 +195,7 @@ test("an abort in the middle is an abort, with the part that had come, and ends 
   const texts = [];
   await assert.rejects(
     async () => {
-      for await (const text of answer) {
+      for await (const { text } of answer) {
         texts.push(text);
         if (text === "b") controller.abort();
       }
@@ -173,7 +228,17 @@ test("an abort beforehand sends nothing", async () => {
 
 test("leaving the loop ends the request", async () => {
   const { fetch, calls } = stub(sse(delta("a"), "hang"));
-  for await (const text of streamChat({ messages, fetch })) if (text) break;
+  for await (const delta of streamChat({ messages, fetch })) if (delta) break;
+  assert.ok(calls[0].init.signal.aborted);
+});
+
+test("leaving while the next piece is awaited ends the request at once, too", async () => {
+  const { fetch, calls } = stub(sse(delta("a"), "hang"));
+  const deltas = streamChat({ messages, fetch })[Symbol.asyncIterator]();
+  await deltas.next();
+  const awaited = assert.rejects(deltas.next(), (error) => error.ending === "aborted");
+  await deltas.return();
+  await awaited;
   assert.ok(calls[0].init.signal.aborted);
 });
 
@@ -188,6 +253,26 @@ test("silence is not waited out for ever: before the headers an error, after the
   assert.deepEqual([before.error?.ending, before.error?.code], ["error", "client_timeout"]);
   const after = await read([sse(delta("a"), "hang")], { idleTimeout: 30 });
   assert.deepEqual([after.error?.ending, after.error?.code, after.error?.partial], ["truncated", "client_timeout", "a"]);
+});
+
+test("signs of life are no first token; a first token ends that wait", async () => {
+  const parts = Array.from({ length: 200 }, () => [": alive\n\n", "wait"]).flat();
+  const waited = await read([sse(...parts)], { firstTokenTimeout: 300, idleTimeout: 1_000 });
+  assert.deepEqual([waited.error?.ending, waited.error?.code], ["truncated", "client_timeout"]);
+  const silent = (init) => new Promise((_, no) => init.signal.addEventListener("abort", () => no(init.signal.reason)));
+  assert.equal((await read([silent], { firstTokenTimeout: 30 })).error?.code, "client_timeout");
+  const begun = await read([sse(delta("a"), ...parts.slice(0, 120), DONE)], { firstTokenTimeout: 300 });
+  assert.deepEqual([begun.error, begun.texts], [null, ["a"]]);
+});
+
+test("a tab that slept past its deadlines reads what came meanwhile, and asks nothing twice", async (context) => {
+  let asleep = 0;
+  const awake = performance.now.bind(performance);
+  context.mock.method(performance, "now", () => awake() + asleep);
+  const sleep = () => (asleep = 3_600_000);
+  const waits = Array.from({ length: 50 }, () => "wait");
+  const { texts, error, calls } = await read([sse(delta("a"), "wait", sleep, ...waits, delta("b"), DONE)], { idleTimeout: 300 });
+  assert.deepEqual([texts, error, calls.length], [["a", "b"], null, 1]);
 });
 
 test("a stream can be read once", async () => {
@@ -240,7 +325,7 @@ const DELAYS = [
   ["Retry-After is a floor", 429, { "retry-after": "2" }, 0, 0, 2000],
   ["Retry-After with jitter", 429, { "retry-after": "2" }, 0, 1, 2250],
   ["retry-after-ms goes first", 429, { "retry-after": "2", "retry-after-ms": "300" }, 0, 0, 300],
-  ["at the bound", 429, { "retry-after": String(MAX_HONOURED_WAIT / 1000) }, 0, 0, MAX_HONOURED_WAIT],
+  ["at the bound", 429, { "retry-after": "5" }, 0, 0, 5000],
   ["beyond the bound", 429, { "retry-after": "6" }, 0, 0, null],
   ["nonsense in Retry-After counts as absent", 503, { "retry-after": "soon" }, 0, 1, 500],
   ["told not to", 503, { "x-should-retry": "false" }, 0, 1, null],

@@ -1,0 +1,46 @@
+/** A conversation for a page to show, whatever the page is made with. */
+
+import type { ChatError, ChatOptions, Message, Metrics } from "./client.js";
+import type { ToolCall } from "./deltas.js";
+
+export interface ShownMessage {
+  /** Unique in its conversation. */
+  id: string;
+  role: Message["role"];
+  content: Message["content"];
+  reasoning: string;
+  toolCalls: ToolCall[];
+  /** Of an answer: `interrupted` when it broke off, `stopped` when you did it; both are only a part of it. */
+  state: "streaming" | "complete" | "interrupted" | "stopped";
+}
+
+/** What there is to show at one time. Never changed: a new one takes its place. */
+export interface Snapshot {
+  readonly messages: ShownMessage[];
+  /** `submitted` until the first delta. */
+  readonly status: "ready" | "submitted" | "streaming" | "error";
+  /** Why there is no answer, or only a part of one; null after stop(). */
+  readonly error: ChatError | null;
+  /** Of the newest answer; null until its first delta. */
+  readonly metrics: Metrics | null;
+}
+
+/** As for streamChat, but for the messages, which are here. */
+export interface ConversationOptions extends Omit<ChatOptions, "messages" | "signal"> {
+  initialMessages?: Pick<Message, "role" | "content">[];
+}
+
+export class Conversation {
+  constructor(options?: ConversationOptions);
+  /** For the next request. */
+  configure(options: ConversationOptions): void;
+  snapshot: () => Snapshot;
+  /** Returns what ends it. */
+  subscribe: (listener: () => void) => () => void;
+  /** Whether there is a complete answer; never throws: see `error`. While an answer is under way it does nothing. */
+  send: (content: Message["content"]) => Promise<boolean>;
+  /** Asks the last question again. */
+  regenerate: () => Promise<boolean>;
+  /** Ends the answer, and the model's work on it. */
+  stop: () => void;
+}

@@ -1,0 +1,8 @@
+/** A conversation as a React hook. */
+
+import type { Conversation, ConversationOptions, Snapshot } from "./conversation.js";
+
+export interface ChatHook extends Snapshot, Pick<Conversation, "send" | "stop" | "regenerate"> {}
+
+/** `options` may change from render to render: they hold for the next request. `initialMessages` are read once. */
+export function useChatStream(options?: ConversationOptions): ChatHook;
