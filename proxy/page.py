@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,11 +63,25 @@ class Probe:
         )
 
 
+OWN_FOLDERS = (Path(__file__).with_name("static"), Path(__file__).parent.with_name("static"))
+"""The page's folder in an installed package, and in a source tree."""
+UNSERVED = "examples"
+"""In those: sources to copy from, which no browser can run as they are."""
+
+
+class PageFiles(StaticFiles):
+    """The files of a folder. What lies in UNSERVED is not there, when the folder is ours."""
+
+    def lookup_path(self, path: str) -> tuple[str, os.stat_result | None]:
+        is_example = Path(path).parts[:1] == (UNSERVED,)  # the path is normalised already
+        return ("", None) if is_example and self.directory in OWN_FOLDERS else super().lookup_path(path)
+
+
 class Page:
     """The chat page's files, with headers that let nothing run but themselves."""
 
     def __init__(self, folder: Path, base_headers: Headers, nothing: ASGIApp) -> None:
-        self.files = StaticFiles(directory=folder, html=True)
+        self.files = PageFiles(directory=folder, html=True)
         self.headers = [*base_headers, *PAGE_HEADERS]
         self.nothing = nothing
 
@@ -92,5 +107,5 @@ def page_folder(configured: str | None) -> Path | None:
     """The folder served at `/`: the one configured, the one in the package, or the one of a source tree."""
     if configured is not None:
         return Path(configured) if configured else None
-    packaged = Path(__file__).with_name("static")
-    return packaged if packaged.is_dir() else Path(__file__).parent.with_name("static")
+    packaged, in_sources = OWN_FOLDERS
+    return packaged if packaged.is_dir() else in_sources

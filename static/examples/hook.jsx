@@ -1,0 +1,30 @@
+// chat-proxy's own React hook, for React 18 and 19.
+// npm install react react-dom, and copy chat/ from chat-proxy's static folder.
+// Runs under the policy that chat-proxy sends with its own pages.
+
+import { useRef } from "react";
+
+import { useChatStream } from "../chat/react.js";
+
+export function Chat() {
+  const { messages, send, stop, regenerate, status, error, metrics } = useChatStream({ model: "demo" });
+  const box = useRef(null);
+  const busy = status === "submitted" || status === "streaming";
+
+  function submit(event) {
+    event.preventDefault();
+    if (!busy) void send(box.current.value);
+    box.current.value = "";
+  }
+
+  return (
+    <form onSubmit={submit}>
+      {messages.map(({ id, role, content, state }) => <p key={id} data-role={role} data-state={state}>{content}</p>)}
+      {error && <p role="alert">{error.partial ? "Interrupted: " : ""}{error.message}</p>}
+      {metrics && <p className="figures">{metrics.tokens} tokens, the first after {Math.round(metrics.ttft_ms ?? 0)} ms</p>}
+      <input aria-label="Message" ref={box} />
+      {busy ? <button key="stop" type="button" onClick={stop}>Stop</button> : <button key="send">Send</button>}
+      {!busy && messages.length > 0 && <button type="button" onClick={regenerate}>Ask again</button>}
+    </form>
+  );
+}

@@ -1,0 +1,310 @@
+"""The examples, each with its package from the npm registry, bundled and run in Chromium against the real server.
+
+Where the server's own policy for pages lets an example run, it is served by the server, and no violation may be seen.
+The upstream is scripted: it goes on when the test has seen what was to be seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+from browser import Visit
+from harness import DONE, PATIENCE, Peer, delta, eventually, finish, free_port
+from npm import installed
+from playwright.sync_api import BrowserContext, Locator, expect
+from stage import Act, Stage
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "static/examples"
+TOOLS = ROOT / "tests/examples"
+BUNDLING = 60.0  # seconds; it takes three
+
+
+@dataclass(frozen=True)
+class Example:
+    """One page, and where on it things are."""
+
+    name: str
+    box: str = "[aria-label=Message]"
+    send: str = "text=Send"
+    stop: str = "text=Stop"
+    answer: str = "[data-role=assistant]"
+    problem: str = "[role=alert]"
+    front: str = "ours"
+    is_loud: bool = False
+    """It writes errors that it shows to the console, too."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+EVERY = [
+    Example("openai"),
+    Example("ai-sdk"),
+    Example("fetch-event-source"),
+    Example("assistant-ui", problem=".turn:last-of-type [role=alert]"),
+    Example("hook"),
+    Example("hook-18"),
+    Example(
+        "deep-chat",
+        box="#text-input",
+        send="#submit-icon",
+        stop="#stop-icon",
+        answer=".ai-message-text:not(.error-message-text)",
+        problem=".deep-chat-outer-container-role-error:last-child",
+        front="nginx",
+        is_loud=True,
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All pages, in the folder that is served."""
+    folder = tmp_path_factory.mktemp("examples")
+    for place in ("", "react-18"):
+        (folder / place).mkdir(exist_ok=True)
+        locked = [TOOLS / place / name for name in ("package.json", "package-lock.json")]
+        (folder / place / "node_modules").symlink_to(installed(place or "examples", locked) / "node_modules")
+    for source in TOOLS.glob("*.*"):
+        shutil.copy(source, folder)
+    command = ["node", "bundle.mjs", str(EXAMPLES), str(folder / "pages")]
+    subprocess.run(command, cwd=folder, check=True, timeout=BUNDLING)
+    return folder / "pages"
+
+
+@pytest.fixture(scope="module")
+def ports() -> dict[str, int]:
+    """Of the servers in front of ours: it has to know them, and they it."""
+    return {"nginx": free_port(), "vite": free_port()}
+
+
+@pytest.fixture(scope="module")
+def stage(bundles: Path, ports: dict[str, int]) -> Iterator[Stage]:
+    origins = ",".join(f"http://localhost:{port}" for port in ports.values())
+    settings = {"SERVER_STATIC_DIR": str(bundles), "SERVER_EXTRA_ORIGINS": origins, "POLICY_MODELS": "demo"}
+    with Stage("uvloop", **settings).open() as stage:
+        yield stage
+
+
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src 'self'; img-src 'self' data:"
+)
+NGINX = """
+daemon off; master_process off; worker_processes 1; pid {folder}/pid; error_log stderr crit;
+events {{ worker_connections 64; }}
+http {{
+  access_log off; client_body_temp_path {folder}; proxy_temp_path {folder}; fastcgi_temp_path {folder};
+  uwsgi_temp_path {folder}; scgi_temp_path {folder};
+  types {{ text/html html; text/javascript js; }}
+  server {{
+    listen 127.0.0.1:{port};
+    root {pages};
+    add_header Content-Security-Policy "{policy}";
+    location /api/ {{
+      proxy_pass http://127.0.0.1:{server};
+      proxy_http_version 1.1; proxy_set_header Host $http_host; proxy_buffering off;
+    }}
+  }}
+}}
+"""
+
+
+@pytest.fixture(scope="module")
+def nginx(bundles: Path, ports: dict[str, int], stage: Stage) -> Iterator[str]:
+    """The URL of a web server that has the pages, with a policy of its own, and passes /api on."""
+    folder = bundles.parent
+    port = ports["nginx"]
+    configuration = folder / "nginx.conf"
+    configuration.write_text(
+        NGINX.format(folder=folder, pages=bundles, port=port, server=stage.proxy.port, policy=POLICY)
+    )
+    with serving("/usr/sbin/nginx", "-c", str(configuration), "-p", str(folder), port=port):
+        yield f"http://localhost:{port}"
+
+
+@pytest.fixture(scope="module")
+def fronts(stage: Stage, nginx: str) -> dict[str, str]:
+    """Where pages are served: by our server under its own policy, or by one in front of it."""
+    return {"ours": stage.proxy.url, "nginx": nginx}
+
+
+@contextmanager
+def serving(*command: str, port: int, folder: Path | None = None) -> Iterator[None]:
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL) as process:
+        try:
+            eventually(lambda: is_open(port), BUNDLING)
+            yield
+        finally:
+            process.terminate()
+
+
+def is_open(port: int) -> bool:
+    try:
+        socket.create_connection(("localhost", port)).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+class Shown:
+    """An example on the screen."""
+
+    def __init__(self, example: Example, visit: Visit, stage: Stage) -> None:
+        self.example = example
+        self.visit = visit
+        self.stage = stage
+
+    def ask(self, act: Act) -> None:
+        """About this question the upstream does `act`; returns when the upstream has it."""
+        before = len(self.stage.upstream.seen)
+        self.stage.act = act
+        self.visit.page.locator(self.example.box).fill("hi")
+        self.visit.page.locator(self.example.send).click()
+        eventually(lambda: len(self.stage.upstream.seen) > before)
+
+    @property
+    def answer(self) -> Locator:
+        return self.visit.page.locator(self.example.answer).last
+
+    @property
+    def problem(self) -> Locator:
+        return self.visit.page.locator(self.example.problem).last
+
+    def is_ready(self) -> None:
+        expect(self.visit.page.locator(self.example.send)).to_be_visible()
+
+
+@contextmanager
+def shown(example: Example, context: BrowserContext, fronts: dict[str, str], stage: Stage) -> Iterator[Shown]:
+    visit = Visit(context.new_page(), fronts[example.front])
+    visit.watch()
+    visit.page.goto(f"{visit.url}/{example.name}.html")
+    yield Shown(example, visit, stage)
+    told = "console: No complete answer" if example.is_loud else None
+    assert [fault for fault in visit.faults if not (told and fault.startswith(told))] == []
+
+
+def answered(*texts: str) -> Act:
+    async def act(peer: Peer) -> None:
+        await peer.sse(*map(delta, texts), finish(), DONE)
+
+    return act
+
+
+@pytest.mark.parametrize("example", EVERY, ids=str)
+def test_words_appear_as_they_come(
+    example: Example, context: BrowserContext, fronts: dict[str, str], stage: Stage
+) -> None:
+    """Each piece is on the screen before the next one is sent; then the page can ask again, with the conversation."""
+    seen = [threading.Event() for _ in range(2)]
+
+    async def act(peer: Peer) -> None:
+        await peer.head()
+        for text, event in zip(["one ", "two "], seen, strict=True):
+            await peer.chunk(delta(text))
+            assert await asyncio.to_thread(event.wait, PATIENCE)
+        for part in (delta("three"), finish(), DONE):
+            await peer.chunk(part)
+        await peer.end()
+
+    with shown(example, context, fronts, stage) as page:
+        page.ask(act)
+        for text, event in zip(["one", "one two"], seen, strict=True):
+            expect(page.answer).to_have_text(text)
+            event.set()
+        expect(page.answer).to_have_text("one two three")
+        page.is_ready()
+        page.ask(answered("fine"))
+        expect(page.answer).to_have_text("fine")
+        page.is_ready()
+        expect(page.problem).to_be_hidden()
+        told = stage.upstream.seen[-1].json["messages"]
+        assert [message["role"] for message in told] == ["user", "assistant", "user"]
+        assert told[1]["content"] == "one two three"
+
+
+PHASES: dict[str, list[bytes] | None] = {
+    "before the head": None,
+    "before the first word": [],
+    "in the middle": [delta("one "), delta("two")],
+}
+
+
+@pytest.mark.parametrize("example", EVERY, ids=str)
+def test_stop_reaches_the_upstream(
+    example: Example, context: BrowserContext, fronts: dict[str, str], stage: Stage
+) -> None:
+    """In every phase; what was there stays, no problem is shown, and the page can ask again."""
+    with shown(example, context, fronts, stage) as page:
+        for parts in PHASES.values():
+
+            async def act(peer: Peer, parts: list[bytes] | None = parts) -> None:
+                if parts is not None:
+                    await peer.head()
+                    for part in parts:
+                        await peer.chunk(part)
+                await peer.gone()
+
+            page.ask(act)
+            if parts:
+                expect(page.answer).to_have_text("one two")
+            page.visit.page.locator(example.stop).click()
+            call = stage.upstream.seen[-1]
+            eventually(partial(getattr, call, "closed"))
+            page.is_ready()
+            expect(page.problem).to_be_hidden()
+        expect(page.answer).to_have_text("one two")
+        page.ask(answered("fine"))
+        expect(page.answer).to_have_text("fine")
+
+
+@pytest.mark.parametrize("example", EVERY, ids=str)
+def test_half_an_answer_is_shown_as_such(
+    example: Example, context: BrowserContext, fronts: dict[str, str], stage: Stage
+) -> None:
+    """A stream that is cut is an error on the page, beside what had come; it is not asked for again by itself."""
+
+    async def act(peer: Peer) -> None:
+        await peer.head()
+        await peer.chunk(delta("one two"))
+        peer.reset()
+
+    before = len(stage.upstream.seen)
+    with shown(example, context, fronts, stage) as page:
+        page.ask(act)
+        expect(page.problem).to_contain_text("broke off")
+        expect(page.answer).to_have_text("one two")
+        page.is_ready()
+        page.visit.page.wait_for_timeout(200)
+        assert len(stage.upstream.seen) == before + 1
+        page.ask(answered("fine"))
+        expect(page.answer).to_have_text("fine")
+        expect(page.problem).to_be_hidden()
+
+
+@pytest.mark.parametrize("example", EVERY, ids=str)
+def test_a_refusal_is_shown(example: Example, context: BrowserContext, fronts: dict[str, str], stage: Stage) -> None:
+    """A 429 is on the page in the server's words; the next question is answered."""
+
+    async def act(peer: Peer) -> None:
+        await peer.whole(b"{}", "429 Too Many Requests", "application/json", "retry-after: 90")
+
+    with shown(example, context, fronts, stage) as page:
+        page.visit.staged = {429}
+        page.ask(act)
+        expect(page.problem).to_contain_text("many requests")
+        page.is_ready()
+        page.ask(answered("fine"))
+        expect(page.answer).to_have_text("fine")
+        expect(page.problem).to_be_hidden()
