@@ -7,19 +7,23 @@ The upstream is scripted: it goes on when the test has seen what was to be seen.
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 import socket
 import subprocess
+import sys
 import threading
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import httpx
 import pytest
 from browser import Visit
-from harness import DONE, PATIENCE, Peer, delta, eventually, finish, free_port
+from harness import DONE, PATIENCE, Peer, delta, environment, eventually, finish, free_port, running, send
 from npm import installed
 from playwright.sync_api import BrowserContext, Locator, expect
 from stage import Act, Stage
@@ -157,6 +161,12 @@ def is_open(port: int) -> bool:
     return True
 
 
+HIDE = """(hidden) => {
+  Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+  document.dispatchEvent(new Event("visibilitychange"));
+}"""
+
+
 class Shown:
     """An example on the screen."""
 
@@ -180,6 +190,15 @@ class Shown:
     @property
     def problem(self) -> Locator:
         return self.visit.page.locator(self.example.problem).last
+
+    def sleep(self) -> None:
+        """The tab is hidden, frozen, and comes back."""
+        page = self.visit.page
+        browser = page.context.new_cdp_session(page)
+        page.evaluate(HIDE, True)
+        for state in ("frozen", "active"):
+            browser.send("Page.setWebLifecycleState", {"state": state})
+        page.evaluate(HIDE, False)
 
     def is_ready(self) -> None:
         expect(self.visit.page.locator(self.example.send)).to_be_visible()
@@ -206,7 +225,11 @@ def answered(*texts: str) -> Act:
 def test_words_appear_as_they_come(
     example: Example, context: BrowserContext, fronts: dict[str, str], stage: Stage
 ) -> None:
-    """Each piece is on the screen before the next one is sent; then the page can ask again, with the conversation."""
+    """Each piece is on the screen before the next one is sent, and a tab that slept meanwhile asks nothing anew.
+
+    Then the page can ask again, with the conversation.
+    """
+    before = len(stage.upstream.seen)
     seen = [threading.Event() for _ in range(2)]
 
     async def act(peer: Peer) -> None:
@@ -222,9 +245,11 @@ def test_words_appear_as_they_come(
         page.ask(act)
         for text, event in zip(["one", "one two"], seen, strict=True):
             expect(page.answer).to_have_text(text)
+            page.sleep()
             event.set()
         expect(page.answer).to_have_text("one two three")
         page.is_ready()
+        assert len(stage.upstream.seen) == before + 1
         page.ask(answered("fine"))
         expect(page.answer).to_have_text("fine")
         page.is_ready()
@@ -308,3 +333,152 @@ def test_a_refusal_is_shown(example: Example, context: BrowserContext, fronts: d
         page.ask(answered("fine"))
         expect(page.answer).to_have_text("fine")
         expect(page.problem).to_be_hidden()
+
+
+# ---- the hook -------------------------------------------------------------------------------------------------------
+
+PROBES = ["probe", "probe-18"]
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_the_hook_renders_once_a_flush(
+    name: str, context: BrowserContext, fronts: dict[str, str], stage: Stage
+) -> None:
+    """A thousand tokens cost a render every 50 ms at most, and none is lost."""
+    words = [f"w{number} " for number in range(1000)]
+
+    async def act(peer: Peer) -> None:
+        await peer.head()
+        for at in range(0, len(words), 10):
+            await peer.chunk(b"".join(map(delta, words[at : at + 10])))
+            await asyncio.sleep(0.005)
+        for part in (finish(), DONE):
+            await peer.chunk(part)
+        await peer.end()
+
+    with shown(Example(name), context, fronts, stage) as page:
+        stage.act = act
+        page.visit.page.get_by_role("button", name="Send").click()
+        expect(page.answer).to_have_text("".join(words).strip())
+        commits = page.visit.page.evaluate("commits")
+        total = page.visit.page.evaluate("metrics.total_ms")
+        assert (
+            len(commits) <= total / 50 + 6
+        )  # the first two (StrictMode), the question, the first flush, the last, the end
+        assert len(commits) >= 8
+        assert [len(text) for text in commits[3:]] == sorted(len(text) for text in commits[3:])
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_a_hook_that_goes_away_stops_its_answer(
+    name: str, context: BrowserContext, fronts: dict[str, str], stage: Stage
+) -> None:
+    """The upstream is told, React has nothing to complain about, and what comes back in its place works."""
+
+    async def act(peer: Peer) -> None:
+        await peer.head()
+        await peer.chunk(delta("one "))
+        await peer.gone()
+
+    with shown(Example(name), context, fronts, stage) as page:
+        before = len(stage.upstream.seen)
+        stage.act = act
+        page.visit.page.get_by_role("button", name="Send").click()
+        expect(page.answer).to_have_text("one")
+        page.visit.page.get_by_role("button", name="Leave").click()
+        eventually(lambda: stage.upstream.seen[before].closed)
+        stage.act = answered("fine")
+        page.visit.page.get_by_role("button", name="Come back").click()
+        page.visit.page.get_by_role("button", name="Send").click()
+        expect(page.answer).to_have_text("fine")
+        assert len(stage.upstream.seen) == before + 2
+
+
+# ---- a dev server ---------------------------------------------------------------------------------------------------
+
+
+def test_vite_passes_the_api_on(
+    tmp_path: Path, bundles: Path, context: BrowserContext, ports: dict[str, int], stage: Stage
+) -> None:
+    """The README's recipe, with the real dev server: words come as they are said, and Stop reaches the upstream."""
+    recipe = re.search(r"```js\n(// vite\.config\.js\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert recipe
+    configuration = recipe[1].replace("http://127.0.0.1:8000", stage.proxy.url)
+    (tmp_path / "vite.config.js").write_text(configuration)
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    (tmp_path / "node_modules").mkdir()  # vite keeps what it made in there
+    for package in (bundles.parent / "node_modules").iterdir():
+        (tmp_path / "node_modules" / package.name).symlink_to(package)
+    for source in ("chat", "examples"):
+        shutil.copytree(ROOT / "static" / source, tmp_path / source)
+    (tmp_path / "index.html").write_text(
+        '<!doctype html><link rel="icon" href="data:,"><div id="root"></div>'
+        '<script type="module" src="main.jsx"></script>'
+    )
+    (tmp_path / "main.jsx").write_text(
+        'import { createRoot } from "react-dom/client"; import { Chat } from "./examples/hook.jsx";'
+        'createRoot(document.getElementById("root")).render(<Chat />);'
+    )
+
+    async def act(peer: Peer) -> None:
+        await peer.head()
+        await peer.chunk(delta("one two"))
+        await peer.gone()
+
+    port = ports["vite"]
+    command = ["node", "node_modules/vite/bin/vite.js", "--port", str(port), "--strictPort", "--clearScreen=false"]
+    with serving(*command, port=port, folder=tmp_path):
+        visit = Visit(context.new_page(), f"http://localhost:{port}")
+        visit.watch()
+        visit.page.goto(visit.url)
+        page = Shown(Example("hook"), visit, stage)
+        page.ask(act)
+        expect(page.answer).to_have_text("one two")
+        visit.page.locator("text=Stop").click()
+        eventually(lambda: stage.upstream.seen[-1].closed)
+        page.ask(answered("fine"))
+        expect(page.answer).to_have_text("fine")
+
+
+# ---- what is served -------------------------------------------------------------------------------------------------
+
+UNSERVED = ["/examples", "/examples/", "/examples/hook.jsx", "//examples/hook.jsx", "/chat/../examples/hook.jsx"]
+
+
+def test_our_examples_are_not_served(stage: Stage) -> None:
+    """They are sources to copy from; whoever has a folder of that name in a page of their own has it served."""
+    with running(stage.upstream.base_url) as proxy:
+        for path in UNSERVED:
+            assert send(proxy, "GET", path).status in (400, 404), path
+        reply = send(proxy, "GET", "/examples/hook.jsx")
+        assert (reply.status, reply.error["code"]) == (404, "not_found")
+        assert send(proxy, "GET", "/chat/react.js").status == 200
+
+
+def test_a_folder_of_that_name_in_a_page_of_ones_own_is_served(tmp_path: Path, stage: Stage) -> None:
+    """The rule is about our page."""
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples/mine.txt").write_text("mine")
+    with running(stage.upstream.base_url, SERVER_STATIC_DIR=str(tmp_path)) as proxy:
+        assert send(proxy, "GET", "/examples/mine.txt").body == b"mine"
+
+
+def test_an_installed_package_serves_the_page_without_them(tmp_path: Path) -> None:
+    """The wheel as it is built: the page and its modules are there, and the examples are a 404."""
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--disable-pip-version-check"]
+    built = subprocess.run([*pip, "-w", str(tmp_path), str(ROOT)], capture_output=True, text=True, timeout=BUNDLING)
+    assert built.returncode == 0, built.stderr
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        wheel.extractall(tmp_path)
+    command = [sys.executable, "-m", "proxy", "demo", "--port", "0"]
+    variables = environment() | {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
+    with subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            printed = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline())
+            assert printed is not None
+            expected = {"/": 200, "/chat/client.js": 200, "/chat/client.d.ts": 200, "/examples/hook.jsx": 404}
+            found = {path: httpx.get(printed[0] + path, trust_env=False).status_code for path in expected}
+            assert found == expected
+        finally:
+            server.terminate()

@@ -1,5 +1,5 @@
 // Bundles every example, as its user's bundler would: node bundle.mjs EXAMPLES OUT. Packages are found in node_modules
-// beside this file; React 18's in react-18/node_modules.
+// beside this file; React 18's in react-18/node_modules. React is in its development mode, which complains.
 
 import { build } from "esbuild";
 import { readdirSync, writeFileSync } from "node:fs";
@@ -27,9 +27,11 @@ const virtual = {
   },
 };
 
+const nameOf = (file) => basename(file, extname(file));
+
 const bundle = (files, alias, suffix = "") =>
   build({
-    entryPoints: files.map((file) => ({ in: `entry:${join(examples, file)}`, out: basename(file, extname(file)) + suffix })),
+    entryPoints: files.map((file) => ({ in: `entry:${file}`, out: nameOf(file) + suffix })),
     outdir: out,
     bundle: true,
     minify: true,
@@ -38,13 +40,15 @@ const bundle = (files, alias, suffix = "") =>
     define: { "process.env.NODE_ENV": '"development"' },
     nodePaths: [join(here, "node_modules")],
     logLevel: "error",
-    alias,
+    alias: { ...alias, chat: join(examples, "../chat") },
     plugins: [virtual],
   });
 
-const files = readdirSync(examples).filter((name) => extname(name));
-await Promise.all([bundle(files, {}), bundle(["hook.jsx"], older, "-18")]);
-for (const name of [...files.map((file) => basename(file, extname(file))), "hook-18"]) {
+const probe = join(here, "probe.jsx");
+const files = [...readdirSync(examples).filter(extname).map((name) => join(examples, name)), probe];
+const both = [join(examples, "hook.jsx"), probe];
+await Promise.all([bundle(files, {}), bundle(both, older, "-18")]);
+for (const name of [...files.map(nameOf), ...both.map((file) => `${nameOf(file)}-18`)]) {
   const page = `<!doctype html><meta charset="utf-8"><title>${name}</title><link rel="icon" href="data:,">`;
   writeFileSync(join(out, `${name}.html`), `${page}<div id="root"></div><script type="module" src="${name}.js"></script>`);
 }
