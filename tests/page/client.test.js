@@ -1,9 +1,11 @@
 // streamChat: its endings never pass for one another, and it repeats only what may be repeated.
 
 import assert from "node:assert/strict";
+import { getEventListeners } from "node:events";
 import { test } from "node:test";
 
 import { ChatError, retryAfter, retryDelay, streamChat } from "../../static/chat/client.js";
+import { MAX_EVENT_CHARS } from "../../static/chat/sse.js";
 import { randomCuts, seeded } from "./random.js";
 
 const messages = [{ role: "user", content: "hi" }];
@@ -78,6 +80,7 @@ async function read(replies, options = {}) {
 /** [label, parts, text, ending, code]; ending "complete" has no code */
 const ENDINGS = [
   ["[DONE]", [delta("a"), delta("b"), DONE], "ab", "complete"],
+  ["[DONE], and something behind it", [delta("a"), DONE + delta("b")], "a", "complete"],
   ["[DONE] without a finish_reason", [delta("a"), DONE], "a", "complete"],
   ["[DONE], then a reset", [delta("a"), DONE, new TypeError("reset")], "a", "complete"],
   ["finish_reason without [DONE]", [delta("a", "stop")], "a", "complete"],
@@ -273,6 +276,63 @@ test("a tab that slept past its deadlines reads what came meanwhile, and asks no
   const waits = Array.from({ length: 50 }, () => "wait");
   const { texts, error, calls } = await read([sse(delta("a"), "wait", sleep, ...waits, delta("b"), DONE)], { idleTimeout: 300 });
   assert.deepEqual([texts, error, calls.length], [["a", "b"], null, 1]);
+});
+
+test("a reader that takes its time is no silence", async () => {
+  const { fetch } = stub(sse(delta("a") + delta("b"), delta("c"), DONE));
+  const texts = [];
+  for await (const { text } of streamChat({ messages, fetch, idleTimeout: 40, firstTokenTimeout: 40 })) {
+    texts.push(text);
+    await new Promise((resolve) => setTimeout(resolve, 80));
+  }
+  assert.deepEqual(texts, ["a", "b", "c"]);
+});
+
+test("after finish_reason, a stream that neither ends nor says [DONE] is whole in three seconds", async (context) => {
+  context.mock.timers.enable({ apis: ["setTimeout"] });
+  const { calls, fetch } = stub(sse(delta("a", "stop"), "hang"));
+  const deltas = streamChat({ messages, fetch, idleTimeout: 60_000 })[Symbol.asyncIterator]();
+  await deltas.next();
+  await deltas.next();
+  const end = deltas.next();
+  await new Promise((resolve) => setImmediate(resolve));
+  context.mock.timers.tick(3_000);
+  assert.equal((await end).done, true);
+  assert.ok(calls[0].init.signal.aborted);
+});
+
+test("an error ends the request, too; its cause and its listener are not forgotten, nor kept", async () => {
+  const { signal } = new AbortController();
+  const { calls } = await read([sse(delta("a"), 'data: {"error": "no"}\n\n', "hang")], { signal });
+  assert.ok(calls[0].init.signal.aborted);
+  assert.equal(getEventListeners(signal, "abort").length, 0);
+  const reset = new TypeError("reset");
+  assert.equal((await read([sse(delta("a"), reset)])).error?.cause, reset);
+});
+
+test("an event beyond the parser's bound is an error", async () => {
+  const { error } = await read([sse("data: ", "x".repeat(MAX_EVENT_CHARS), "y")]);
+  assert.deepEqual([error?.ending, error?.code], ["error", "bad_event"]);
+});
+
+test("what arrives in the moment of the stop is not shown", async () => {
+  const controller = new AbortController();
+  const body = new ReadableStream({
+    pull(stream) {
+      controller.abort();
+      stream.enqueue(new TextEncoder().encode(delta("a")));
+    },
+  }, { highWaterMark: 0 });
+  const answer = new Response(body, { headers: { "content-type": "text/event-stream" } });
+  const { texts, error } = await read([answer], { signal: controller.signal });
+  assert.deepEqual([texts, error?.ending, error?.partial], [[], "aborted", ""]);
+});
+
+test("what follows [DONE] is read, so that the connection can be used again", async () => {
+  let isRead = false;
+  await read([sse(delta("a"), DONE, ": bye\n\n", () => (isRead = true), ": bye\n\n")]);
+  await new Promise((resolve) => setImmediate(resolve));
+  assert.ok(isRead);
 });
 
 test("a stream can be read once", async () => {

@@ -101,10 +101,12 @@ test("leaving ends the source, an error or an end does not end it again", async 
 });
 
 test("an error that nobody waits for yet is no unhandled rejection", async () => {
-  const found = batched(source("a", 5, new Error("cut")), 1);
-  await found.next();
-  await pause(40);
-  await assert.rejects(found.next(), /cut/);
+  for (const milliseconds of [0, 1]) {
+    const found = batched(source("a", 5, new Error("cut")), milliseconds);
+    await found.next();
+    await pause(40);
+    await assert.rejects(found.next(), /cut/);
+  }
 });
 
 test("tool calls grow piece by piece, several at one time; the earlier list stays as it was", () => {
