@@ -77,13 +77,6 @@ def eventually(condition: Callable[[], T], patience: float = PATIENCE) -> T:
     return value
 
 
-def free_port() -> int:
-    """A port that nobody listens on just now, for servers that have to be told one."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-        return port
-
-
 # ---- the upstream -----------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ The upstream is scripted: it goes on when the test has seen what was to be seen.
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import shutil
 import socket
@@ -19,11 +20,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import httpx
 import pytest
 from browser import Visit
-from harness import DONE, PATIENCE, Peer, delta, environment, eventually, finish, free_port, running, send
+from harness import DONE, PATIENCE, Peer, Running, delta, environment, eventually, finish, free_port, running, send
 from npm import installed
 from playwright.sync_api import BrowserContext, Locator, expect
 from stage import Act, Stage
@@ -204,6 +206,9 @@ class Shown:
         expect(self.visit.page.locator(self.example.send)).to_be_visible()
 
 
+CUT = "console: Failed to load resource: net::ERR_INCOMPLETE_CHUNKED_ENCODING"
+
+
 @contextmanager
 def shown(example: Example, context: BrowserContext, fronts: dict[str, str], stage: Stage) -> Iterator[Shown]:
     visit = Visit(context.new_page(), fronts[example.front])
@@ -211,7 +216,8 @@ def shown(example: Example, context: BrowserContext, fronts: dict[str, str], sta
     visit.page.goto(f"{visit.url}/{example.name}.html")
     yield Shown(example, visit, stage)
     told = "console: No complete answer" if example.is_loud else None
-    assert [fault for fault in visit.faults if not (told and fault.startswith(told))] == []
+    expected = (told or CUT, CUT)
+    assert [fault for fault in visit.faults if not fault.startswith(expected)] == []
 
 
 def answered(*texts: str) -> Act:
@@ -298,7 +304,15 @@ def test_stop_reaches_the_upstream(
 def test_half_an_answer_is_shown_as_such(
     example: Example, context: BrowserContext, fronts: dict[str, str], stage: Stage
 ) -> None:
-    """A stream that is cut is an error on the page, beside what had come; it is not asked for again by itself."""
+    """A stream that is cut is an error on the page, beside what had come; it is not asked for again by itself.
+
+    Whether the model's server left us, or we the browser.
+    """
+
+    async def talk(peer: Peer) -> None:
+        await peer.head()
+        await peer.chunk(delta("three four"))
+        await peer.gone()
 
     async def act(peer: Peer) -> None:
         await peer.head()
@@ -312,10 +326,57 @@ def test_half_an_answer_is_shown_as_such(
         expect(page.answer).to_have_text("one two")
         page.is_ready()
         page.visit.page.wait_for_timeout(200)
-        assert len(stage.upstream.seen) == before + 1
+        page.ask(talk)
+        expect(page.answer).to_have_text("three four")
+        expect(page.problem).to_be_hidden()
+        cut_connections(stage.proxy)
+        expect(page.problem).to_be_visible()
+        expect(page.answer).to_have_text("three four")
+        page.is_ready()
+        page.visit.page.wait_for_timeout(200)
+        assert len(stage.upstream.seen) == before + 2
         page.ask(answered("fine"))
         expect(page.answer).to_have_text("fine")
         expect(page.problem).to_be_hidden()
+
+
+def cut_connections(proxy: Running) -> None:
+    """All of its clients' are closed, whatever was to come."""
+
+    def cut() -> None:
+        for connection in list(proxy.service.server.server_state.connections):
+            cast(Any, connection).transport.abort()
+
+    proxy.on_loop(cut)
+
+
+@pytest.mark.parametrize("name", ["hook", "openai"])
+def test_a_refusal_that_passes_is_waited_out(name: str, context: BrowserContext, bundles: Path) -> None:
+    """While another tab of the session is answered there is a 429; who honours its Retry-After is answered then."""
+    settings = {"SERVER_STATIC_DIR": str(bundles), "POLICY_MODELS": "demo", "LIMITS_STREAMS_PER_SESSION": "1"}
+    with Stage("uvloop", **settings).open() as narrow:
+
+        async def talk(peer: Peer) -> None:
+            await peer.head()
+            await peer.chunk(delta("one two"))
+            await peer.gone()
+
+        fronts = {"ours": narrow.proxy.url}
+        with (
+            shown(Example(name), context, fronts, narrow) as first,
+            shown(Example(name), context, fronts, narrow) as second,
+        ):
+            second.visit.staged = {429}
+            first.ask(talk)
+            expect(first.answer).to_have_text("one two")
+            narrow.act = answered("fine")
+            second.visit.page.locator(second.example.box).fill("hi")
+            second.visit.page.locator(second.example.send).click()
+            eventually(lambda: [line for line in narrow.proxy.lines() if line["code"] == "too_many_streams"])
+            first.visit.page.locator(first.example.stop).click()
+            expect(second.answer).to_have_text("fine")
+            expect(second.problem).to_be_hidden()
+        assert len(narrow.upstream.seen) == 2
 
 
 @pytest.mark.parametrize("example", EVERY, ids=str)
@@ -482,3 +543,18 @@ def test_an_installed_package_serves_the_page_without_them(tmp_path: Path) -> No
             assert found == expected
         finally:
             server.terminate()
+
+
+# ---- what is committed ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", [TOOLS, TOOLS / "react-18"], ids=lambda place: place.name)
+def test_the_locks_record_no_address(place: Path) -> None:
+    """They say what each package must be (a version and a digest), not where it was found."""
+    lock = json.loads((place / "package-lock.json").read_text())
+    wanted = json.loads((place / "package.json").read_text())["dependencies"]
+    packages = {name.removeprefix("node_modules/"): found for name, found in lock["packages"].items() if name}
+    assert {name: packages[name]["version"] for name in wanted} == wanted
+    assert all(found["integrity"].startswith("sha512-") for found in packages.values())
+    assert "resolved" not in str(lock)
+    assert "://" not in str(lock)
