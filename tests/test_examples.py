@@ -354,12 +354,16 @@ def cut_connections(proxy: Running) -> None:
 def test_a_refusal_that_passes_is_waited_out(name: str, context: BrowserContext, bundles: Path) -> None:
     """While another tab of the session is answered there is a 429; who honours its Retry-After is answered then."""
     settings = {"SERVER_STATIC_DIR": str(bundles), "POLICY_MODELS": "demo", "LIMITS_STREAMS_PER_SESSION": "1"}
+    is_refused = threading.Event()
     with Stage("uvloop", **settings).open() as narrow:
 
         async def talk(peer: Peer) -> None:
             await peer.head()
-            await peer.chunk(delta("one two"))
-            await peer.gone()
+            await peer.chunk(delta("one "))
+            assert await asyncio.to_thread(is_refused.wait, PATIENCE)
+            for part in (delta("two"), finish(), DONE):
+                await peer.chunk(part)
+            await peer.end()
 
         fronts = {"ours": narrow.proxy.url}
         with (
@@ -368,14 +372,15 @@ def test_a_refusal_that_passes_is_waited_out(name: str, context: BrowserContext,
         ):
             second.visit.staged = {429}
             first.ask(talk)
-            expect(first.answer).to_have_text("one two")
+            expect(first.answer).to_have_text("one")
             narrow.act = answered("fine")
             second.visit.page.locator(second.example.box).fill("hi")
             second.visit.page.locator(second.example.send).click()
             eventually(lambda: [line for line in narrow.proxy.lines() if line["code"] == "too_many_streams"])
-            first.visit.page.locator(first.example.stop).click()
+            is_refused.set()
             expect(second.answer).to_have_text("fine")
             expect(second.problem).to_be_hidden()
+            expect(first.answer).to_have_text("one two")
         assert len(narrow.upstream.seen) == 2
 
 
