@@ -138,7 +138,11 @@ export interface Headerlike {
 }
 
 /** Milliseconds to wait before a request is sent again (`jitter` 0 to 1); null: not to be sent again. */
-export function retryDelay(response: { status: number; headers: Headerlike }, attempt: number, jitter: number): number | null;
+export function retryDelay(
+  response: { status: number; headers: Headerlike },
+  attempt: number,
+  jitter: number,
+): number | null;
 
 /** Seconds to wait, from retry-after-ms or Retry-After (seconds or a date). */
 export function retryAfter(headers: Headerlike, now?: number): number | null;

@@ -26,7 +26,6 @@ import { SSEParser } from "./sse.js";
 /** @typedef {import("./client.js").ErrorFacts} ErrorFacts */
 /** @typedef {import("./client.js").Headerlike} Headerlike */
 /** @typedef {import("./client.js").SentRequest} SentRequest */
-/** @typedef {import("./client.js").Usage} Usage */
 
 /** A 502 that asking again does not help: the server's key is wrong. */
 const LASTING_CODE = "upstream_auth";
@@ -78,7 +77,8 @@ export function streamChat({
 }) {
   const controller = new AbortController(); // its reason is the error that is thrown
   const leave = () => controller.abort(fault("aborted", "The answer was stopped.", "aborted"));
-  const late = () => controller.abort(fault("client_timeout", "Nothing arrived for too long.", isBegun ? "truncated" : "error"));
+  const late = () =>
+    controller.abort(fault("client_timeout", "Nothing arrived for too long.", isBegun ? "truncated" : "error"));
   const idle = alarm(late);
   const first = alarm(late);
   /** @type {Map<number, string | null>} finish_reason by choice */
@@ -157,7 +157,8 @@ export function streamChat({
       whole = true;
       drain(reader, leave);
     } catch (error) {
-      if (!isWhole() || error instanceof ChatError) throw explained(error);
+      const said = error instanceof ChatError && error !== controller.signal.reason; // by the stream
+      if (said || !isWhole()) throw explained(error);
     } finally {
       endedAt = performance.now();
       idle.clear();
@@ -339,7 +340,7 @@ function readChunk({ event, data }) {
 function streamOf({ headers, body, status }) {
   if (body && /^text\/event-stream\s*(;|$)/i.test(headers.get("content-type") ?? "")) return body;
   body?.cancel().catch(() => {}); // of no interest, and it may never end
-  throw fault("protocol_error", "The server's answer is no event stream.", "error", status);
+  throw fault("protocol_error", "This is no event stream.", "error", status);
 }
 
 /**
@@ -350,9 +351,12 @@ async function refusal(response) {
   const { status, headers } = response;
   const body = await response.json().catch(() => null); // not from us: a gateway's HTML page, or cut
   const { message, code } = Object(body?.error);
-  const error = fault(String(code || `http_${status}`), message || `The server answered with status ${status}.`, "error", status);
-  error.retryAfter = retryAfter(headers);
-  return error;
+  return new ChatError(message || `The server answered with status ${status}.`, {
+    ending: "error",
+    code: String(code || `http_${status}`),
+    status,
+    retryAfter: retryAfter(headers),
+  });
 }
 
 /**
@@ -378,6 +382,7 @@ async function drain(reader, leave) {
 function pause(milliseconds, signal) {
   return new Promise((resolve, reject) => {
     setTimeout(resolve, milliseconds);
+    if (signal.aborted) reject();
     signal.addEventListener("abort", reject); // the signal lives no longer than its request
   });
 }

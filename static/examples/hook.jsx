@@ -21,7 +21,7 @@ export function Chat() {
     <form onSubmit={submit}>
       {messages.map(({ id, role, content, state }) => <p key={id} data-role={role} data-state={state}>{content}</p>)}
       {error && <p role="alert">{error.partial ? "Interrupted: " : ""}{error.message}</p>}
-      {metrics && <p className="figures">{metrics.tokens} tokens, the first after {Math.round(metrics.ttft_ms ?? 0)} ms</p>}
+      {metrics && <p className="figures">{metrics.tokens} tokens in {Math.round(metrics.total_ms)} ms</p>}
       <input aria-label="Message" ref={box} />
       {busy ? <button key="stop" type="button" onClick={stop}>Stop</button> : <button key="send">Send</button>}
       {!busy && messages.length > 0 && <button type="button" onClick={regenerate}>Ask again</button>}

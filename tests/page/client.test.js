@@ -33,7 +33,7 @@ function sse(...parts) {
       start(controller) {
         init.signal?.addEventListener("abort", () => {
           try {
-            controller.error(new DOMException("aborted", "AbortError"));
+            controller.error(init.signal.reason); // as Chromium does, and Node; not every browser
           } catch {
             // it had ended
           }
@@ -299,6 +299,26 @@ test("after finish_reason, a stream that neither ends nor says [DONE] is whole i
   context.mock.timers.tick(3_000);
   assert.equal((await end).done, true);
   assert.ok(calls[0].init.signal.aborted);
+});
+
+test("a stop after the finish, but before [DONE], leaves the answer whole", async () => {
+  const controller = new AbortController();
+  const { fetch } = stub(sse(delta("a", "stop"), "hang"));
+  const seen = [];
+  for await (const { type } of streamChat({ messages, fetch, signal: controller.signal })) {
+    seen.push(type);
+    if (type === "finish") controller.abort();
+  }
+  assert.deepEqual(seen, ["text", "finish"]);
+});
+
+test("a stop in onRetry does not wait for the repetition", async () => {
+  const controller = new AbortController();
+  const began = performance.now();
+  const options = { signal: controller.signal, onRetry: () => controller.abort() };
+  const { error, calls } = await read([refusal(503, "busy", { "retry-after": "5" })], options);
+  assert.deepEqual([error?.ending, calls.length], ["aborted", 1]);
+  assert.ok(performance.now() - began < 4_000);
 });
 
 test("an error ends the request, too; its cause and its listener are not forgotten, nor kept", async () => {
