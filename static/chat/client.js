@@ -78,13 +78,13 @@ export function streamChat({
   const controller = new AbortController(); // its reason is the error that is thrown
   const leave = () => controller.abort(fault("aborted", "The answer was stopped.", "aborted"));
   const late = () =>
-    controller.abort(fault("client_timeout", "Nothing arrived for too long.", isBegun ? "truncated" : "error"));
+    controller.abort(fault("client_timeout", "Nothing arrived for too long.", status === 200 ? "truncated" : "error"));
   const idle = alarm(late);
   const first = alarm(late);
   /** @type {Map<number, string | null>} finish_reason by choice */
   const choices = new Map();
   let isRead = false;
-  let isBegun = false; // there was a response
+  let status = 0; // of the response; 200: the answer has begun
   let isDone = false;
   let tokens = 0; // deltas with something in them: with most models one token each
   let repetitions = 0;
@@ -110,7 +110,7 @@ export function streamChat({
       };
     },
     [Symbol.asyncIterator]() {
-      if (isRead) throw new TypeError("a ChatStream can be read once");
+      if (isRead) throw new TypeError("it was read before");
       isRead = true;
       const deltas = read();
       const end = deltas.return.bind(deltas);
@@ -136,7 +136,6 @@ export function streamChat({
     try {
       if (signal?.aborted) leave();
       const reader = await ask();
-      isBegun = true;
       const parser = new SSEParser();
       while (!isDone) {
         idle.set(isWhole() ? SETTLE : idleTimeout);
@@ -186,12 +185,14 @@ export function streamChat({
       signal.throwIfAborted();
       idle.set(idleTimeout);
       first.set(firstTokenTimeout);
+      status = 0;
       onRequest?.(request);
       // A redirect is an error: a conversation is not forwarded to wherever somebody points.
       const response = await fetch(url, { ...request, signal, mode: "same-origin", redirect: "error" });
+      ({ status } = response);
       answer.requestId = response.headers.get("x-request-id");
       onResponse?.(response);
-      if (response.status === 200) return streamOf(response).getReader();
+      if (status === 200) return streamOf(response).getReader();
       const error = await refusal(response);
       if (error.code === "session_required" && sessionUrl && !renewed) {
         renewed = true;
@@ -243,10 +244,10 @@ export function streamChat({
       controller.signal.reason ??
       (cause instanceof ChatError ? cause
       : cause instanceof RangeError ? fault("bad_event", cause.message)
-      : isBegun ? fault("connection_lost", "The connection broke.", "truncated")
+      : status === 200 ? fault("connection_lost", "The connection broke.", "truncated")
       : fault("network_error", "The server could not be reached."));
     if (error !== cause) error.cause = cause;
-    return Object.assign(error, { partial: answer.text, requestId: answer.requestId });
+    return Object.assign(error, { partial: answer.text, requestId: answer.requestId, status });
   }
 }
 
@@ -254,10 +255,9 @@ export function streamChat({
  * @param {string} code
  * @param {string} message
  * @param {BadEnding} [ending]
- * @param {number} [status]
  */
-function fault(code, message, ending = "error", status = 0) {
-  return new ChatError(message, { code, ending, status });
+function fault(code, message, ending = "error") {
+  return new ChatError(message, { code, ending });
 }
 
 /** @param {unknown} value @returns {any[]} */
@@ -330,17 +330,17 @@ function readChunk({ event, data }) {
   if (!error) return chunk;
   const message = isText(error) ? error : error.message;
   const code = String(error.code ?? error.type ?? "stream_error");
-  throw fault(code, message || "The answer ended with an error.", "error", 200);
+  throw fault(code, message || "The answer ended with an error.");
 }
 
 /**
  * @param {Response} response with status 200
  * @throws {ChatError} when it is no event stream
  */
-function streamOf({ headers, body, status }) {
+function streamOf({ headers, body }) {
   if (body && /^text\/event-stream\s*(;|$)/i.test(headers.get("content-type") ?? "")) return body;
   body?.cancel().catch(() => {}); // of no interest, and it may never end
-  throw fault("protocol_error", "This is no event stream.", "error", status);
+  throw fault("protocol_error", "This is no event stream.");
 }
 
 /**

@@ -1,8 +1,8 @@
 // The AI SDK's useChat without a backend of its own: the agent runs in the browser and asks chat-proxy.
 // maxRetries: 0, because the SDK asks again after any 429, whatever Retry-After says; the server has tried already.
 // npm install ai @ai-sdk/react @ai-sdk/openai-compatible zod react react-dom.
-// Runs under the policy that chat-proxy sends with its own pages; only, zod would try whether it may make functions from
-// text, and the browser would report that: hence jitless.
+// Runs under the policy that chat-proxy sends with its own pages. Only, zod would try whether it may make functions
+// from text, and the browser would report that: hence jitless.
 
 import "./setup/jitless.js";
 

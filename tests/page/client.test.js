@@ -117,6 +117,7 @@ for (const [label, parts, text, ending, code] of ENDINGS) {
     assert.equal(error?.ending ?? "complete", ending);
     if (error) {
       assert.equal(error.code, code);
+      assert.equal(error.status, 200);
       assert.equal(error.partial, text);
     }
     assert.equal(calls.length, 1, "an answer that has begun is not asked for again");
@@ -395,6 +396,12 @@ for (const [label, reply] of [
     assert.equal(error?.ending, "error");
   });
 }
+
+test("without a response there is no status, whatever was answered before", async () => {
+  const down = () => Promise.reject(new TypeError("Failed to fetch"));
+  const { error } = await read([refusal(503, "busy", { "retry-after-ms": "5", "x-request-id": "r1" }), down]);
+  assert.deepEqual([error?.code, error?.ending, error?.status], ["network_error", "error", 0]);
+});
 
 /** [label, status, headers, attempt, jitter, milliseconds or null] */
 const DELAYS = [
