@@ -107,8 +107,9 @@ export function showAccount(elements, { session, limits }, now) {
 /** @param {Limit} limit */
 function short(limit) {
   const { what, window } = limitWords(limit.name);
-  const words = `${limit.remaining.toLocaleString("en")} of ${limit.limit.toLocaleString("en")} ${what} left`;
-  return make("span", {}, words, make("span", { class: "wide" }, window ? ` this ${window}` : ""));
+  const count = `${limit.remaining.toLocaleString("en")} of ${limit.limit.toLocaleString("en")} `;
+  const wide = (/** @type {string} */ words) => make("span", { class: "wide" }, words);
+  return make("span", {}, count, wide(`${what} `), "left", wide(window ? ` this ${window}` : ""));
 }
 
 /**

@@ -259,7 +259,18 @@ function quote(source, at, { open, depth }) {
   }
   const more = open && end === source.length;
   const nodes = blocks(inner, { open: more, depth: depth + 1 }).flatMap((block) => block.nodes);
-  return { end, nodes: [element("blockquote", { dir: "auto" }, nodes)] };
+  return { end, nodes: [element("blockquote", { dir: "auto" }, directing(nodes))] };
+}
+
+/**
+ * An element with a direction of its own is not looked at when that of its parent is found (HTML, `dir=auto`).
+ * @param {VNode[]} nodes
+ * @returns {VNode[]} the same; the first one has the direction of what it stands in, and so decides about it
+ */
+function directing(nodes) {
+  const [first, ...rest] = nodes;
+  if (typeof first !== "object" || first.tag !== "p") return nodes;
+  return [element("p", {}, first.children), ...rest];
 }
 
 /**

@@ -1,11 +1,11 @@
 // @ts-check
 /**
  * The page: what happens when. What it looks like is in index.html and style.css, one question and its answer in
- * turn.js, the way to the server in chat/client.js.
+ * turn.js, the message box in composer.js, the way to the server in chat/client.js.
  *
  * Rules of this file:
  * 1. One answer at a time. `live` is its request; everything that ends it goes through its AbortController.
- * 2. The conversation is the turns on the screen, and is nowhere else: a reload forgets it, the session stays.
+ * 2. The conversation is the turns on the screen. A reload forgets it, unless its owner has switched on kept.js.
  * 3. What broke before its first word is not sent along again: a message refused once would be refused for ever.
  * 4. A question that needs a login first is not lost: it waits in the message box, and the door stands before that.
  * 5. Who signs out leaves nothing on the screen, in no tab; nor does one user for the next.
@@ -14,8 +14,12 @@
 import { fetchAccount, needsLogin, showAccount, signOut } from "./account.js";
 import { adviceFor } from "./advice.js";
 import { streamChat } from "./chat/client.js";
+import { textOf } from "./chat/deltas.js";
+import { Composer } from "./composer.js";
 import { byId, copy, make } from "./dom.js";
 import { duration, plural } from "./figures.js";
+import { Follower } from "./follow.js";
+import * as kept from "./kept.js";
 import { Door, keepDraft, takeDraft, wayOut } from "./login.js";
 import { Turn } from "./turn.js";
 import { Wire } from "./wire.js";
@@ -26,18 +30,14 @@ import { Wire } from "./wire.js";
 /** @typedef {import("./chat/client.js").ChatError} ChatError */
 /** @typedef {import("./chat/client.js").Message} Message */
 
-/** Pixels from the end within which a reader counts as reading the end. */
-const AT_END = 40;
-
 const scroller = byId("scroller", HTMLElement);
 const welcome = byId("welcome", HTMLElement);
 const turnList = byId("turns", HTMLElement);
-const composer = byId("composer", HTMLFormElement);
-const message = byId("message", HTMLTextAreaElement);
-const send = byId("send", HTMLButtonElement);
 const status = byId("status", HTMLElement);
 const notice = byId("notice", HTMLElement);
 const latest = byId("latest", HTMLButtonElement);
+const keep = byId("keep", HTMLInputElement);
+const card = byId("account", HTMLDetailsElement);
 const model = byId("model", HTMLSelectElement);
 const signOutButton = byId("sign-out", HTMLButtonElement);
 const wire = new Wire({
@@ -46,35 +46,88 @@ const wire = new Wire({
   close: byId("wire-close", HTMLButtonElement),
   body: byId("wire-body", HTMLElement),
 });
-const door = new Door(byId("door", HTMLElement), { onEnter: entered, onLeave: () => keepDraft(message.value, user) });
+const door = new Door(byId("door", HTMLElement), { onEnter: entered, onLeave: () => keepDraft(composer.text, user) });
+const composer = new Composer(
+  {
+    form: byId("composer", HTMLFormElement),
+    message: byId("message", HTMLTextAreaElement),
+    send: byId("send", HTMLButtonElement),
+    editing: byId("editing", HTMLElement),
+    cancel: byId("edit-cancel", HTMLButtonElement),
+  },
+  { onAsk: askOrEdit, onStop: stop, onEditEnd: editEnded },
+);
+const follower = new Follower(scroller, latest);
 const tabs = new BroadcastChannel("chat-proxy signed out");
 
 /** @type {Turn[]} */
 const turns = [];
 /** @type {AbortController | null} the request under way */
 let live = null;
-let following = true; // the reader is at the end, and stays there
 /** @type {Account | null} as the server told it last */
 let account = null;
 let told = 0; // how often the account was asked for or set: only the latest answer counts
 let user = ""; // the last one with a name who was signed in here
 let staysOut = false; // signed out by hand, where asking would sign in again
+let owner = ""; // whose kept conversation was looked for last
 
 // ---- asking
 
 /** @param {string} question */
 function ask(question) {
-  const turn = new Turn(question, { onRetry: askAgain, onShown: shown });
+  void run(addTurn(question));
+}
+
+/**
+ * @param {string} question
+ * @returns {Turn} on the screen
+ */
+function addTurn(question) {
+  const turn = new Turn(question, { onRetry: askAgain, onEdit: edit, onShown: shown });
   turns.push(turn);
   welcome.hidden = true;
   turnList.append(turn.element);
-  following = true;
-  void run(turn);
+  follower.toEnd();
+  return turn;
+}
+
+/**
+ * @param {string} question
+ * @param {boolean} edited it takes the place of the last one
+ */
+function askOrEdit(question, edited) {
+  const last = turns.at(-1);
+  if (edited && last) remove(last);
+  ask(question);
+}
+
+/** @param {Turn} turn the last one, whose question is to be put differently */
+function edit(turn) {
+  if (live || door.isOpen) return;
+  composer.edit(turn.question);
+  turnList.classList.add("editing");
+  composer.focus();
+  say("Editing. Esc cancels.");
+}
+
+function editEnded() {
+  turnList.classList.remove("editing");
+  say("");
+  toMessage();
+}
+
+/** @param {Turn} turn */
+function remove(turn) {
+  turns.splice(turns.indexOf(turn), 1);
+  turn.dispose();
+  turnList.classList.remove("editing");
+  welcome.hidden = turns.length > 0;
 }
 
 /** @param {Turn} turn */
 function askAgain(turn) {
   if (live) return;
+  if (composer.isEditing) stopEditing();
   toMessage(); // its button goes away
   if (!door.isOpen) void run(turn);
 }
@@ -85,6 +138,7 @@ async function run(turn) {
   const controller = new AbortController();
   setLive(controller);
   turn.begin(performance.now());
+  keepTurns();
   say("Waiting for the first word…");
   shown();
   const answer = streamChat({
@@ -97,10 +151,11 @@ async function run(turn) {
     onRetry: ({ delay }) => say(`Busy. Asking again in ${duration(delay / 1000)}.`),
   });
   try {
-    for await (const delta of answer) {
-      if (delta.type !== "text") continue;
-      if (turn.text === "") say("Answering…");
-      turn.add(delta.text, performance.now());
+    let first = true;
+    for await (const text of textOf(answer)) {
+      if (first) say("Answering…");
+      first = false;
+      turn.add(text, performance.now());
     }
     const { tokens } = answer.metrics;
     turn.complete({ finishReason: answer.finishReason, tokens, now: performance.now() });
@@ -114,6 +169,7 @@ async function run(turn) {
   }
   if (live !== controller) return;
   setLive(null);
+  keepTurns();
   wire.show();
   if (!door.isOpen) void refresh();
 }
@@ -133,10 +189,8 @@ async function isShutOut({ status, code }) {
 
 /** @param {Turn} turn whose question goes back to where it was written */
 function takeBack(turn) {
-  turns.splice(turns.indexOf(turn), 1);
-  turn.dispose();
-  welcome.hidden = turns.length > 0;
-  message.value = [turn.question, message.value.trim()].filter(Boolean).join("\n\n");
+  remove(turn);
+  composer.putBack(turn.question);
   say("Your question is kept.");
 }
 
@@ -144,8 +198,7 @@ function takeBack(turn) {
 function setLive(controller) {
   live = controller;
   document.body.classList.toggle("busy", live !== null);
-  send.setAttribute("aria-label", live ? "Stop" : "Send");
-  send.title = live ? "Stop (Esc)" : "Send (Enter)";
+  composer.setBusy(live !== null);
 }
 
 /**
@@ -181,15 +234,48 @@ function history(turn) {
   ];
 }
 
+function stopEditing() {
+  composer.endEdit();
+  turnList.classList.remove("editing");
+}
+
 function startAnew() {
   stop();
   setLive(null);
-  for (const turn of turns.splice(0)) turn.dispose();
-  welcome.hidden = false;
-  latest.hidden = true;
-  following = true;
+  stopEditing();
+  for (const turn of [...turns]) remove(turn);
+  follower.reset();
+  keepTurns();
   say("New conversation.");
   toMessage();
+}
+
+// ---- the conversation, kept in this browser for who wants that
+
+/** Writes down what is on the screen, where that is switched on. */
+function keepTurns() {
+  const now = turns.map(({ question, text, whole }) => ({ question, text, whole }));
+  if (!kept.save(owner, now)) say("This conversation is too long to be kept in this browser.");
+}
+
+/** @param {SessionFacts} session of somebody who may chat */
+function findKept(session) {
+  const mine = kept.ownerOf(session);
+  const found = kept.load(mine);
+  keep.checked = found !== null;
+  if (mine === owner) return; // it was found before, and what is on the screen is newer
+  owner = mine;
+  if (turns.length > 0) return;
+  for (const { question, ...answer } of found ?? []) addTurn(question).restore(answer);
+}
+
+function switchKeeping() {
+  if (!keep.checked) kept.switchOff(owner);
+  else if (kept.switchOn(owner, [])) keepTurns();
+  else {
+    keep.checked = false;
+    say("This browser keeps nothing for this site.");
+  }
 }
 
 // ---- the account
@@ -233,7 +319,7 @@ function accept(found, situation = account && !needsLogin(account.session) ? "en
   }
   account = found;
   const elements = {
-    card: byId("account", HTMLDetailsElement),
+    card,
     tightest: byId("tightest", HTMLElement),
     list: byId("limits", HTMLElement),
     state: byId("session-state", HTMLElement),
@@ -266,24 +352,25 @@ function showDoor(session, situation) {
   const moves = away !== door.isOpen;
   if (away) {
     door.open(session.mode, situation);
+    kept.forgetNameless();
   } else {
     door.close();
-    message.value ||= takeDraft(session.user ?? "");
+    composer.fill(() => takeDraft(session.user ?? ""));
+    findKept(session);
   }
-  composer.hidden = send.disabled = away;
+  composer.lock(away);
   document.body.classList.toggle("locked", away);
   const skip = byId("skip", HTMLAnchorElement);
   skip.href = away ? "#door" : "#message";
   skip.textContent = away ? "Skip to the sign-in" : "Skip to the message box";
   if (moves) toMessage();
-  grow(); // it could not while it was hidden
 }
 
 /** @param {Account} found after a password was right */
 function entered(found) {
   accept(found);
   say("Signed in.");
-  message.focus();
+  composer.focus();
 }
 
 async function leave() {
@@ -308,7 +395,8 @@ async function leave() {
 function signedOut() {
   if (!account) return;
   forget();
-  byId("account", HTMLDetailsElement).open = false;
+  kept.switchOff(owner);
+  card.open = false;
   accept(nobody(), "left");
   staysOut = account.session.mode === "header";
   say("");
@@ -316,10 +404,10 @@ function signedOut() {
 
 /** Nothing stays, not even what was not asked yet: the next reader may be somebody else. */
 function forget() {
-  message.value = "";
   takeDraft("");
   wire.sent(null);
   startAnew();
+  composer.clear();
 }
 
 /**
@@ -341,10 +429,9 @@ function say(text) {
   status.textContent = text;
 }
 
-/** Something has grown: stay at the end, or offer the way there. */
+/** Something has grown. */
 function shown() {
-  if (following) scroller.scrollTop = scroller.scrollHeight;
-  latest.hidden = following;
+  follower.grown();
   wire.show();
 }
 
@@ -352,43 +439,9 @@ function shown() {
 function toMessage() {
   const typing = matchMedia("(hover: hover)").matches;
   if (door.isOpen) door.focus({ typing });
-  else if (typing) message.focus();
+  else if (typing) composer.focus();
   else if (navigator.userActivation?.hasBeenActive) scroller.focus({ preventScroll: true });
 }
-
-function submit() {
-  const question = message.value.trim();
-  if (question === "" || live || send.disabled) return;
-  message.value = "";
-  grow();
-  ask(question);
-}
-
-/** Where the browser does not do it by itself (field-sizing), the box grows with its text. */
-function grow() {
-  if (CSS.supports("field-sizing", "content")) return;
-  message.style.height = "auto";
-  message.style.height = `${message.scrollHeight}px`;
-}
-
-composer.addEventListener("submit", (event) => {
-  event.preventDefault();
-  if (live) stop();
-  else submit();
-});
-
-send.addEventListener("click", (event) => {
-  if (live && event.detail > 1) event.preventDefault(); // the second half of a double click on Send
-});
-
-message.addEventListener("keydown", (event) => {
-  const composing = event.isComposing || event.keyCode === 229; // Enter that ends an input method's word
-  if (event.key !== "Enter" || event.shiftKey || composing) return;
-  event.preventDefault();
-  submit();
-});
-
-message.addEventListener("input", grow);
 
 /** @param {HTMLButtonElement} button one that copies @returns {string} what it copies */
 function textOf(button) {
@@ -398,15 +451,17 @@ function textOf(button) {
 
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || event.isComposing) return;
-  const account = byId("account", HTMLDetailsElement);
-  if (account.open) account.open = false;
-  else stop();
+  if (card.open) card.open = false;
+  else if (live) stop();
+  else if (composer.isEditing) {
+    stopEditing();
+    editEnded();
+  }
 });
 
 document.addEventListener("click", (event) => {
   const target = /** @type {Element} */ (event.target);
-  const account = byId("account", HTMLDetailsElement);
-  if (account.open && !account.contains(target)) account.open = false;
+  if (card.open && !card.contains(target)) card.open = false;
   const button = target.closest("button");
   if (!button) return;
   if (button.dataset.prompt && !live) {
@@ -417,21 +472,20 @@ document.addEventListener("click", (event) => {
   }
 });
 
-scroller.addEventListener("scroll", () => {
-  following = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight <= AT_END;
-  latest.hidden = following;
-}, { passive: true });
-
-latest.addEventListener("click", () => {
-  following = true;
-  shown();
-  toMessage();
-});
-
+latest.addEventListener("click", toMessage);
 byId("fresh", HTMLButtonElement).addEventListener("click", startAnew);
+keep.addEventListener("change", switchKeeping);
+addEventListener("pagehide", keepTurns); // with what has arrived of an answer
 
 signOutButton.addEventListener("click", () => void leave());
 tabs.addEventListener("message", signedOut);
+
+addEventListener("offline", () => say("You are offline."));
+addEventListener("online", () => {
+  if (live) return;
+  say("You are online again.");
+  void refresh();
+});
 
 document.addEventListener("visibilitychange", () => {
   if (document.visibilityState === "visible" && !live && !staysOut) void refresh();

@@ -6,7 +6,8 @@
  * 1. It shows; what happens is decided in page.js. No request, no state of the conversation but its own text.
  * 2. Text that arrives is shown at once when it is the first, then in batches: a frame that nobody sees costs the same.
  * 3. A broken answer carries its mark as long as it stands.
- * 4. Screen readers: the growing answer is aria-busy and no live region; errors are an alert, without the countdown.
+ * 4. What was answered before stays until the first word of another try: a refused retry takes nothing away.
+ * 5. Screen readers: the growing answer is aria-busy and no live region; errors are an alert, without the countdown.
  */
 
 import { adviceFor } from "./advice.js";
@@ -26,6 +27,8 @@ const FIGURES = 250;
 export class Turn {
   /** What stands here of the answer. */
   text = "";
+  /** Whether that is all of it. */
+  whole = false;
   #pending = "";
   /** @type {ReturnType<typeof setTimeout> | undefined} */
   #timer;
@@ -40,9 +43,10 @@ export class Turn {
 
   /**
    * @param {string} question
-   * @param {{onRetry: (turn: Turn) => void, onShown: () => void}} handlers `onShown`: something has grown
+   * @param {{onRetry: (turn: Turn) => void, onEdit: (turn: Turn) => void, onShown: () => void}} handlers `onShown`:
+   *   something has grown
    */
-  constructor(question, { onRetry, onShown }) {
+  constructor(question, { onRetry, onEdit, onShown }) {
     this.question = question;
     this.#onShown = onShown;
     this.body = make("div", { class: "md" });
@@ -52,7 +56,9 @@ export class Turn {
     this.retry = make("button", { type: "button", class: "plain" }, "Retry");
     this.retry.addEventListener("click", () => onRetry(this));
     this.copy = make("button", { type: "button", class: "plain", "data-copy": "answer" }, "Copy");
-    this.actions = make("div", { class: "actions" }, this.figures, this.copy, this.retry);
+    this.edit = make("button", { type: "button", class: "plain edit", "aria-label": "Edit question" }, "Edit");
+    this.edit.addEventListener("click", () => onEdit(this));
+    this.actions = make("div", { class: "actions" }, this.figures, make("div", {}, this.copy, this.retry));
     this.answer = make(
       "div",
       { class: "answer" },
@@ -66,27 +72,47 @@ export class Turn {
       "article",
       { class: "turn" },
       make("h2", { class: "sr" }, "You"),
-      make("p", { class: "question", dir: "auto" }, question),
+      make("div", { class: "asked" }, make("p", { class: "question", dir: "auto" }, question), this.edit),
       this.answer,
     );
+    this.view = new MarkdownView(this.body);
     this.begin(performance.now());
+  }
+
+  /**
+   * An answer of before, as it was kept.
+   * @param {{text: string, whole: boolean}} answer
+   */
+  restore({ text, whole }) {
+    this.text = text;
+    this.whole = whole;
+    this.view.append(text);
+    this.#end();
+    this.#settle();
+    if (!whole) this.#showMark(text === "" ? "Not answered." : "This is a part of the answer.");
+    this.#onShown();
   }
 
   /** @param {number} now milliseconds: the question goes out, perhaps again */
   begin(now) {
     clearInterval(this.#countdown);
-    this.text = this.#pending = "";
     this.#startedAt = now;
     this.#firstAt = this.#lastAt = this.#tokens = this.#figuresAt = 0;
-    this.body.replaceChildren();
-    this.view = new MarkdownView(this.body);
     this.answer.setAttribute("aria-busy", "true");
     this.answer.dataset.state = "waiting";
-    this.mark.hidden = true;
     this.problem.hidden = true;
     this.problem.replaceChildren();
     this.figures.replaceChildren();
-    this.copy.hidden = this.retry.hidden = true;
+    this.copy.hidden = this.retry.hidden = this.edit.hidden = true;
+  }
+
+  /** Nothing of an earlier try is left. */
+  #clear() {
+    this.text = "";
+    this.whole = false;
+    this.body.replaceChildren();
+    this.view = new MarkdownView(this.body);
+    this.mark.hidden = true;
   }
 
   /**
@@ -94,6 +120,7 @@ export class Turn {
    * @param {number} now
    */
   add(text, now) {
+    if (this.#firstAt === 0) this.#clear();
     this.text += text;
     this.#pending += text;
     this.#tokens += 1;
@@ -118,7 +145,7 @@ export class Turn {
   #flush() {
     if (this.#pending === "") return;
     const began = performance.now();
-    this.view?.append(this.#pending);
+    this.view.append(this.#pending);
     this.#pending = "";
     if (began - this.#figuresAt >= FIGURES) {
       this.#figuresAt = began;
@@ -133,37 +160,42 @@ export class Turn {
   #end() {
     clearTimeout(this.#timer);
     this.#timer = undefined;
-    if (this.#pending !== "") this.view?.append(this.#pending);
+    if (this.#pending !== "") this.view.append(this.#pending);
     this.#pending = "";
-    this.view?.finish();
+    this.view.finish();
     this.answer.removeAttribute("aria-busy");
     this.copy.hidden = this.text === "";
+    this.retry.hidden = this.edit.hidden = false;
+  }
+
+  /** What stands here now is how it stays. */
+  #settle() {
+    this.answer.dataset.state = this.whole ? "complete" : "stopped";
+    this.#name(this.whole ? "Regenerate" : "Ask again");
   }
 
   /**
    * @param {{finishReason: string | null, tokens: number, now: number}} facts
    */
   complete({ finishReason, tokens, now }) {
+    if (this.#firstAt === 0) this.#clear();
+    this.whole = true;
     this.#end();
-    this.answer.dataset.state = "complete";
-    this.#tokens = tokens;
+    this.#settle();
     this.#showFigures(now, tokens);
     if (finishReason === "length") this.#showMark("Ended at the length limit: ask it to go on for the rest.");
     else if (finishReason === "content_filter") this.#showMark("Ended by the model's content filter.");
     else if (this.text === "") this.#showMark("The model answered with nothing.");
-    this.retry.hidden = this.text !== "";
-    this.#name("Retry");
     this.#onShown();
   }
 
   /** @param {number} now */
   stopped(now) {
     this.#end();
-    this.answer.dataset.state = "stopped";
-    this.#showMark(this.text === "" ? "Stopped before the first word." : "Stopped: this is a part of the answer.");
+    this.#settle();
+    if (this.text === "") this.#showMark("Stopped before the first word.");
+    else if (this.#firstAt !== 0) this.#showMark("Stopped: this is a part of the answer.");
     this.#showFigures(now, this.#tokens);
-    this.retry.hidden = false;
-    this.#name("Ask again");
     this.#onShown();
   }
 
@@ -175,12 +207,8 @@ export class Turn {
     this.#end();
     const advice = adviceFor(error);
     this.answer.dataset.state = "failed";
-    if (this.text !== "") {
-      this.#showMark("Interrupted: this is only a part of the answer.");
-      this.#showFigures(now, this.#tokens);
-    } else {
-      this.figures.replaceChildren();
-    }
+    if (this.#firstAt !== 0) this.#showMark("Interrupted: this is only a part of the answer.");
+    this.#showFigures(now, this.#tokens);
     this.problem.hidden = false;
     this.problem.dataset.tone = advice.retry ? "passing" : "lasting";
     const alert = make("div", { role: "alert" });
@@ -198,6 +226,7 @@ export class Turn {
     this.retry.textContent = label;
     this.retry.disabled = false;
     this.retry.classList.toggle("first", label === "Retry");
+    this.retry.classList.toggle("again", label === "Regenerate");
   }
 
   /** @param {string} text */
@@ -218,7 +247,7 @@ export class Turn {
     const speed = rate(tokens, this.#lastAt - this.#firstAt);
     const parts = [
       figure("first token", elapsed(this.#firstAt - this.#startedAt), "ttft"),
-      ...(speed === null ? [] : [figure("", `${speed < 10 ? speed.toFixed(1) : Math.round(speed)} tokens/s`, "rate")]),
+      ...(speed === null ? [] : [figure("", `${speedWords(speed)} tokens/s`, "rate")]),
       figure("", plural(tokens, "token"), "tokens"),
       figure("", elapsed(now - this.#startedAt), "total"),
     ];
@@ -231,6 +260,11 @@ export class Turn {
     clearInterval(this.#countdown);
     this.element.remove();
   }
+}
+
+/** @param {number} speed */
+function speedWords(speed) {
+  return speed < 10 ? speed.toFixed(1) : Math.round(speed).toLocaleString("en");
 }
 
 /**

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
@@ -44,6 +45,18 @@ class Visit:
     staged: set[int] = field(default_factory=set)
     """Statuses that this test provokes: the browser itself reports them on the console."""
 
+    @classmethod
+    @contextmanager
+    def of(cls, context: BrowserContext, url: str) -> Iterator[Visit]:
+        """A page of the context, open and watched; at the end it must have seen no fault."""
+        visit = cls(context.new_page(), url)
+        visit.watch()
+        visit.open()
+        yield visit
+        if not visit.page.is_closed():
+            visit.page.unroute_all(behavior="ignoreErrors")
+        assert visit.faults == []
+
     def watch(self) -> None:
         self.page.add_init_script(REPORT_VIOLATIONS)
         self.page.on("console", lambda said: self.heard(said.type, said.text))
@@ -60,6 +73,10 @@ class Visit:
     def sent(self, request: Request) -> None:
         if not request.url.startswith(f"{self.url}/"):
             self.faults.append(f"request: {request.url}")
+
+    def forgive(self, part: str) -> None:
+        """What a test has provoked is no fault."""
+        self.faults = [fault for fault in self.faults if part not in fault]
 
     def open(self) -> None:
         self.page.goto(self.url)

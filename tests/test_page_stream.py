@@ -1,0 +1,303 @@
+"""Answers on the page as they come over the real server, from an upstream on which everything is staged.
+
+The demo model, with which test_page.py works, ends its answers by itself; this one does as each question says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import Visit
+from harness import DONE, Peer, Running, ScriptedUpstream, Seen, delta, eventually, finish, running
+from playwright.sync_api import BrowserContext, Request, expect
+from stage import Act, always
+
+ROOT = Path(__file__).resolve().parent.parent
+HOSTILE: list[str] = json.loads((ROOT / "tests/page/hostile.json").read_text())
+TOKENS = 10_000
+ROUNDS = 100  # writes in which so many tokens come
+
+
+# ---- what the upstream does, by question --------------------------------------------------------------------------
+
+
+async def before_the_headers(peer: Peer) -> None:
+    await peer.gone()
+
+
+async def before_the_first_token(peer: Peer) -> None:
+    await peer.head()
+    await peer.chunk(delta(""))
+    await peer.gone()
+
+
+async def in_a_stall(peer: Peer) -> None:
+    await peer.head()
+    await peer.chunk(delta("Three ") + delta("words ") + delta("came."))
+    await peer.gone()
+
+
+async def while_it_streams(peer: Peer) -> None:
+    await peer.head()
+    gone = asyncio.create_task(peer.gone())
+    while not gone.done():
+        await peer.chunk(delta("word "))
+        await asyncio.sleep(0.005)
+
+
+async def echo(peer: Peer) -> None:
+    """Slowly enough that two of them are under way at one time."""
+    messages = question_of(peer)["messages"]
+    await peer.head()
+    for message in messages:
+        await peer.chunk(delta(f"{message['content']} "))
+        await asyncio.sleep(0.2)
+    await peer.chunk(finish() + DONE)
+    await peer.end()
+
+
+async def hostile(peer: Peer) -> None:
+    """The corpus in pieces of three characters, each an event of its own, as tokens come."""
+    text = "\n\n".join(HOSTILE)
+    await peer.sse(*(delta(text[at : at + 3]) for at in range(0, len(text), 3)), finish() + DONE)
+
+
+async def ten_thousand(peer: Peer) -> None:
+    await peer.head()
+    tokens = [*long_answer()]
+    for at in range(0, TOKENS, TOKENS // ROUNDS):
+        await peer.chunk(b"".join(map(delta, tokens[at : at + TOKENS // ROUNDS])))
+        await asyncio.sleep(0.02)
+    await peer.chunk(finish() + DONE)
+    await peer.end()
+
+
+def long_answer() -> Iterator[str]:
+    """TOKENS words: paragraphs, a list, code and a table, in turn, each longer than any screen."""
+    kinds = ["{}", "- **{}**", "    {}", "| {}"]
+    for number in range(TOKENS):
+        kind, place = divmod(number, TOKENS // 4)
+        if place == 0:
+            opening = ["", "\n\n", "\n\n```\n", "\n```\n\n| head |\n|---|\n"][kind]
+        else:
+            opening = " " if place % 12 else "\n\n" if kind == 0 else "\n"
+        yield opening + (kinds[kind].format("word") if place % 12 == 0 else "word")
+
+
+async def busy_once(peer: Peer) -> None:
+    """The wait is longer than the page's client honours by itself, so it is for the reader to decide."""
+    asked_before = [seen for seen in peer.upstream.seen[:-1] if b"busy once" in seen.body]
+    if asked_before:
+        await peer.sse(delta("better now"), finish(), DONE)
+    else:
+        await peer.whole(b'{"error": {"message": "busy"}}', "429 Busy", "application/json", "retry-after: 30")
+
+
+PHASES: dict[str, Act] = {
+    "before the headers": before_the_headers,
+    "before the first token": before_the_first_token,
+    "while it streams": while_it_streams,
+    "in a stall": in_a_stall,
+}
+ACTS: dict[str, Act] = {**PHASES, "hostile": hostile, "ten thousand": ten_thousand, "busy once": busy_once}
+
+
+def question_of(peer: Peer) -> dict[str, Any]:
+    assert peer.seen is not None
+    asked: dict[str, Any] = peer.seen.json
+    return asked
+
+
+async def act(peer: Peer) -> None:
+    await ACTS.get(question_of(peer)["messages"][-1]["content"], echo)(peer)
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[ScriptedUpstream]:
+    with ScriptedUpstream(always(act)) as upstream:
+        yield upstream
+
+
+@pytest.fixture(scope="module")
+def proxy(upstream: ScriptedUpstream) -> Iterator[Running]:
+    with running(upstream.base_url, UPSTREAM_RETRIES="0", POLICY_MAX_OUTPUT_TOKENS="100000") as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def visit(context: BrowserContext, proxy: Running) -> Iterator[Visit]:
+    with Visit.of(context, proxy.url) as visit:
+        yield visit
+
+
+def ask(visit: Visit, question: str) -> None:
+    visit.message.fill(question)
+    visit.message.press("Enter")
+
+
+def asked(upstream: ScriptedUpstream, visit: Visit, question: str) -> Seen:
+    """The request, as it has reached the upstream."""
+    before = len(upstream.seen)
+    ask(visit, question)
+    return eventually(lambda: upstream.seen[before:])[0]
+
+
+# ---- an answer that is not wanted any more ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_stop_in_each_phase(visit: Visit, upstream: ScriptedUpstream, phase: str) -> None:
+    """Stop ends the call at the upstream, keeps what has come, says so, and leaves the page ready for the next one."""
+    call = asked(upstream, visit, phase)
+    if phase in ("before the headers", "before the first token"):
+        visit.expect_state("waiting")
+    else:
+        expect(visit.text).to_contain_text("word ")
+    visit.page.get_by_role("button", name="Stop").click()
+    visit.expect_state("stopped")
+    eventually(lambda: call.closed)
+    expect(visit.page.get_by_role("status")).to_have_text("Stopped.")
+    expect(visit.answer.locator(".mark")).to_have_text(re.compile("^Stopped"))
+    if phase == "in a stall":
+        expect(visit.text).to_have_text("Three words came.")
+    expect(visit.page.get_by_role("button", name="Send")).to_be_visible()
+    ask(visit, "next")
+    visit.expect_state("complete")
+    expect(visit.text).to_contain_text("next")
+
+
+@pytest.mark.parametrize("way", ["reload", "close"])
+def test_leaving_in_mid_stream_ends_the_call(visit: Visit, upstream: ScriptedUpstream, way: str) -> None:
+    """Who reloads the page or closes its tab pays for no further token, and a reload starts with an empty page."""
+    call = asked(upstream, visit, "while it streams")
+    expect(visit.text).to_contain_text("word ")
+    if way == "close":
+        visit.page.close()
+    else:
+        visit.page.reload()
+        expect(visit.page.locator(".turn")).to_have_count(0)
+        expect(visit.message).to_be_focused()
+    eventually(lambda: call.closed)
+
+
+def test_two_tabs_at_once(visit: Visit, context: BrowserContext, proxy: Running) -> None:
+    """Two tabs share the session, and neither the conversation nor the answer that is under way."""
+    with Visit.of(context, proxy.url) as other:
+        for tab, name in ((visit, "first"), (other, "second")):
+            ask(tab, name)
+            tab.expect_state("complete")
+        ask(visit, "while it streams")
+        expect(visit.text).to_contain_text("word ")
+        ask(other, "third")
+        other.expect_state("complete")
+        expect(other.text).to_have_text("second second third")
+        expect(visit.answer).to_have_attribute("data-state", "streaming")
+        visit.page.keyboard.press("Escape")
+        visit.expect_state("stopped")
+        assert len(context.cookies()) == 1
+
+
+# ---- what goes wrong on the way -----------------------------------------------------------------------------------
+
+
+def test_a_refusal_says_what_to_do_and_counts_down(visit: Visit) -> None:
+    """A 429 becomes an alert with advice; Retry waits for Retry-After, is then enabled, and asks again."""
+    visit.staged = {429}
+    visit.page.clock.install()
+    ask(visit, "busy once")
+    visit.expect_state("failed")
+    expect(visit.alert).to_contain_text("Wait for the countdown, then retry.")
+    retry = visit.answer.get_by_role("button", name="Retry")
+    expect(retry).to_be_disabled()
+    expect(retry).to_have_text(re.compile(r"^Retry in \d\d seconds$"))
+    assert "seconds" not in visit.alert.inner_text()  # it would be read out again each second
+    visit.page.clock.fast_forward(31_000)
+    expect(retry).to_have_text("Retry")
+    expect(retry).to_be_enabled()
+    retry.click()
+    visit.expect_state("complete")
+    expect(visit.text).to_have_text("better now")
+    expect(visit.alert).to_have_count(0)
+    expect(visit.page.locator(".turn")).to_have_count(1)
+
+
+def test_offline_and_back(visit: Visit, context: BrowserContext) -> None:
+    """Without a network the page says so and keeps the question; with it again, the question can be asked."""
+    context.set_offline(True)
+    expect(visit.page.get_by_role("status")).to_have_text("You are offline.")
+    ask(visit, "hello")
+    visit.expect_state("failed")
+    expect(visit.alert).to_contain_text("Check your connection, then retry.")
+    context.set_offline(False)
+    expect(visit.page.get_by_role("status")).to_have_text("You are online again.")
+    visit.answer.get_by_role("button", name="Retry").click()
+    visit.expect_state("complete")
+    expect(visit.text).to_have_text("hello")
+    visit.forgive("ERR_INTERNET_DISCONNECTED")
+
+
+# ---- what the model may do to the page ----------------------------------------------------------------------------
+
+
+def test_hostile_output_runs_nothing(visit: Visit) -> None:
+    """A model that was talked into the worst gets nothing run, loaded or styled."""
+    sent: list[Request] = []
+    visit.page.on("request", lambda request: sent.append(request))
+    ask(visit, "hostile")
+    visit.expect_state("complete")
+    expect(visit.text).to_contain_text("<script>window.pwned=1</script>")
+    for link in visit.text.get_by_role("link").all():
+        assert re.match(r"https?://", link.get_attribute("href") or "")
+    foreign = "script, style, link, img, svg, math, iframe, object, embed, base, meta, form, input, template, video"
+    assert visit.text.locator(f"{foreign}, [style], [id], [name]").count() == 0
+    names = visit.text.evaluate(
+        "(it) => [...new Set([...it.querySelectorAll('*')].flatMap((one) => one.getAttributeNames()))]"
+    )
+    assert set(names) <= {
+        *("class", "dir", "href", "rel", "target", "title", "tabindex", "role", "type", "start", "scope"),
+        *("aria-label", "data-copy"),
+    }
+    assert visit.page.evaluate("() => typeof pwned") == "undefined"
+    assert {request.url.removeprefix(visit.url) for request in sent} <= {"/api/chat", "/api/session"}
+
+
+COUNTING = """() => {
+  window.flushes = [];
+  window.longTasks = [];
+  new PerformanceObserver((list) => longTasks.push(...list.getEntries().map((entry) => entry.duration)))
+    .observe({ type: "longtask" });
+  const touched = (record) => 1 + record.addedNodes.length + record.removedNodes.length;
+  const options = { subtree: true, childList: true, characterData: true, attributes: true };
+  new MutationObserver((records) => flushes.push(records.reduce((sum, record) => sum + touched(record), 0)))
+    .observe(document.querySelector("#turns"), options);
+}"""
+
+
+def test_ten_thousand_tokens_stay_smooth(visit: Visit, context: BrowserContext) -> None:
+    """What an update does to the page depends on what is new, not on what is there; and none is felt by the reader."""
+    metrics = context.new_cdp_session(visit.page)
+    metrics.send("Performance.enable", {"timeDomain": "threadTicks"})  # a busy machine does not slow this clock down
+
+    def seconds_of_work() -> float:
+        found = {each["name"]: each["value"] for each in metrics.send("Performance.getMetrics")["metrics"]}
+        return float(found["TaskDuration"])
+
+    visit.page.evaluate(COUNTING)
+    before = seconds_of_work()
+    ask(visit, "ten thousand")
+    visit.page.wait_for_function("() => document.querySelector('.answer')?.dataset.state === 'complete'", polling=250)
+    work = seconds_of_work() - before
+    flushes: list[int] = visit.page.evaluate("() => flushes")
+    long_tasks: list[float] = visit.page.evaluate("() => longTasks")
+    nodes = visit.text.evaluate("(it) => it.querySelectorAll('*').length")
+    assert visit.text.evaluate("(it) => it.textContent.match(/word/g).length") == TOKENS
+    assert len(flushes) <= 100
+    assert sum(flushes) < 4 * nodes  # each node is made once, and its text grows a few times
+    assert work / len(flushes) < 0.025, "an update takes half of the 50 ms until the next one"
+    assert len(long_tasks) <= len(flushes) / 10, long_tasks
