@@ -12,8 +12,11 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 
 import pytest
+from npm import installed
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, Request, expect, sync_playwright
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
@@ -33,6 +36,15 @@ REPORT_VIOLATIONS = """
 addEventListener("securitypolicyviolation", (event) =>
   console.error(`CSP: ${event.effectiveDirective} refused ${event.blockedURI}`));
 """
+
+
+AXE = Path(__file__).with_name("axe")
+
+
+@cache
+def axe() -> str:
+    """The source of axe-core, which knows the rules of accessibility."""
+    return (installed("axe", AXE.iterdir()) / "node_modules/axe-core/axe.min.js").read_text()
 
 
 @dataclass
@@ -55,7 +67,7 @@ class Visit:
         yield visit
         if not visit.page.is_closed():
             visit.page.unroute_all(behavior="ignoreErrors")
-        assert visit.faults == []
+        assert not visit.faults, visit.faults
 
     def watch(self) -> None:
         self.page.add_init_script(REPORT_VIOLATIONS)
@@ -107,6 +119,16 @@ class Visit:
 
     def expect_state(self, state: str) -> None:
         expect(self.answer).to_have_attribute("data-state", state, timeout=PATIENCE * 1000)
+
+    def assert_accessible(self) -> None:
+        """No rule of axe-core is broken by what is shown now, in light and in dark."""
+        if not self.page.evaluate("() => 'axe' in window"):
+            self.page.evaluate(axe())
+        for scheme, rules in {"light": {}, "dark": {"runOnly": ["color-contrast"]}}.items():
+            self.page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+            found = self.page.evaluate("async (rules) => (await axe.run(rules)).violations", rules)
+            broken = [f"{each['help']}: {node['html'][:200]}" for each in found for node in each["nodes"]]
+            assert not broken, f"{scheme}: " + "\n".join(broken)
 
     def stream(self, *contents: str) -> None:
         """From now on the server's answer is this one, with a clean end."""

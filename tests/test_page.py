@@ -480,6 +480,30 @@ def test_an_echo_of_hostile_input_runs_nothing(visit: Visit, echo: str) -> None:
     assert visit.page.evaluate("() => typeof pwned") == "undefined"
 
 
+def test_everybody_can_use_it(visit: Visit) -> None:
+    """No rule of accessibility is broken in any state of the page: contrast, names, roles, headings, focus."""
+    visit.assert_accessible()  # the welcome
+    visit.ask("/silent 60 markdown", "demo-fast")
+    expect(visit.text).to_contain_text("A paragraph")
+    visit.assert_accessible()  # an answer that is under way
+    visit.page.keyboard.press("Escape")
+    visit.ask("markdown", "demo-fast")
+    visit.expect_state("complete")
+    visit.page.locator("#account summary").click()
+    visit.assert_accessible()  # a conversation, and the card with the limits
+    visit.page.keyboard.press("Escape")
+    visit.page.get_by_role("button", name="Edit question").click()
+    visit.assert_accessible()
+    visit.page.keyboard.press("Escape")
+    visit.staged = {502}
+    visit.ask("/error 500", "demo-fast")
+    visit.expect_state("failed")
+    visit.page.get_by_role("button", name="What the browser sees").click()
+    visit.assert_accessible()  # an error, and the panel beside the conversation
+    visit.page.set_viewport_size({"width": 360, "height": 740})
+    visit.assert_accessible()  # the panel over it
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_a_small_screen(browser: Browser, url: str, scheme: str) -> None:
     """At 360 pixels nothing is wider than the screen, and what is wide scrolls inside itself."""

@@ -205,6 +205,7 @@ def test_a_wrong_password_is_told_and_emptied(visit: Visit, proxy: Running) -> N
     expect(password(visit)).to_have_value("")
     expect(name(visit)).to_have_value("alice")
     expect_closed(visit)
+    visit.assert_accessible()
     expect(submit(visit)).to_be_enabled()
     password(visit).fill(PASSWORDS["alice"])
     password(visit).press("Enter")
