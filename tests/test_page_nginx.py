@@ -90,7 +90,7 @@ def test_the_page_from_disk(tmp_path: Path, context: BrowserContext) -> None:
         )  # the browser reports it, and Visit
         visit.forgive("CSP: require-trusted-types-for refused trusted-types-sink")
         visit.forgive("requires 'TrustedHTML' assignment")
-        assert {line["route"].split()[1] for line in proxy.lines()} == {"/api/session", "/api/chat"}
+        eventually(lambda: {line["route"].split()[1] for line in proxy.lines()} == {"/api/session", "/api/chat"})
     assert "GET /page.js HTTP/1.1" in (tmp_path / "access.log").read_text()
 
 

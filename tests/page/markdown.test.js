@@ -160,7 +160,7 @@ for (const source of HOSTILE) {
       for (const node of shown([wrapped]).all) {
         assert.ok(TAGS.has(node.tag), node.tag);
         for (const name of Object.keys(node.attrs)) assert.ok(ATTRS.has(name), name);
-        if ("href" in node.attrs) assert.match(node.attrs.href, /^https?:\/\/[^@]*$/);
+        if ("href" in node.attrs) assert.match(node.attrs.href, /^https?:\/\/[^@/]+\//);
       }
     }
   });
