@@ -59,11 +59,11 @@ class Visit:
 
     @classmethod
     @contextmanager
-    def of(cls, context: BrowserContext, url: str) -> Iterator[Visit]:
-        """A page of the context, open and watched; at the end it must have seen no fault."""
+    def of(cls, context: BrowserContext, url: str, *, until: str = "#account") -> Iterator[Visit]:
+        """A page of the context, watched, and open `until` that is on it; at the end it must have seen no fault."""
         visit = cls(context.new_page(), url)
         visit.watch()
-        visit.open()
+        visit.open(until)
         yield visit
         if not visit.page.is_closed():
             visit.page.unroute_all(behavior="ignoreErrors")
@@ -90,9 +90,9 @@ class Visit:
         """What a test has provoked is no fault."""
         self.faults = [fault for fault in self.faults if part not in fault]
 
-    def open(self) -> None:
+    def open(self, until: str = "#account") -> None:
         self.page.goto(self.url)
-        expect(self.page.locator("#account")).to_be_visible()
+        expect(self.page.locator(until)).to_be_visible()
 
     def ask(self, question: str, model: str = "demo") -> None:
         """By keyboard, as most people do."""

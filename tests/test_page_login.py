@@ -50,14 +50,10 @@ def serving(**settings: str) -> Iterator[Running]:
 @contextmanager
 def watching(context: BrowserContext, proxy: Running) -> Iterator[Visit]:
     """A page of the context, open and watched."""
-    visit = Visit(context.new_page(), proxy.url)
-    visit.watch()
-    visit.page.goto(proxy.url)
-    yield visit
-    visit.page.unroute_all(behavior="ignoreErrors")
-    if visit.page.url.startswith(proxy.url):
-        assert visit.page.evaluate("() => document.cookie") == ""
-    assert visit.faults == []
+    with Visit.of(context, proxy.url, until="main") as visit:
+        yield visit
+        if visit.page.url.startswith(proxy.url):
+            assert visit.page.evaluate("() => document.cookie") == ""
 
 
 @pytest.fixture

@@ -280,6 +280,7 @@ COUNTING = """() => {
 }"""
 
 
+@pytest.mark.quiet
 def test_ten_thousand_tokens_stay_smooth(visit: Visit, context: BrowserContext) -> None:
     """What an update does to the page depends on what is new, not on what is there; and none is felt by the reader."""
     metrics = context.new_cdp_session(visit.page)
