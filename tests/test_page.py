@@ -520,7 +520,7 @@ def test_everybody_can_use_it(visit: Visit) -> None:
 @pytest.mark.parametrize("width", [360, 768, 3840])
 def test_it_fits_each_screen(browser: Browser, url: str, width: int) -> None:
     """From a phone to a wall nothing is wider than the screen, and what is wide scrolls inside itself."""
-    context = browser.new_context(viewport={"width": width, "height": 740}, is_mobile=width < 500)
+    context = browser.new_context(viewport={"width": width, "height": 480}, is_mobile=width < 500)
     with Visit.of(context, url) as visit:
         visit.stream(
             "| a | b | c | d |\n|---|---|---|---|\n| 1 | 2 | 3 | 4 |\n\n", f"```\n{'x' * 300}\n```\n\n", "y" * 300
@@ -529,6 +529,9 @@ def test_it_fits_each_screen(browser: Browser, url: str, width: int) -> None:
         visit.expect_state("complete")
         visit.page.locator("#account summary").click()
         assert visit.page.evaluate("() => document.documentElement.scrollWidth") == width
+        for end in ("#account h2", "#session-state"):  # also where the screen is low
+            visit.page.locator(end).scroll_into_view_if_needed()
+            expect(visit.page.locator(end)).to_be_in_viewport(ratio=1)
         assert visit.page.locator("#scroller").evaluate("(it) => it.scrollWidth - it.clientWidth") == 0
         for part in (visit.text, visit.page.locator("#composer")):
             box = part.bounding_box()
