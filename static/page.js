@@ -444,7 +444,7 @@ function toMessage() {
 }
 
 /** @param {HTMLButtonElement} button one that copies @returns {string} what it copies */
-function textOf(button) {
+function textToCopy(button) {
   if (button.dataset.copy === "code") return button.closest("figure")?.querySelector("code")?.textContent ?? "";
   return turns.find((turn) => turn.copy === button)?.text ?? "";
 }
@@ -468,7 +468,7 @@ document.addEventListener("click", (event) => {
     ask(button.dataset.prompt);
     toMessage();
   } else if (button.dataset.copy) {
-    void copy(button, textOf(button));
+    void copy(button, textToCopy(button));
   }
 });
 
