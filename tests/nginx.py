@@ -104,7 +104,7 @@ class Front:
         return (self.folder / "error.log").read_text(encoding="utf-8")
 
     def logged(self) -> list[str]:
-        return (self.folder / "chat-proxy.log").read_text(encoding="utf-8").splitlines()
+        return (self.folder / "access.log").read_text(encoding="utf-8").splitlines()
 
     def connect(self, protocol: str = "http/1.1") -> ssl.SSLSocket:
         """A connection that trusts the test's authority, and speaks this protocol (ALPN)."""

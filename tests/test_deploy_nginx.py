@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import re
 import secrets
 import shutil
 import threading
@@ -151,6 +152,22 @@ def test_each_event_arrives_before_the_next_is_sent(path: str, protocol: str, tm
         cookie = answer.headers["set-cookie"]
         assert cookie.startswith("__Host-chat=")
         assert {"Secure", "HttpOnly", "SameSite=Strict", "Path=/"} <= {part.strip() for part in cookie.split(";")}
+
+
+@both
+@pytest.mark.parametrize("path", ROUTES)
+def test_nginx_itself_holds_nothing_back(path: str, protocol: str, tmp_path: Path) -> None:
+    """The site's own word is enough: an instance whose answers do not ask for it (X-Accel-Buffering) streams, too."""
+    steps = Steps(delta("a"), delta("b"), DONE)
+    with (
+        ScriptedUpstream(steps) as instance,
+        front(tmp_path / "nginx", Site([at(instance)])) as site,
+        asking(site, protocol, path) as answer,
+    ):
+        for part in steps.parts:
+            steps.allowed.release()
+            assert read_until(answer, part) == part
+        assert not rest_of(answer).cut
 
 
 @both
@@ -344,6 +361,31 @@ def test_forged_addresses_do_not_count(protocol: str, tmp_path: Path) -> None:
                 statuses.append(rest_of(begun).status)
         assert statuses == [200, 200, 200, 429, 429]
         assert {line["address"] for line in eventually(lambda: proxy.lines()[4:] and proxy.lines())} == {"127.0.0.0/24"}
+
+
+@both
+@pytest.mark.parametrize("path", [*ROUTES, "/api/session", "/"])
+def test_what_an_instance_is_told(path: str, protocol: str, tmp_path: Path) -> None:
+    """Headers that are believed from a proxy come from nginx alone; the visitor's own are replaced, not added to."""
+
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.whole(b"{}")
+
+    forged = {"x-forwarded-for": "203.0.113.7", "x-request-id": "mine", "x-forwarded-email": "boss@example.org"}
+    with ScriptedUpstream(script) as instance, front(tmp_path / "nginx", Site([at(instance)])) as site:
+        method, body = ("POST", b"{}") if path in ROUTES else ("GET", b"")
+        with exchange(site, protocol, method, path, forged, body) as begun:
+            assert rest_of(begun).status == 200
+        (seen,) = instance.seen
+        lines = [line.partition(b":")[0].decode().lower() for line in seen.head.splitlines()[1:] if line]
+        assert len(set(lines)) == len(lines)
+        assert seen.headers["x-forwarded-for"] == "127.0.0.1"
+        assert re.fullmatch("[0-9a-f]{32}", seen.headers["x-request-id"])
+        assert seen.headers["host"] == HOST
+        assert "x-forwarded-email" not in seen.headers
+        assert "connection" not in seen.headers
+        assert seen.head.split(b"\r\n")[0].endswith(b" HTTP/1.1")
 
 
 def test_one_request_one_number(tmp_path: Path) -> None:
