@@ -71,6 +71,7 @@ class Site:
             r"chat\.example\.org;": f"{self.host};",
             r"/etc/letsencrypt/live/chat\.example\.org/": f"{folder}/",
             r"/var/log/nginx/": f"{folder}/",
+            r"/var/www/html;": f"{folder}/html;",
             r"server unix:/run/chat-proxy/1\.sock max_fails=0;": servers,
             r"server unix:/run/chat-proxy/2\.sock max_fails=0;": "",
         }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -58,6 +58,15 @@ class Exchange(Protocol):
         """As a browser does whose reader presses Stop."""
 
 
+def folded(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """By lower-case name; what comes twice is joined with a comma."""
+    found: dict[str, str] = {}
+    for name, value in headers:
+        name = name.lower()
+        found[name] = f"{found[name]}, {value}" if name in found else value
+    return found
+
+
 class Http1:
     name = "http/1.1"
 
@@ -72,7 +81,7 @@ class Http1:
     def wait_for_head(self) -> None:
         self.answer = self.connection.getresponse()
         self.status = self.answer.status
-        self.headers = {name.lower(): value for name, value in self.answer.getheaders()}
+        self.headers = folded(self.answer.getheaders())
 
     def part(self) -> bytes:
         assert self.answer is not None
@@ -143,7 +152,7 @@ class Http2:
         event = self.next()
         while not isinstance(event, ResponseReceived):
             event = self.next()
-        fields: dict[str, str] = {str(name): str(value) for name, value in event.headers}
+        fields = folded((str(name), str(value)) for name, value in event.headers)
         self.status, self.headers = int(fields.pop(":status")), fields
 
     def part(self) -> bytes:
