@@ -23,9 +23,10 @@ from proxy import __version__, demo, settings
 from proxy.bulletin import Bulletin
 from proxy.control import ControlFile
 from proxy.errors import Refusal
+from proxy.handed import handed
 from proxy.limits.shared import open_store
 from proxy.logs import Descriptor, Logs
-from proxy.server import Service, allow_all_descriptors, as_bound, listen, ssl_context, uvicorn_for
+from proxy.server import WRITE_DEADLINE, Service, allow_all_descriptors, as_bound, listen, ssl_context, uvicorn_for
 from proxy.session import Decree
 from proxy.transport import Transport
 from proxy.upstream import Upstream
@@ -150,11 +151,11 @@ def run_serve(options: argparse.Namespace) -> int:
         return 0
     allow_all_descriptors()
     with ExitStack() as listeners:
-        listener = listeners.enter_context(listener_for(chosen.server))
+        listener = listeners.enter_context(listener_for(chosen.server, may_be_handed=True))
         metrics = None
         if chosen.metrics.port:
             configured = settings.Server(host=chosen.metrics.host, port=chosen.metrics.port)
-            metrics = listeners.enter_context(listener_for(configured, "metrics"))
+            metrics = listeners.enter_context(listener_for(configured, "metrics", may_be_handed=True))
         if chosen.server.workers > 1:
             uvloop.run(supervise(chosen, options.config, listener, metrics))
         else:
@@ -221,10 +222,11 @@ async def serve_model(listener: socket.socket, key: str | None, delay_seconds: f
     await model.serve(sockets=[listener])
 
 
-def listener_for(server: settings.Server, section: str = "server") -> socket.socket:
+def listener_for(server: settings.Server, section: str = "server", *, may_be_handed: bool = False) -> socket.socket:
     """The listening socket. Raises SettingsError in words that say which one could not be had."""
     try:
-        return listen(server)
+        passed = handed(os.environ, os.getpid(), section, WRITE_DEADLINE) if may_be_handed else None
+        return passed or listen(server)
     except OSError as error:
         name, place = ("socket", "there") if server.socket else ("port", f"on port {server.port}")
         fault = settings.Fault(f"{section}.{name}", "", f"cannot listen {place}: {error.strerror or error}")

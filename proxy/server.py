@@ -33,12 +33,12 @@ from starlette.types import Receive, Scope, Send
 
 from proxy.app import ChatProxy
 from proxy.guard import Guard, GuardedProtocol
+from proxy.handed import BACKLOG, tune
 from proxy.logs import Bridge, Logs
 from proxy.settings import Server as ServerSettings
 from proxy.settings import Settings, on_port
 from proxy.transport import Transport
 
-BACKLOG = 2048
 WRITE_DEADLINE = 30.0  # seconds a client may leave our bytes untaken: longer than any hiccup, short of a leak
 LAST_WORDS = 2.0  # seconds for the final events of a drain to reach their browsers
 LAST_REQUESTS = 5.0  # seconds for requests on idle connections of one that retires: a busy pool has used them by then
@@ -59,8 +59,7 @@ def listen(server: ServerSettings) -> socket.socket:
     listener = socket.socket(family, kind, proto)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(WRITE_DEADLINE * 1000))
+        tune(listener, WRITE_DEADLINE)
         listener.bind(address)
         listener.listen(BACKLOG)
     except OSError:
