@@ -135,7 +135,10 @@ def front(folder: Path, site: Site, authority: trustme.CA | None = None) -> Iter
     trust = ssl.create_default_context()
     authority.configure_trust(trust)
     with ExitStack() as stack:
-        listeners = {name: stack.enter_context(socket.create_server(("127.0.0.1", 0))) for name in ("http", "https")}
+        listeners = {
+            name: stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=1024))
+            for name in ("http", "https")
+        }
         listen = {name: f"127.0.0.1:{listener.getsockname()[1]}" for name, listener in listeners.items()}
         write(folder, site, listen)
         for listener in listeners.values():

@@ -19,6 +19,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, CHROMIUM_ARGS, Visit
 from harness import (
     DONE,
     GOOD,
@@ -37,6 +38,7 @@ from harness import (
 from nginx import HOST, Front, Site, front
 from nginx_clients import PROTOCOLS, Answer, Http2, ask, asking, exchange, get, read_until
 from nginx_clients import finish as rest_of
+from playwright.sync_api import Browser, expect
 
 from proxy import errors
 
@@ -639,3 +641,39 @@ def test_without_the_accounts(protocol: str, tmp_path: Path) -> None:
     site_ = Site([closed_port()], accounts=f"http://{closed_port()}")
     with front(tmp_path / "nginx", site_) as site:
         assert_in_our_shape(ask(site, protocol), 500, "internal_error")
+
+
+# ---- a real browser -------------------------------------------------------------------------------------------------
+
+
+def test_a_reader_with_chromium(browser: Browser, tmp_path: Path) -> None:
+    """Chromium over TLS and HTTP/2: the page opens, tokens are read before the next are sent, Stop ends the model."""
+    told: list[str] = []
+
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.head()
+        await peer.chunk(delta("First words."))
+        await peer.gone()
+        told.append("gone")
+
+    with behind(tmp_path, script) as (site, _):
+        chromium = browser.browser_type.launch(
+            executable_path=CHROMIUM,
+            args=[*CHROMIUM_ARGS, f"--host-resolver-rules=MAP {HOST}:443 127.0.0.1:{site.port}"],
+        )
+        context = chromium.new_context(ignore_https_errors=True)  # it does not know the test's authority
+        visit = Visit(context.new_page(), f"https://{HOST}")
+        visit.watch()
+        visit.open()
+        protocol = "() => performance.getEntriesByType('navigation')[0].nextHopProtocol"
+        assert visit.page.evaluate(protocol) == "h2"
+        visit.ask("hello", model="m")
+        expect(visit.text).to_have_text("First words.")
+        visit.page.get_by_role("button", name="Stop").click()
+        visit.expect_state("stopped")
+        eventually(lambda: told)
+        (cookie,) = context.cookies()
+        assert (cookie["name"], cookie["secure"], cookie["httpOnly"]) == ("__Host-chat", True, True)
+        assert visit.faults == []
+        chromium.close()

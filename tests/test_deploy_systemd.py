@@ -17,9 +17,12 @@ from typing import Any
 from harness import GOOD, PATIENCE, ScriptedUpstream, environment, eventually, free_port, random_key, streaming
 from nginx import DEPLOY
 from test_cli import COMMAND, assert_calm, exchange, settings_for
+from test_store import Redis, folder, store
 
 from proxy import settings
 from proxy.server import FLUSH, LAST_WORDS, WRITE_DEADLINE, listen
+
+__all__ = ["folder", "store"]
 
 UNITS = DEPLOY / "systemd"
 PROGRAM = Path(sys.executable).with_name("chat-proxy")
@@ -154,13 +157,28 @@ def test_serve_on_a_path_that_systemd_opened(tmp_path: Path) -> None:
     given = settings_for("http://127.0.0.1:9/v1") | {"SERVER_TRUSTED_PROXIES": "unix"}
     with activated(tmp_path, [str(path)], "chat-proxy@1.socket", **given) as process:
         eventually(path.exists)
-        with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(PATIENCE)
-            client.connect(str(path))
-            client.sendall(b"GET /readyz HTTP/1.1\r\nhost: x\r\n\r\n")
-            assert client.recv(99).startswith(b"HTTP/1.1 200 ")
+        assert_ready(path)
         assert_calm(ended(process, tmp_path))
         assert path.exists()
+
+
+def test_workers_share_what_systemd_opened(tmp_path: Path, store: Redis) -> None:
+    """Several workers behind one door; ExecReload's SIGHUP replaces them, and the door serves on."""
+    path = tmp_path / "1.sock"
+    given = {"SERVER_TRUSTED_PROXIES": "unix", "SERVER_WORKERS": "2", "LIMITS_STORE": store.url}
+    with activated(tmp_path, [str(path)], "server", **settings_for("http://127.0.0.1:9/v1"), **given) as process:
+        eventually(path.exists)
+        assert_ready(path)
+        eventually(lambda: len(children(process.pid)) == 2)
+        before = children(process.pid)
+        process.send_signal(signal.SIGHUP)
+        eventually(lambda: len(after := children(process.pid)) == 2 and not after & before, PATIENCE * 2)
+        assert_ready(path)
+        assert_calm(ended(process, tmp_path))
+
+
+def children(pid: int) -> set[int]:
+    return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
 
 
 def test_two_sockets_for_one_listener(tmp_path: Path) -> None:
@@ -176,6 +194,14 @@ def test_two_sockets_for_one_listener(tmp_path: Path) -> None:
         eventually(lambda: can_connect(ports[0]))
         assert process.wait(PATIENCE) == 2
     assert "2 sockets were handed over for server" in (tmp_path / "stderr").read_text(encoding="utf-8")
+
+
+def assert_ready(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PATIENCE)
+        client.connect(str(path))
+        client.sendall(b"GET /readyz HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert client.recv(99).startswith(b"HTTP/1.1 200 ")
 
 
 def can_connect(port: int) -> bool:
