@@ -112,6 +112,9 @@ class Front:
         context = self.trust
         context.set_alpn_protocols([protocol])
         raw = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+        raw.setsockopt(
+            socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
+        )  # as browsers do; else a word may wait 40 ms for an ACK
         wrapped = context.wrap_socket(raw, server_hostname=self.host)
         assert wrapped.selected_alpn_protocol() == protocol
         return wrapped
