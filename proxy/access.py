@@ -31,6 +31,7 @@ from proxy.logs import Logs
 from proxy.revoked import Revoked
 from proxy.session import ID_BYTES, Session, Sessions, set_cookie
 from proxy.settings import Secret, Settings
+from proxy.ticket import HEADER, Tickets
 from proxy.visit import Visit
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class Access:
         """Cookies under any of the secret's lines are good, the newest first."""
         self.sessions = Sessions(self.secret.lines(), lifetime=self.lifetime, idle=self.idle)
         self.flows = FlowCookies(self.secret.lines())
+        self.tickets = Tickets(self.secret.lines())
 
     def reload(self) -> None:
         """Reads the secrets' files again. Nobody is logged out but users who are no longer among the passwords."""
@@ -311,6 +313,11 @@ class Access:
 
     def flow_cookie(self, value: str, seconds: int) -> bytes:
         return set_cookie(self.flow_name, value, seconds, secure=self.is_https, same_site="Lax")
+
+    def admits_check(self, visit: Visit) -> bool:
+        """Is this `chat-proxy check`, of somebody who knows our secret?"""
+        ticket = visit.found.get(HEADER.encode())
+        return ticket is not None and self.tickets.admit(ticket, self.wall())
 
     # ---- cookies and the log --------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -24,6 +24,7 @@ from starlette.types import Receive, Scope, Send
 
 from proxy import __version__, policy
 from proxy.access import CALLBACK, Access
+from proxy.diagnosis import Diagnosis
 from proxy.edge import Edge, gather
 from proxy.errors import (
     Draining,
@@ -44,7 +45,7 @@ from proxy.events import Ending, Events, Usage, usage_of
 from proxy.exchange import Event, Exchange, State
 from proxy.limits import Standing, Subject, limit_headers
 from proxy.limits.allowance import Allowance
-from proxy.limits.requests import ask, refuse
+from proxy.limits.requests import ask, diagnose, refuse
 from proxy.login import LoginFailed
 from proxy.logs import Bridge, Logs
 from proxy.metrics import Metrics
@@ -54,14 +55,13 @@ from proxy.session import Session
 from proxy.settings import Settings, refused_by_opentelemetry
 from proxy.transport import ResponseStream
 from proxy.upstream import Attempts, Upstream
-from proxy.visit import Visit, bare_refusal
+from proxy.visit import STREAM_HEADERS, Visit, bare_refusal
 
 if TYPE_CHECKING:
     from proxy.traces import Traces
 
 Handler = Callable[[Visit], Awaitable[None]]
 
-STREAM_HEADERS: Headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
 HSTS = (b"strict-transport-security", b"max-age=31536000; includeSubDomains")
 BYTES_PER_TOKEN = 3  # of an answer whose upstream counted nothing: the policy's figure for prompts
 
@@ -140,6 +140,26 @@ class Resource:
         return self.methods[visit.method]
 
 
+class Hidden(Resource):
+    """An address that is there only for who bears a ticket; to anybody else it is like any that is not.
+
+    The Host is let be: what became of it on the way is what a bearer wants to know.
+    """
+
+    async def handler(self, visit: Visit) -> Handler:
+        if self.proxy.draining or not self.proxy.access.admits_check(visit):
+            return await self.proxy.nothing.handler(visit)
+        visit.standings = await self.proxy.limits.charge(diagnose, Subject("check", "check"))
+        if visit.method not in self.methods:
+            raise MethodNotAllowed(headers=[(b"allow", ", ".join(self.methods).encode())])
+
+        async def handle(visit: Visit) -> None:
+            with suppress(ClientGone):  # no chat was broken off
+                await self.methods[visit.method](visit)
+
+        return handle
+
+
 class ChatProxy:
     """The ASGI application of one server. Everything it counts and remembers is its own."""
 
@@ -179,6 +199,15 @@ class ChatProxy:
         self.quiet = asyncio.Event()  # set while there are none
         self.quiet.set()
         self.live: set[Leash] = set()  # those among them that the drain lets go on for a while
+        self.diagnosis = Diagnosis(
+            settings,
+            self.edge,
+            self.live,
+            server=self.run_id,
+            cookie=self.access.cookie,
+            is_draining=lambda: self.draining,
+            wall=wall,
+        )
         self.nothing = Resource(self)
         self.router = self.build_router()
 
@@ -204,11 +233,13 @@ class ChatProxy:
         if self.access.mode == "oidc":
             api["/api/session/login"] = {"GET": self.start_login}
             api[CALLBACK] = {"GET": self.finish_login}
+        hidden = self.diagnosis.routes()
         nothing = self.nothing
         page = page_folder(self.settings.server.static_dir)
         return Router(
             [
                 *(Route(path, Resource(self, path, **methods)) for path, methods in api.items()),
+                *(Route(path, Hidden(self, path, **methods)) for path, methods in hidden.items()),
                 Route("/healthz", Probe(lambda: True)),
                 Route("/readyz", Probe(lambda: not self.draining)),
                 Mount("/api", nothing),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import getpass
+import json
 import os
 import re
 import secrets
@@ -19,10 +21,11 @@ from pathlib import Path
 
 import uvloop
 
-from proxy import __version__, demo, settings
+from proxy import __version__, checkup, demo, settings
 from proxy.bulletin import Bulletin
 from proxy.control import ControlFile
 from proxy.errors import Refusal
+from proxy.findings import Finding
 from proxy.handed import handed
 from proxy.limits.shared import open_store
 from proxy.logs import Descriptor, Logs
@@ -88,6 +91,12 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=run_serve)
     command = commands.add_parser("check", help="validates the settings and tries the upstream")
     command.add_argument("--config", metavar="FILE", help="default: chat-proxy.toml, if there is one")
+    command.add_argument("--url", type=settings.origin, help="plays a browser through this public address, too")
+    command.add_argument("--ca-file", metavar="FILE", help="with --url: a further trust root")
+    command.add_argument(
+        "--slow", action="store_true", help="with --url: tries the longest silence, which takes as long"
+    )
+    command.add_argument("--json", action="store_true", help="one JSON object, for machines")
     command.set_defaults(run=run_check)
     command = commands.add_parser("upstream", help="the demo model alone, an OpenAI-compatible server")
     command.add_argument("--port", type=port, default=9000)
@@ -238,10 +247,75 @@ def listener_for(server: settings.Server, section: str = "server", *, may_be_han
 
 def run_check(options: argparse.Namespace) -> int:
     chosen = settings.load(options.config, os.environ)
-    print("ok       settings: every value is valid")
-    for warning in warnings_about(chosen):
-        print(f"warning  {warning}")
-    return uvloop.run(check_upstream(chosen)) | uvloop.run(check_store(chosen))
+    if options.url:
+        check_options(options, chosen)
+    elif options.ca_file or options.slow:
+        raise settings.SettingsError([settings.Fault("--url", "", "is missing: --ca-file and --slow are about it")])
+    told = Told(as_json=options.json)
+    told.add(Finding("ok", "settings", "settings: every value is valid"))
+    told.add(*(Finding("warning", "settings", warning) for warning in warnings_about(chosen)))
+    told.add(uvloop.run(check_upstream(chosen)))
+    if chosen.limits.is_shared:
+        told.add(uvloop.run(check_store(chosen)))
+    if options.url:
+        found, told.measured = checkup.examine(chosen, options.url, ca_file=options.ca_file, slow=options.slow)
+        told.add(*found)
+        if not found:
+            told.add(Finding("ok", "url", f"{options.url}: {in_words(told.measured)}"))
+    told.end()
+    return 1 if told.faults else 0
+
+
+class Told:
+    """What was found so far: lines as they come, or one JSON object at the end."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+        self.findings: list[Finding] = []
+        self.measured: checkup.Measured | None = None
+
+    @property
+    def faults(self) -> int:
+        return sum(finding.level == "fault" for finding in self.findings)
+
+    def add(self, *findings: Finding) -> None:
+        self.findings += findings
+        for finding in findings if not self.as_json else ():
+            print(f"{finding.level:8} {finding.what}")
+            for name in ("why", "change"):
+                if said := getattr(finding, name):
+                    print(f"         {name + ':':7} {said}")
+
+    def end(self) -> None:
+        if self.as_json:
+            shown = {
+                "ok": not self.faults,
+                "findings": [dataclasses.asdict(finding) for finding in self.findings],
+                "measured": dataclasses.asdict(self.measured) if self.measured else None,
+            }
+            print(json.dumps(shown, ensure_ascii=False, indent=2))
+
+
+def in_words(measured: checkup.Measured) -> str:
+    """The figures of a public address at which nothing was found."""
+    silence = "the longest silence was not tried (--slow)"
+    if measured.silence_seconds:
+        silence = f"{measured.silence_seconds:g} s of silence are borne"
+    return (
+        f"events arrive one by one (within {measured.event_delay_ms} ms), "
+        f"leaving is known after {measured.leaving_ms} ms; {silence}"
+    )
+
+
+def check_options(options: argparse.Namespace, chosen: settings.Settings) -> None:
+    """Raises SettingsError when the public address cannot be looked at."""
+    faults = []
+    if chosen.session.secret is None:
+        faults.append(settings.Fault("session.secret", "", "is needed for --url, and has to be the running server's"))
+    if options.ca_file and not settings.holds_certificates(options.ca_file):
+        faults.append(settings.Fault("--ca-file", "", "cannot be read, or holds no certificate in PEM format"))
+    if faults:
+        raise settings.SettingsError(faults)
 
 
 def warnings_about(chosen: settings.Settings) -> list[str]:
@@ -259,7 +333,7 @@ def warnings_about(chosen: settings.Settings) -> list[str]:
     return found
 
 
-async def check_upstream(chosen: settings.Settings) -> int:
+async def check_upstream(chosen: settings.Settings) -> Finding:
     transport = Transport(ssl_context=ssl_context(chosen))
     upstream = Upstream(
         chosen.upstream, transport, user_agent=f"chat-proxy/{__version__}", random=secrets.SystemRandom().random
@@ -267,22 +341,20 @@ async def check_upstream(chosen: settings.Settings) -> int:
     try:
         await upstream.probe()
     except Refusal as refusal:
-        print(f"fault    upstream: {refusal.code} ({refusal.reason}); check upstream.base_url and the key")
-        return 1
+        what = f"upstream: {refusal.code} ({refusal.reason}); check upstream.base_url and the key"
+        return Finding("fault", "upstream", what)
     finally:
         await transport.aclose()
-    print("ok       upstream: it answers, and accepts the key")
-    return 0
+    return Finding("ok", "upstream", "upstream: it answers, and accepts the key")
 
 
-async def check_store(chosen: settings.Settings) -> int:
-    if not chosen.limits.is_shared:
-        return 0
+async def check_store(chosen: settings.Settings) -> Finding:
     store = open_store(chosen.limits.store, time.monotonic, lambda lost: None)
     answers = await store.answers()
     await store.aclose()
-    print("ok       limits.store: it answers" if answers else "fault    limits.store: it does not answer")
-    return 0 if answers else 1
+    if answers:
+        return Finding("ok", "store", "limits.store: it answers")
+    return Finding("fault", "store", "limits.store: it does not answer")
 
 
 # ---- making ----------------------------------------------------------------------------------------------------------

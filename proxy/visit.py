@@ -29,6 +29,7 @@ API_HEADERS: Headers = [
     (b"content-security-policy", b"default-src 'none'"),
 ]
 JSON = (b"content-type", b"application/json")
+STREAM_HEADERS: Headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
 BODY_SECONDS = 10.0  # for a request's body to be in
 BODY_RATE = 16 * 1024  # bytes a second that a long one may take on top: a slow uplink, not a drip
 DROPPED_BYTES = 8 << 20  # of an unwanted body; who sends more may find the connection reset
@@ -40,7 +41,7 @@ class Visit:
 
     __slots__ = (
         *("_base_headers", "began", "caller", "code", "cookies", "ending", "found", "log", "method", "query"),
-        *("reason", "receive", "request_id", "send", "standings", "started", "status", "trace", "used"),
+        *("reason", "receive", "request_id", "scope", "send", "standings", "started", "status", "trace", "used"),
     )
 
     def __init__(
@@ -54,6 +55,7 @@ class Visit:
         base_headers: Headers,
         request_id: str,
     ) -> None:
+        self.scope = scope
         self.receive = receive
         self.send = send
         self._base_headers = base_headers

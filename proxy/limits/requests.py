@@ -34,6 +34,7 @@ Entry: TypeAlias = "tuple[int, Times]"  # seconds an entry counts, and when each
 
 SCHEME = "chat-proxy-memory"
 GUESSES = Rate(10, 60, "10/minute")  # per address; a person needs three
+CHECKS = Rate(240, 60, "240/minute")  # a run of `check` needs 30
 MOST_KEYS = 200_000  # about 80 MB; beyond it the oldest are forgotten
 SWEEP_AFTER = 4096  # new keys, and as many again as live: a sweep is linear, so its share per key is constant
 
@@ -63,6 +64,10 @@ def refuse(request: Subject) -> None:
 
 def guess(request: Subject) -> None:
     """A try to log in with a password."""
+
+
+def diagnose(request: Subject) -> None:
+    """A request of `chat-proxy check`, whoever makes it."""
 
 
 Event = Callable[[Subject], None]
@@ -96,6 +101,7 @@ class RequestLimits(Limiter):
         self.watch("new_sessions", limits.new_sessions, by_address, mint)
         self.watch("refusals_per_address", limits.refusals_per_address, by_address, refuse)
         self.watch("logins", (GUESSES,), by_address, guess)
+        self.watch("checks", (CHECKS,), by_address, diagnose)
 
     def get_app_config(self, key: str, default_value: Any = None) -> Any:
         """slowapi's look into `.env` and the environment, closed (rule 1)."""

@@ -1,0 +1,329 @@
+"""`chat-proxy check --url`: plays a browser through the public address, and has what it saw judged (findings.py).
+
+Rules:
+1. It asks the server's diagnostic routes (diagnosis.py), with a fresh ticket for each request, and never the model.
+2. No ticket goes over a connection whose certificate does not hold: there it stops, as a browser would.
+3. One request after the other; each has a deadline.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+import certifi
+import httpx
+import msgspec
+
+from proxy import findings
+from proxy.findings import FOREIGN, SPOOF, Answer, Certificate, Departure, Finding, Left, Observed, Report, Streamed
+from proxy.settings import Settings
+from proxy.ticket import HEADER, Tickets
+
+DEADLINE = 10.0  # seconds for each thing that is waited for
+NOBODY = "nobody@elsewhere.invalid"
+EVENTS, SPACING = 8, 0.1  # of the stream whose rhythm is looked at
+LEFT_SILENT = 10.0  # seconds for which the stream that is left would have said nothing
+LEAVING_PATIENCE = 2.0  # seconds in which the server should know; it takes milliseconds
+ASK_EVERY = 0.02
+MOST_BODY = 32 << 20  # bytes: more is not sent, whatever server.max_body_bytes allows
+LONGEST_SILENCE = 120.0  # seconds: as long as the server's own bound
+SILENCE_OVER_TIMEOUT = 1.25  # how much longer than the upstream may be silent a proxy has to bear it
+REFUSED = {
+    "session_required": "refusal?status=401",
+    "not_found": "refusal?status=404",
+    "rate_limited": "refusal?status=429",
+    "upstream_error": "refusal?status=502",
+    "busy": "refusal?status=503",
+}
+COMPRESSIONS = "gzip, deflate, br, zstd"  # as browsers say it
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What `check` tells beside its findings; None for what was not to be seen. Milliseconds, days, seconds."""
+
+    http: str | None = None
+    certificate_days: int | None = None
+    event_delay_ms: float | None = None
+    leaving_ms: float | None = None
+    clock_skew_seconds: float | None = None
+    silence_seconds: float | None = None
+
+
+def longest_silence(settings: Settings) -> float:
+    """Seconds for which a working answer may be silent, and a little more: what --slow tries."""
+    upstream, comment = settings.upstream, settings.server.comment_seconds
+    idle = min(upstream.idle_timeout, comment or upstream.idle_timeout)
+    return min(LONGEST_SILENCE, SILENCE_OVER_TIMEOUT * max(upstream.first_byte_timeout, idle))
+
+
+def trusted_by(ca_file: str | None) -> ssl.SSLContext:
+    """The system's roots (SSL_CERT_FILE), the browsers', and the operator's own. Raises OSError, ssl.SSLError."""
+    context = ssl.create_default_context()
+    context.load_verify_locations(certifi.where())
+    if ca_file is not None:
+        context.load_verify_locations(ca_file)
+    return context
+
+
+def examine(
+    settings: Settings,
+    url: str,
+    *,
+    ca_file: str | None = None,
+    slow: bool = False,
+    wall: Callable[[], float] = time.time,
+) -> tuple[list[Finding], Measured]:
+    """Looks at `url` (an origin) from outside. The settings are the server's own, with its session.secret."""
+    assert settings.session.secret is not None
+    tickets = Tickets(settings.session.secret.lines())
+    try:
+        certificate, offers_h2 = greet(url, ca_file)
+    except ssl.SSLCertVerificationError as error:
+        return [findings.untrusted(url, error.verify_code, error.verify_message)], Measured()
+    except OSError as error:
+        return [findings.unreachable(url, error.strerror or str(error))], Measured()
+    with Browser(url, trusted_by(ca_file), lambda: tickets.issue(wall())) as browser:
+        before = wall()
+        plain, ours = browser.ask_from("echo")
+        now = (before + wall()) / 2
+        if obstacle := findings.obstacle(url, plain, now, date_of(plain)):
+            return [obstacle], Measured()
+        look = Look(browser, settings, slow=slow)
+        seen = look.at(url, now, ours, certificate, offers_h2, plain)
+    return findings.judge(seen), measured(seen)
+
+
+def greet(url: str, ca_file: str | None) -> tuple[Certificate | None, bool | None]:
+    """The certificate, and whether HTTP/2 is offered; None for both without TLS. Raises OSError."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    address = (host, parts.port or {"http": 80, "https": 443}[parts.scheme])
+    with socket.create_connection(address, DEADLINE) as raw:
+        if parts.scheme == "http":
+            return None, None
+        context = trusted_by(ca_file)
+        context.set_alpn_protocols(["h2", "http/1.1"])
+        with context.wrap_socket(raw, server_hostname=host) as tls:
+            shown: Any = tls.getpeercert()
+            not_before, not_after = (ssl.cert_time_to_seconds(shown[name]) for name in ("notBefore", "notAfter"))
+            return Certificate(not_before, not_after), tls.selected_alpn_protocol() == "h2"
+
+
+def date_of(answer: Answer) -> float | None:
+    try:
+        return parsedate_to_datetime(answer.headers["date"]).timestamp()
+    except (KeyError, ValueError):
+        return None
+
+
+class Browser:
+    """One client of the public address: no proxy of the environment, no redirects, no memory for cookies."""
+
+    def __init__(self, url: str, context: ssl.SSLContext, ticket: Callable[[], str]) -> None:
+        self.url = url
+        self.ticket = ticket
+        self.client = httpx.Client(base_url=url, verify=context, trust_env=False, timeout=DEADLINE)
+
+    def __enter__(self) -> Browser:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.client.close()
+
+    def headers(self, more: dict[str, str]) -> dict[str, str]:
+        ours = {"origin": self.url, "sec-fetch-site": "same-origin", "accept-encoding": "identity"}
+        return {**ours, "user-agent": "chat-proxy check", **more}
+
+    def check(
+        self, path: str, method: str = "GET", content: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> Answer:
+        """One of the diagnostic routes."""
+        return self.ask(f"/api/check/{path}", method, content, {HEADER: self.ticket(), **(headers or {})})
+
+    def ask(
+        self, path: str, method: str = "GET", content: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> Answer:
+        try:
+            response = self.client.request(method, path, content=content, headers=self.headers(headers or {}))
+        except httpx.TransportError as error:
+            return Answer(0, broke=f"{type(error).__name__}: {error}")
+        except httpx.DecodingError:
+            return Answer(0, broke="it is compressed, and not as it says")
+        finally:
+            self.client.cookies.clear()
+        return answered(response, response.content)
+
+    def ask_from(self, path: str) -> tuple[Answer, tuple[str, int] | None]:
+        """The same, with the near end of the socket that was used."""
+        request = self.client.build_request("GET", f"/api/check/{path}", headers=self.headers({HEADER: self.ticket()}))
+        try:
+            with closing(self.client.send(request, stream=True)) as response:
+                near = response.extensions["network_stream"].get_extra_info("client_addr")
+                return answered(response, response.read()), (near[0], near[1]) if near else None
+        except httpx.TransportError as error:
+            return Answer(0, broke=f"{type(error).__name__}: {error}"), None
+
+    def stream(self, name: str, events: int, spacing: float, patience: float) -> httpx.Response:
+        """The head of a stream. Raises httpx.TransportError."""
+        headers = self.headers({HEADER: self.ticket(), "accept-encoding": COMPRESSIONS})
+        path = f"/api/check/stream?name={name}&events={events}&spacing={spacing}"
+        timeout = httpx.Timeout(DEADLINE, read=patience)
+        request = self.client.build_request("GET", path, headers=headers, timeout=timeout)
+        return self.client.send(request, stream=True)
+
+
+def answered(response: httpx.Response, body: bytes) -> Answer:
+    cookies = tuple(response.headers.get_list("set-cookie"))
+    return Answer(response.status_code, dict(response.headers), cookies, body)
+
+
+class Event(msgspec.Struct):
+    """What one event of a diagnostic stream says."""
+
+    number: int
+    at: float
+    report: Report | None
+
+
+decode_event = msgspec.json.Decoder(Event).decode
+decode_departure = msgspec.json.Decoder(Departure).decode
+
+
+class Look:
+    """All that one run looks at, in turn."""
+
+    def __init__(self, browser: Browser, settings: Settings, *, slow: bool) -> None:
+        self.browser = browser
+        self.user_header = settings.header.name
+        self.body_bytes = min(MOST_BODY, settings.server.max_body_bytes)
+        self.silence_seconds = longest_silence(settings) if slow else 0.0
+
+    def at(
+        self,
+        url: str,
+        now: float,
+        ours: tuple[str, int] | None,
+        certificate: Certificate | None,
+        offers_h2: bool | None,
+        plain: Answer,
+    ) -> Observed:
+        check, ask = self.browser.check, self.browser.ask
+        with_cookie = check("echo?cookie")
+        cookie = "; ".join(cookie.partition(";")[0] for cookie in with_cookie.cookies)
+        return Observed(
+            url=url,
+            now=now,
+            ours=ours,
+            certificate=certificate,
+            offers_h2=offers_h2,
+            plain=plain,
+            again=check("echo"),
+            spoofed=check("echo?spoofed", headers={"x-forwarded-for": SPOOF, self.user_header: NOBODY}),
+            with_cookie=with_cookie,
+            returned=check("echo?returned", headers={"cookie": cookie or "none=none"}),
+            session=ask("/api/session"),
+            foreign=ask("/api/session", "DELETE", headers={"origin": FOREIGN, "sec-fetch-site": "cross-site"}),
+            page=ask("/"),
+            whole_body=check("echo", "POST", b"0" * self.body_bytes, {"content-type": "application/json"}),
+            body_bytes=self.body_bytes,
+            refusals={code: check(path) for code, path in REFUSED.items()},
+            stream=self.rhythm(),
+            left=self.leave(),
+            silence=self.silence(),
+            silence_seconds=self.silence_seconds,
+        )
+
+    def rhythm(self) -> Streamed:
+        """A stream that came in lumps is looked at once more, slower: this machine may have stood still."""
+        stream = self.stream(EVENTS, SPACING, DEADLINE)
+        return self.stream(EVENTS, 2 * SPACING, DEADLINE) if findings.is_lumped(stream) else stream
+
+    def silence(self) -> Streamed | None:
+        seconds = self.silence_seconds
+        return self.stream(2, seconds, seconds + DEADLINE) if seconds else None
+
+    def stream(self, events: int, spacing: float, patience: float) -> Streamed:
+        """A stream from its first to its last byte, and when each of its events came."""
+        began, sent, arrived, report, ended = time.monotonic(), [], [], None, False
+        answer = Answer(0)
+        try:
+            with closing(self.browser.stream(secrets.token_hex(16), events, spacing, patience)) as response:
+                answer = answered(response, b"")
+                for data in data_of(response):
+                    if ended := data == b"[DONE]":
+                        break
+                    event = decode_event(data)
+                    arrived.append(time.monotonic())
+                    sent.append(event.at)
+                    report = event.report or report
+        except httpx.TransportError as error:
+            answer = answer if answer.status else Answer(0, broke=f"{type(error).__name__}: {error}")
+        except msgspec.MsgspecError:
+            pass  # not what was sent: what came until then is judged
+        return Streamed(answer, report, tuple(sent), tuple(arrived), ended, time.monotonic() - began)
+
+    def leave(self) -> Left:
+        """Leaves a stream that has begun and is silent, as somebody does who closes the tab while a model thinks."""
+        name, sent = secrets.token_hex(16), None
+        began = time.monotonic()
+        try:
+            with closing(self.browser.stream(name, 2, LEFT_SILENT, LEAVING_PATIENCE)) as response:
+                for data in data_of(response):
+                    sent = time.monotonic() - decode_event(data).at  # when it began, as far as can be seen from here
+                    break
+        except (httpx.TransportError, msgspec.MsgspecError):
+            pass  # its head or its first event is held back: that is found elsewhere; leaving it still has to be seen
+        gone = time.monotonic()
+        ended = self.departure(name, gone + LEAVING_PATIENCE)
+        if ended.state != "left":
+            return Left(ended.state, time.monotonic() - gone)
+        return Left("left", max(0.0, ended.at - (gone - (sent or began))))
+
+    def departure(self, name: str, until: float) -> Departure:
+        """How the stream ended, as soon as it has. Several servers may share the address, and one knows it."""
+        known = Departure("unknown", 0)
+        pause = ASK_EVERY
+        while known.state in ("unknown", "open") and (now := time.monotonic()) < until:
+            answer = self.browser.check(f"departure?name={name}&at={now}")  # never twice the same, for caches
+            try:
+                told = decode_departure(answer.body)
+            except msgspec.MsgspecError:
+                told = known
+            known = told if told.state != "unknown" else known
+            if known.state in ("unknown", "open"):
+                time.sleep(pause)
+                pause = min(2 * pause, 0.2)
+        return known
+
+
+def data_of(response: httpx.Response) -> Iterator[bytes]:
+    """The data of each event, as it comes. Nothing of a stream that is refused or compressed."""
+    if response.status_code != 200 or response.headers.get("content-encoding", "identity") != "identity":
+        return
+    rest = b""
+    for part in response.iter_raw():
+        *events, rest = (rest + part).split(b"\n\n")
+        yield from (event.removeprefix(b"data: ") for event in events)
+
+
+def measured(seen: Observed) -> Measured:
+    report, certificate, stream = seen.plain.report, seen.certificate, seen.stream
+    delays = [there - here for there, here in zip(stream.arrived, stream.sent, strict=True)]
+    return Measured(
+        http={True: "2", False: "1.1", None: None}[seen.offers_h2],
+        certificate_days=int((certificate.not_after - seen.now) / 86400) if certificate else None,
+        event_delay_ms=round((max(delays) - min(delays)) * 1000, 1) if delays else None,
+        leaving_ms=round(seen.left.seconds * 1000, 1) if seen.left.state == "left" else None,
+        clock_skew_seconds=round(report.now - seen.now, 1) if report else None,
+        silence_seconds=seen.silence_seconds or None,
+    )

@@ -1,0 +1,217 @@
+"""What `chat-proxy check --url` asks of a running server: how its requests and our answers fare on the way.
+
+Rules:
+1. Nothing here calls the upstream, takes of a visitor's allowance, or counts as a chat.
+2. Streams are few at a time, short, end when the browser leaves, and at once when a drain begins.
+3. A report tells of the request that asked for it and of the settings that people see anyway; of nobody else.
+
+The routes are shown to who bears a ticket (ticket.py) and to nobody else; that is for the application to see to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from urllib.parse import parse_qsl
+
+import msgspec
+
+from proxy.edge import Edge, Found
+from proxy.errors import (
+    BadGateway,
+    Busy,
+    Headers,
+    Interruption,
+    InvalidRequest,
+    NotFound,
+    Refusal,
+    StreamDrained,
+    TooMany,
+    Unauthenticated,
+)
+from proxy.findings import Departure, Report
+from proxy.limits import limit_headers
+from proxy.relay import ClientGone, Leash
+from proxy.session import set_cookie
+from proxy.settings import Settings
+from proxy.visit import JSON, STREAM_HEADERS, Visit
+
+MOST_STREAMS = 4  # at one time: a run of `check` has one open
+MOST_EVENTS = 100
+LONGEST_STREAM = 120.0  # seconds; two minutes of silence are more than any chat should bear
+REMEMBERED = 64  # streams whose end may be asked for
+LOOK_EVERY = 0.5  # seconds of a silence between two looks at whether a drain has begun
+COOKIE_SECONDS = 60
+REFUSALS: dict[str, type[Refusal]] = {
+    str(kind.status): kind for kind in (Unauthenticated, NotFound, TooMany, BadGateway, Busy)
+}
+
+encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What stream was asked for: so many events, so many seconds apart."""
+
+    name: str
+    events: int
+    spacing: float
+
+    @classmethod
+    def of(cls, query: bytes) -> Wish:
+        """Raises InvalidRequest for what is not a short stream."""
+        asked = dict(parse_qsl(query.decode("latin-1")))
+        try:
+            wish = cls(asked.get("name", ""), int(asked.get("events", "")), float(asked.get("spacing", "")))
+        except ValueError:
+            raise InvalidRequest("A stream has a name, a number of events, and seconds between them.") from None
+        if not re.fullmatch("[0-9a-f]{16,64}", wish.name) or not wish.is_short:
+            raise InvalidRequest(f"A stream has up to {MOST_EVENTS} events and lasts {LONGEST_STREAM:g} s at most.")
+        return wish
+
+    @property
+    def is_short(self) -> bool:
+        return 1 <= self.events <= MOST_EVENTS and 0 <= (self.events - 1) * self.spacing <= LONGEST_STREAM
+
+
+class Diagnosis:
+    """The diagnostic routes of one server. `wall` gives Unix seconds; its streams stand in `live` with the others."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        edge: Edge,
+        live: set[Leash],
+        *,
+        server: str,
+        cookie: str,
+        is_draining: Callable[[], bool],
+        wall: Callable[[], float],
+    ) -> None:
+        self.edge = edge
+        self.live = live
+        self.server = server
+        self.cookie = f"{cookie}-check"
+        self.is_https = settings.server.is_https
+        self.public_url = settings.server.public_url
+        self.max_body_bytes = settings.server.max_body_bytes
+        self.user_header = settings.header.name.lower().encode() if settings.session.mode == "header" else None
+        self.is_draining = is_draining
+        self.wall = wall
+        self.open = 0
+        self.departures: dict[str, Departure] = {}  # by a stream's name; the newest last
+
+    def routes(self) -> dict[str, dict[str, Callable[[Visit], Awaitable[None]]]]:
+        return {
+            "/api/check/echo": {"GET": self.echo, "POST": self.echo},
+            "/api/check/refusal": {"GET": self.refusal},
+            "/api/check/stream": {"GET": self.stream},
+            "/api/check/departure": {"GET": self.departure},
+        }
+
+    # ---- what a request looks like from here ------------------------------------------------------------------------
+
+    async def echo(self, visit: Visit) -> None:
+        """A report of the request; with `?cookie` it gives one like those of sessions, that opens nothing."""
+        body = await visit.body(self.max_body_bytes)
+        if visit.query == b"cookie":
+            visit.cookies = [set_cookie(self.cookie, "looked", COOKIE_SECONDS, secure=self.is_https)]
+        head = visit.head(200, [JSON])
+        answer = encode(self.report(visit, head["headers"], len(body)))
+        head["headers"].append((b"content-length", b"%d" % len(answer)))
+        await visit.send(head)
+        await visit.send({"type": "http.response.body", "body": answer, "more_body": False})
+
+    def report(self, visit: Visit, sent: Headers, body: int) -> Report:
+        found, peer = visit.found, visit.scope["client"]
+        return Report(
+            server=self.server,
+            now=self.wall(),
+            peer=(peer[0], peer[1]) if peer else None,
+            address=visit.caller.key,
+            through_proxy=visit.caller.through_proxy,
+            forwarded=told(found, b"x-forwarded-for"),
+            host=told(found, b"host"),
+            origin=told(found, b"origin"),
+            fetch_site=told(found, b"sec-fetch-site"),
+            connection=told(found, b"connection"),
+            version=visit.scope["http_version"],
+            scheme=visit.scope["scheme"],
+            cookies=[pair.split("=")[0].strip() for pair in (told(found, b"cookie") or "").split(";")],
+            names_user=self.user_header is not None and self.user_header in found,
+            body=body,
+            public_url=self.public_url,
+            origins=sorted(origin.decode() for origin in self.edge.origins),
+            sent=[(name.decode(), value.decode("latin-1")) for name, value in sent],
+        )
+
+    async def refusal(self, visit: Visit) -> None:
+        """An error as any of ours, asked for by its status; it is counted as none."""
+        status = dict(parse_qsl(visit.query.decode("latin-1"))).get("status", "")
+        if status not in REFUSALS:
+            raise InvalidRequest(f"The status is one of {', '.join(REFUSALS)}.")
+        refusal = REFUSALS[status]()
+        await visit.answer(refusal.status, refusal.body(), refusal.headers())
+
+    # ---- streams ----------------------------------------------------------------------------------------------------
+
+    async def stream(self, visit: Visit) -> None:
+        """Events at known times, with a real stream's headers; the first one is the report, the last one `[DONE]`."""
+        wish = Wish.of(visit.query)
+        await visit.drop_body()
+        if self.open >= MOST_STREAMS:
+            raise Busy
+        self.open += 1
+        started = asyncio.get_running_loop().time()
+        self.note(wish, "open", 0)
+        try:
+            state = await self.run(visit, wish, started)
+            self.note(wish, state, asyncio.get_running_loop().time() - started)
+        finally:
+            self.open -= 1
+
+    async def run(self, visit: Visit, wish: Wish, started: float) -> str:
+        """Writes the stream; returns how it ended."""
+        last = b"data: [DONE]\n\n"
+        try:
+            async with Leash(visit.receive, self.live):
+                head = visit.head(200, [*STREAM_HEADERS, *limit_headers(visit.standings)])
+                await visit.send(head)
+                report = self.report(visit, head["headers"], 0)
+                for number in range(wish.events):
+                    await self.wait(started + number * wish.spacing)
+                    at = asyncio.get_running_loop().time() - started
+                    event = encode({"number": number, "at": at, "report": report if number == 0 else None})
+                    await visit.send({"type": "http.response.body", "body": b"data: %b\n\n" % event, "more_body": True})
+        except ClientGone:
+            return "left"
+        except Interruption as interruption:
+            last = interruption.event()
+        await visit.send({"type": "http.response.body", "body": last, "more_body": False})
+        return "complete"
+
+    async def wait(self, until: float) -> None:
+        """Raises StreamDrained when a drain begins: nobody would miss what this stream has not said."""
+        loop = asyncio.get_running_loop()
+        while (left := until - loop.time()) > 0:
+            await asyncio.sleep(min(left, LOOK_EVERY))
+            if self.is_draining():
+                raise StreamDrained
+
+    def note(self, wish: Wish, state: str, at: float) -> None:
+        self.departures.pop(wish.name, None)
+        self.departures[wish.name] = Departure(state, at)
+        while len(self.departures) > REMEMBERED:
+            del self.departures[next(iter(self.departures))]
+
+    async def departure(self, visit: Visit) -> None:
+        """How a stream ended, and when: in seconds since it began."""
+        name = dict(parse_qsl(visit.query.decode("latin-1"))).get("name", "")
+        await visit.answer(200, encode(self.departures.get(name, Departure("unknown", 0))), [])
+
+
+def told(found: Found, name: bytes) -> str | None:
+    value = found.get(name)
+    return None if value is None else value.decode("latin-1")

@@ -1,0 +1,503 @@
+"""`chat-proxy check --url` before a real nginx: each deliberate mistake is found, and a right configuration has none.
+
+All of them are server blocks of one nginx, each on a port of its own, in front of one server that answers to all of
+their names; so each costs one run of `check` and no start. nginx is given its listening sockets as it gives them to
+its own successor (the variable NGINX), so no port is free between its choice and its use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import trustme
+from harness import PATIENCE, Peer, Running, ScriptedUpstream, environment, random_key, running
+
+from proxy import checkup, cli
+from proxy.findings import Finding
+from proxy.limits import requests
+from proxy.settings import Rate, Secret, Settings
+
+NOWHERE = "http://127.0.0.1:9/v1"  # no check with --url calls the model
+COMMAND = [sys.executable, "-W", "error", "-m", "proxy"]
+SECRET = secrets.token_urlsafe(32)
+QUICK = {"UPSTREAM_IDLE_TIMEOUT": "1.2", "UPSTREAM_FIRST_BYTE_TIMEOUT": "1.2"}  # and --slow takes 1.5 s, not 75
+
+RIGHT = {
+    "listen": "listen ADDRESS ssl http2;",
+    "certificate": "ssl_certificate FOLDER/good.pem; ssl_certificate_key FOLDER/good.key;",
+    "pass": "location / { proxy_pass http://chat; }",
+    "version": "proxy_http_version 1.1;",
+    "connection": 'proxy_set_header Connection "";',
+    "host": "proxy_set_header Host $http_host;",
+    "forwarded": "proxy_set_header X-Forwarded-For $remote_addr;",
+    "buffering": "proxy_buffering off;",
+    "timeout": "proxy_read_timeout 90s;",
+    "gzip": "gzip off;",
+}
+CACHE = "proxy_cache chats; proxy_cache_valid any 1m; proxy_ignore_headers Cache-Control;"
+OOPS = "location = /oops.html { internal; return 200 '<h1>Oops</h1>'; }"
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """What stands in place of a right line or is added, and what has to be found: a code, and words of the hint."""
+
+    code: str
+    hint: str
+    instead: dict[str, str] = field(default_factory=dict)
+    more: str = ""
+    level: str = "fault"
+    slow: bool = False
+
+
+MISTAKES = {
+    "buffering on": Mistake(
+        "buffered",
+        "proxy_buffering off;",
+        {"buffering": "proxy_buffering on; proxy_ignore_headers X-Accel-Buffering;"},
+    ),
+    "gzip on": Mistake("compressed", "gzip off;", {"gzip": "gzip on; gzip_types text/event-stream;"}),
+    "read timeout short": Mistake(
+        "read_timeout", "proxy_read_timeout 16s;", {"timeout": "proxy_read_timeout 1s;"}, slow=True
+    ),
+    "read timeout tiny": Mistake("stream_cut", "proxy_read_timeout", {"timeout": "proxy_read_timeout 40ms;"}),
+    "forwarded appended": Mistake(
+        "forwarded_spoofed",
+        "proxy_set_header X-Forwarded-For $remote_addr;",
+        {"forwarded": "proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;"},
+    ),
+    "forwarded missing": Mistake(
+        "forwarded_missing", "proxy_set_header X-Forwarded-For $remote_addr;", {"forwarded": ""}
+    ),
+    "host missing": Mistake("host", "proxy_set_header Host $http_host;", {"host": ""}),
+    "host without its port": Mistake(
+        "host", "proxy_set_header Host $http_host;", {"host": "proxy_set_header Host $host;"}
+    ),
+    "HTTP/1.0": Mistake("http10", "proxy_http_version 1.1;", {"version": "proxy_http_version 1.0;"}),
+    "no keep-alive": Mistake("no_keepalive", 'proxy_set_header Connection "";', {"connection": ""}, level="warning"),
+    "no HTTP/2": Mistake("no_h2", "http2", {"listen": "listen ADDRESS ssl;"}, level="warning"),
+    "errors replaced": Mistake(
+        "errors_replaced",
+        "proxy_intercept_errors off;",
+        more=f"proxy_intercept_errors on; error_page 502 503 504 /oops.html; {OOPS}",
+    ),
+    "own page for 404": Mistake(
+        "errors_replaced",
+        "proxy_intercept_errors off;",
+        more=f"proxy_intercept_errors on; error_page 404 /oops.html; {OOPS}",
+    ),
+    "small bodies": Mistake("body_limit", "client_max_body_size 1m;", more="client_max_body_size 100k;"),
+    "leaving ignored": Mistake("leaving", "proxy_ignore_client_abort off;", more="proxy_ignore_client_abort on;"),
+    "cookie without flags": Mistake(
+        "cookie_flags", "proxy_cookie_flags", more="proxy_cookie_flags ~ nosecure nohttponly nosamesite;"
+    ),
+    "session cookie lax": Mistake(
+        "cookie_flags", "proxy_cookie_flags", more="proxy_cookie_flags __Host-chat samesite=lax;"
+    ),
+    "cookie path": Mistake("cookie_flags", "proxy_cookie_path", more="proxy_cookie_path / /chat/;"),
+    "cookie hidden": Mistake("cookie_lost", "proxy_hide_header", more="proxy_hide_header Set-Cookie;"),
+    "cookie kept back": Mistake("cookie_unreturned", "proxy_set_header Cookie", more='proxy_set_header Cookie "";'),
+    "HSTS hidden": Mistake("hsts", "proxy_hide_header", more="proxy_hide_header Strict-Transport-Security;"),
+    "HSTS short": Mistake(
+        "hsts",
+        "add_header",
+        more="proxy_hide_header Strict-Transport-Security; add_header Strict-Transport-Security max-age=60;",
+    ),
+    "CSP hidden": Mistake("csp", "proxy_hide_header", more="proxy_hide_header Content-Security-Policy;"),
+    "request id hidden": Mistake("request_id", "proxy_hide_header", more="proxy_hide_header X-Request-Id;"),
+    "nosniff hidden": Mistake("header_lost", "proxy_hide_header", more="proxy_hide_header X-Content-Type-Options;"),
+    "caching allowed": Mistake("cache_control", "expires", more="expires 1h;"),
+    "cached": Mistake("cached", "proxy_cache off;", {"buffering": ""}, more=CACHE),
+    "origin removed": Mistake("origin_altered", "proxy_set_header Origin", more='proxy_set_header Origin "";'),
+    "origin rewritten": Mistake(
+        "origin_altered", "proxy_set_header Origin", more="proxy_set_header Origin https://chat.example.org;"
+    ),
+    "fetch metadata removed": Mistake(
+        "origin_altered", "proxy_set_header Sec-Fetch-Site", more='proxy_set_header Sec-Fetch-Site "";'
+    ),
+    "API elsewhere": Mistake("not_routed", "location /", more="location /api/check/ { return 200 hello; }"),
+    "login in front": Mistake("not_routed", "location /", more="location /api/ { return 401; }"),
+    "server not there": Mistake("proxy_pass", "proxy_pass", {"pass": "location / { proxy_pass http://127.0.0.1:9; }"}),
+    "redirect": Mistake("redirect", "--url https://www.example.org", more="return 301 https://www.example.org/;"),
+    "certificate expired": Mistake(
+        "certificate_expired",
+        "certbot renew",
+        {"certificate": "ssl_certificate FOLDER/old.pem; ssl_certificate_key FOLDER/old.key;"},
+    ),
+    "certificate of another name": Mistake(
+        "certificate_name",
+        "ssl_certificate",
+        {"certificate": "ssl_certificate FOLDER/other.pem; ssl_certificate_key FOLDER/other.key;"},
+    ),
+    "certificate of nobody": Mistake(
+        "certificate_untrusted",
+        "fullchain.pem",
+        {"certificate": "ssl_certificate FOLDER/stranger.pem; ssl_certificate_key FOLDER/stranger.key;"},
+    ),
+    "certificate soon over": Mistake(
+        "certificate_soon",
+        "certbot renew",
+        {"certificate": "ssl_certificate FOLDER/soon.pem; ssl_certificate_key FOLDER/soon.key;"},
+        level="warning",
+    ),
+}
+
+# What differs from RIGHT and yet does no harm.
+HARMLESS = {
+    "right": Mistake("", ""),
+    "buffering on": Mistake("", "", {"buffering": "proxy_buffering on;"}),  # X-Accel-Buffering: no is obeyed
+    "gzip of other things": Mistake("", "", {"gzip": "gzip on; gzip_types application/json text/css;"}),
+    "large bodies": Mistake("", "", more="client_max_body_size 100m;"),
+    "HSTS of its own": Mistake(
+        "",
+        "",
+        more='proxy_hide_header Strict-Transport-Security; add_header Strict-Transport-Security "max-age=63072000";',
+    ),
+    "longer than the model is silent": Mistake("", "", {"timeout": "proxy_read_timeout 5s;"}, slow=True),
+}
+
+
+# ---- the stage ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Port:
+    """One server block: where it listens, and what it says."""
+
+    listener: socket.socket
+    mistake: Mistake
+
+    @property
+    def url(self) -> str:
+        return f"https://localhost:{self.listener.getsockname()[1]}"
+
+    def block(self, folder: Path) -> str:
+        lines = "\n".join(({**RIGHT, **self.mistake.instead}).values())
+        address = "{}:{}".format(*self.listener.getsockname())
+        lines = lines.replace("ADDRESS", address).replace("FOLDER", str(folder))
+        return f"server {{ server_name localhost;\n{lines}\n{self.mistake.more}\n}}\n"
+
+
+@contextlib.contextmanager
+def listening(mistakes: dict[str, Mistake]) -> Iterator[dict[str, Port]]:
+    with contextlib.ExitStack() as stack:
+        ports = {}
+        for label, mistake in mistakes.items():
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=64))
+            listener.setblocking(False)  # as nginx expects of those that it inherits
+            ports[label] = Port(listener, mistake)
+        yield ports
+
+
+@contextlib.contextmanager
+def nginx(folder: Path, ports: dict[str, Port], upstream: int) -> Iterator[None]:
+    """nginx with these server blocks in front of a server on this port."""
+    temporary = "".join(
+        f"{module}_temp_path {folder}/{module};\n" for module in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    (folder / "nginx.conf").write_text(
+        f"daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log;\n"
+        f"{'user root;' if os.geteuid() == 0 else ''} worker_processes 1;\n"
+        "events { worker_connections 256; }\n"
+        f"http {{ access_log off; {temporary} proxy_cache_path {folder}/cache keys_zone=chats:1m;\n"
+        f"upstream chat {{ server 127.0.0.1:{upstream}; keepalive 8; }}\n"
+        f"{''.join(port.block(folder) for port in ports.values())} }}\n"
+    )
+    numbers = [port.listener.fileno() for port in ports.values()]
+    running = subprocess.Popen(
+        ["/usr/sbin/nginx", "-c", str(folder / "nginx.conf"), "-p", str(folder)],
+        env={**os.environ, "NGINX": "".join(f"{number};" for number in numbers)},
+        pass_fds=numbers,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield
+    finally:
+        running.terminate()
+        running.wait(PATIENCE)
+
+
+def write_certificates(folder: Path) -> None:
+    ca, stranger, now = trustme.CA(), trustme.CA(), datetime.now(UTC)
+    ca.cert_pem.write_to_path(folder / "ca.pem")
+    day = timedelta(days=1)
+    for name, certificate in {
+        "good": ca.issue_cert("localhost", not_before=now - day, not_after=now + 80 * day),
+        "old": ca.issue_cert("localhost", not_before=now - 90 * day, not_after=now - day),
+        "soon": ca.issue_cert("localhost", not_before=now - 80 * day, not_after=now + 10 * day),
+        "other": ca.issue_cert("other.example"),
+        "stranger": stranger.issue_cert("localhost"),
+    }.items():
+        certificate.private_key_pem.write_to_path(folder / f"{name}.key")
+        certificate.cert_chain_pems[0].write_to_path(folder / f"{name}.pem")
+
+
+@dataclass
+class Site:
+    proxy: Running
+    folder: Path
+    ports: dict[str, Port]
+
+    def examine(self, label: str, settings: Settings | None = None, **more: Any) -> list[Finding]:
+        port = self.ports[label]
+        found, _ = checkup.examine(
+            settings or self.proxy.settings,
+            port.url,
+            ca_file=str(self.folder / "ca.pem"),
+            slow=port.mistake.slow,
+            **more,
+        )
+        return found
+
+
+@contextlib.contextmanager
+def site(folder: Path, mistakes: dict[str, Mistake], **overrides: str) -> Iterator[Site]:
+    """A server behind nginx, which answers to the names of all the server blocks unless told otherwise."""
+    write_certificates(folder)
+    with listening(mistakes) as ports:
+        urls = [port.url for port in ports.values()]
+        names = {"SERVER_PUBLIC_URL": urls[0], "SERVER_EXTRA_ORIGINS": ",".join(urls)}
+        given = {**names, **QUICK, "SESSION_SECRET": SECRET, **overrides}
+        with (
+            patch.object(checkup, "SPACING", 0.05),
+            patch.object(requests, "CHECKS", Rate(100_000, 60, "100000/minute")),
+            running(NOWHERE, **given) as proxy,
+            nginx(folder, ports, proxy.port),
+        ):
+            yield Site(proxy, folder, ports)
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with site(tmp_path_factory.mktemp("wrong"), MISTAKES) as stage:
+        yield stage
+
+
+@pytest.fixture(scope="module")
+def right(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with site(tmp_path_factory.mktemp("right"), HARMLESS) as stage:
+        yield stage
+
+
+# ---- mistakes of nginx's configuration ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("label", MISTAKES)
+def test_mistake_is_found(label: str, wrong: Site) -> None:
+    """Each mistake is found by its name, with why it matters and the line to change; and nothing else is found."""
+    mistake = MISTAKES[label]
+    found = wrong.examine(label)
+    assert [finding.code for finding in found] == [mistake.code], found
+    assert found[0].level == mistake.level
+    assert mistake.hint in found[0].change
+    assert found[0].what
+    assert found[0].why
+
+
+@pytest.mark.parametrize("label", HARMLESS)
+def test_nothing_is_found(label: str, right: Site) -> None:
+    """A right configuration has no finding, nor has one that differs without harm."""
+    assert right.examine(label) == []
+
+
+def test_further_root_is_needed(right: Site) -> None:
+    """Without --ca-file a certificate of the operator's own is not trusted, and no ticket is sent."""
+    before = len(right.proxy.sent)
+    found, _ = checkup.examine(right.proxy.settings, right.ports["right"].url)
+    assert [finding.code for finding in found] == ["certificate_untrusted"]
+    assert "--ca-file" in found[0].change
+    assert len(right.proxy.sent) == before
+
+
+# ---- mistakes of our own settings -----------------------------------------------------------------------------------
+
+OURS = {
+    "public_url of plain http": (
+        "public_url",
+        'server.public_url = "https://localhost:',
+        "SERVER_PUBLIC_URL",
+        "http://localhost",
+    ),
+    "proxy not trusted": (
+        "untrusted_proxy",
+        'server.trusted_proxies = ["127.0.0.1"]',
+        "SERVER_TRUSTED_PROXIES",
+        "10.0.0.0/8",
+    ),
+    "users named by visitors": ("user_spoofed", "header.name", "SESSION_MODE", "header"),
+    "other secret": ("ticket", "session.secret", "SESSION_SECRET", secrets.token_urlsafe(32)),
+}
+
+
+@pytest.mark.parametrize("label", OURS)
+def test_mistake_in_the_settings_is_found(label: str, tmp_path: Path) -> None:
+    """What the server's settings have wrong shows from outside, too."""
+    code, hint, name, value = OURS[label]
+    overrides = {"SERVER_EXTRA_ORIGINS": ""} if name == "SERVER_PUBLIC_URL" else {}
+    with site(tmp_path, {"right": Mistake("", "")}, **overrides, **{name: value}) as stage:
+        session = replace(stage.proxy.settings.session, secret=Secret(SECRET))
+        found = stage.examine("right", replace(stage.proxy.settings, session=session))
+    assert [finding.code for finding in found] == [code], found
+    assert hint in found[0].change
+
+
+@pytest.mark.parametrize(("ahead", "by"), [(60, "its report"), (-60, "its report"), (3600, "its Date")])
+def test_wrong_clock_is_found(ahead: float, by: str, right: Site) -> None:
+    """A clock that is wrong by a minute is told by the server; one that is wrong by an hour lets no ticket in."""
+    found = right.examine("right", wall=lambda: time.time() + ahead)
+    assert [finding.code for finding in found] == ["clock"], found
+    assert f"{abs(ahead)} s {'behind' if ahead > 0 else 'ahead of'}" in found[0].what
+    assert "set-ntp" in found[0].change
+
+
+def test_without_anything_in_between() -> None:
+    """A server on this machine that is asked directly has no finding: what is missing there is nobody's mistake."""
+    with running(NOWHERE, SESSION_SECRET=SECRET) as proxy:
+        found, measured = checkup.examine(proxy.settings, proxy.url)
+    assert found == []
+    assert measured.http is None
+    assert measured.leaving_ms is not None
+
+
+def test_nobody_there() -> None:
+    """An address that nobody listens at is one finding."""
+    with running(NOWHERE, SESSION_SECRET=SECRET) as proxy:
+        pass
+    found, _ = checkup.examine(proxy.settings, proxy.url)
+    assert [(finding.code, "refused" in finding.what) for finding in found] == [("unreachable", True)]
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+async def lists_models(peer: Peer) -> None:
+    await peer.request()
+    await peer.whole(b'{"object":"list","data":[]}')
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[ScriptedUpstream]:
+    with ScriptedUpstream(lists_models) as upstream:
+        yield upstream
+
+
+def variables(base_url: str, **given: str) -> dict[str, str]:
+    """The settings of a server at an https address, as environment variables; an empty one is none."""
+    settings = {
+        "UPSTREAM_BASE_URL": base_url,
+        "UPSTREAM_API_KEY": random_key(),
+        "POLICY_MODELS": "m",
+        "LIMITS_TOKENS_TOTAL": "1000000/day",
+        "SERVER_PUBLIC_URL": "https://localhost",
+        "SESSION_SECRET": SECRET,
+        **QUICK,
+        **given,
+    }
+    return {f"CHAT_PROXY_{name}": value for name, value in settings.items() if value}
+
+
+def check(folder: Path, model: ScriptedUpstream, *arguments: str, **given: str) -> subprocess.CompletedProcess[str]:
+    """One run of the command."""
+    environ = {**environment(), **variables(model.base_url, **given)}
+    done = subprocess.run(
+        [*COMMAND, "check", *arguments], cwd=folder, env=environ, capture_output=True, text=True, timeout=3 * PATIENCE
+    )
+    assert SECRET not in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_command_says_ok(right: Site, model: ScriptedUpstream, tmp_path: Path) -> None:
+    """At a right address each line begins with ok, the last one has the figures, and the exit code is 0."""
+    url = right.ports["right"].url
+    done = check(tmp_path, model, "--url", url, "--ca-file", str(right.folder / "ca.pem"))
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["ok"] * 3
+    assert lines[-1].startswith(f"ok       {url}: events arrive one by one")
+    assert "not tried (--slow)" in lines[-1]
+
+
+def test_command_trusts_as_openssl_does(right: Site, model: ScriptedUpstream, tmp_path: Path) -> None:
+    """SSL_CERT_FILE names roots as it does everywhere; --slow says how long a silence was borne."""
+    with patch.dict(os.environ, SSL_CERT_FILE=str(right.folder / "ca.pem")):
+        done = check(tmp_path, model, "--url", right.ports["right"].url, "--slow")
+    assert done.returncode == 0, done.stdout
+    assert "1.5 s of silence are borne" in done.stdout
+
+
+def test_command_tells_a_fault(wrong: Site, model: ScriptedUpstream, tmp_path: Path) -> None:
+    """A fault has a line of its own, one for why and one for the change; the exit code is 1."""
+    done = check(tmp_path, model, "--url", wrong.ports["host missing"].url, "--ca-file", str(wrong.folder / "ca.pem"))
+    assert (done.returncode, done.stderr) == (1, "")
+    fault, why, change = done.stdout.splitlines()[2:]
+    assert fault.startswith("fault    Host arrives as chat, ")
+    assert why == "         why:    every request for /api/ is refused: 403 cross_origin"
+    assert change == "         change: nginx: proxy_set_header Host $http_host;"
+
+
+def test_command_for_machines(wrong: Site, model: ScriptedUpstream, tmp_path: Path) -> None:
+    """--json is one object on stdout: whether all is well, every finding, the figures. A warning is no fault."""
+    ca_file = ("--ca-file", str(wrong.folder / "ca.pem"), "--json")
+    done = check(tmp_path, model, "--url", wrong.ports["HTTP/1.0"].url, *ca_file)
+    told = json.loads(done.stdout)
+    assert (done.returncode, done.stderr, told["ok"]) == (1, "", False)
+    assert [(finding["level"], finding["code"]) for finding in told["findings"]] == [
+        ("ok", "settings"),
+        ("ok", "upstream"),
+        ("fault", "http10"),
+    ]
+    assert set(told["findings"][-1]) == {"level", "code", "what", "why", "change"}
+    assert told["measured"]["http"] == "2"
+    done = check(tmp_path, model, "--url", wrong.ports["no HTTP/2"].url, *ca_file)
+    told = json.loads(done.stdout)
+    assert (done.returncode, told["ok"], told["measured"]["http"]) == (0, True, "1.1")
+    assert told["findings"][-1]["level"] == "warning"
+
+
+USAGE: dict[str, tuple[list[str], dict[str, str], str]] = {
+    "no secret to sign with": (
+        ["--url", "http://127.0.0.1:9"],
+        {"SERVER_PUBLIC_URL": "", "SESSION_SECRET": ""},
+        "session.secret",
+    ),
+    "roots that are not there": (["--url", "https://localhost", "--ca-file", "nowhere.pem"], {}, "--ca-file"),
+    "roots for nothing": (["--ca-file", "nowhere.pem"], {}, "--url"),
+    "slow for nothing": (["--slow"], {}, "--url"),
+    "an address with a path": (["--url", "https://localhost/chat"], {}, "--url"),
+}
+
+
+@pytest.mark.parametrize("label", USAGE)
+def test_command_wants_sense(
+    label: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What cannot be done is told before anything is, and exits 2."""
+    arguments, given, named = USAGE[label]
+    monkeypatch.chdir(tmp_path)
+    for name in os.environ.keys() - environment().keys():
+        monkeypatch.delenv(name)
+    for name, value in variables(NOWHERE, **given).items():
+        monkeypatch.setenv(name, value)
+    try:
+        code: Any = cli.main(["check", *arguments])
+    except SystemExit as ended:  # argparse's way
+        code = ended.code
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert named in told.err
+    assert code == 2
