@@ -21,6 +21,7 @@ import msgspec
 
 from proxy.edge import Edge, cookies_named
 from proxy.errors import InvalidCredentials, InvalidRequest, LoginRequired, Refusal, SessionExpired, Unauthenticated
+from proxy.findings import HEADER
 from proxy.limits import Subject
 from proxy.limits.allowance import Allowance
 from proxy.limits.requests import guess, mint, refuse
@@ -31,7 +32,7 @@ from proxy.logs import Logs
 from proxy.revoked import Revoked
 from proxy.session import ID_BYTES, Session, Sessions, set_cookie
 from proxy.settings import Secret, Settings
-from proxy.ticket import HEADER, Tickets
+from proxy.ticket import Tickets
 from proxy.visit import Visit
 
 if TYPE_CHECKING:

@@ -43,6 +43,7 @@ from proxy.errors import (
 )
 from proxy.events import Ending, Events, Usage, usage_of
 from proxy.exchange import Event, Exchange, State
+from proxy.findings import CHAT, LOOK
 from proxy.limits import Standing, Subject, limit_headers
 from proxy.limits.allowance import Allowance
 from proxy.limits.requests import ask, diagnose, refuse
@@ -140,24 +141,27 @@ class Resource:
         return self.methods[visit.method]
 
 
-class Hidden(Resource):
-    """An address that is there only for who bears a ticket; to anybody else it is like any that is not.
+class Examined(Resource):
+    """An address at which a bearer of a ticket is shown what becomes of requests and answers there.
 
-    The Host is let be: what became of it on the way is what a bearer wants to know.
+    The Host is let be: what became of it on the way is what a bearer wants to know. To anybody else the address is
+    what its methods say; without any, like one that is not there.
     """
+
+    def __init__(self, proxy: ChatProxy, route: str, show: Handler, **methods: Handler) -> None:
+        super().__init__(proxy, route, **methods)
+        self.show = show
 
     async def handler(self, visit: Visit) -> Handler:
         if self.proxy.draining or not self.proxy.access.admits_check(visit):
-            return await self.proxy.nothing.handler(visit)
+            return await super().handler(visit)
+        visit.log["check"] = True
         visit.standings = await self.proxy.limits.charge(diagnose, Subject("check", "check"))
-        if visit.method not in self.methods:
-            raise MethodNotAllowed(headers=[(b"allow", ", ".join(self.methods).encode())])
+        return self.examine
 
-        async def handle(visit: Visit) -> None:
-            with suppress(ClientGone):  # no chat was broken off
-                await self.methods[visit.method](visit)
-
-        return handle
+    async def examine(self, visit: Visit) -> None:
+        with suppress(ClientGone):  # no chat was broken off
+            await self.show(visit)
 
 
 class ChatProxy:
@@ -223,8 +227,6 @@ class ChatProxy:
 
     def build_router(self) -> Router:
         api: dict[str, dict[str, Handler]] = {
-            "/api/chat": {"POST": self.chat},
-            "/api/v1/chat/completions": {"POST": self.chat},
             "/api/v1/models": {"GET": self.list_models},
             "/api/session": {"GET": self.show_session, "DELETE": self.end_session},
         }
@@ -233,13 +235,13 @@ class ChatProxy:
         if self.access.mode == "oidc":
             api["/api/session/login"] = {"GET": self.start_login}
             api[CALLBACK] = {"GET": self.finish_login}
-        hidden = self.diagnosis.routes()
-        nothing = self.nothing
+        nothing, show = self.nothing, self.diagnosis.show
         page = page_folder(self.settings.server.static_dir)
         return Router(
             [
                 *(Route(path, Resource(self, path, **methods)) for path, methods in api.items()),
-                *(Route(path, Hidden(self, path, **methods)) for path, methods in hidden.items()),
+                *(Route(path, Examined(self, path, show, POST=self.chat)) for path in CHAT),
+                Route(LOOK, Examined(self, LOOK, show)),
                 Route("/healthz", Probe(lambda: True)),
                 Route("/readyz", Probe(lambda: not self.draining)),
                 Mount("/api", nothing),

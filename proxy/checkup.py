@@ -13,6 +13,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -24,9 +25,23 @@ import httpx
 import msgspec
 
 from proxy import findings
-from proxy.findings import FOREIGN, SPOOF, Answer, Certificate, Departure, Finding, Left, Observed, Report, Streamed
+from proxy.findings import (
+    CHAT,
+    FOREIGN,
+    HEADER,
+    LOOK,
+    SPOOF,
+    Answer,
+    Certificate,
+    Departure,
+    Finding,
+    Left,
+    Observed,
+    Report,
+    Streamed,
+)
 from proxy.settings import Settings
-from proxy.ticket import HEADER, Tickets
+from proxy.ticket import Tickets
 
 DEADLINE = 10.0  # seconds for each thing that is waited for
 NOBODY = "nobody@elsewhere.invalid"
@@ -38,11 +53,11 @@ MOST_BODY = 32 << 20  # bytes: more is not sent, whatever server.max_body_bytes 
 LONGEST_SILENCE = 120.0  # seconds: as long as the server's own bound
 SILENCE_OVER_TIMEOUT = 1.25  # how much longer than the upstream may be silent a proxy has to bear it
 REFUSED = {
-    "session_required": "refusal?status=401",
-    "not_found": "refusal?status=404",
-    "rate_limited": "refusal?status=429",
-    "upstream_error": "refusal?status=502",
-    "busy": "refusal?status=503",
+    "session_required": "refusal&status=401",
+    "not_found": "refusal&status=404",
+    "rate_limited": "refusal&status=429",
+    "upstream_error": "refusal&status=502",
+    "busy": "refusal&status=503",
 }
 COMPRESSIONS = "gzip, deflate, br, zstd"  # as browsers say it
 
@@ -93,13 +108,15 @@ def examine(
     except OSError as error:
         return [findings.unreachable(url, error.strerror or str(error))], Measured()
     with Browser(url, trusted_by(ca_file), lambda: tickets.issue(wall())) as browser:
+        first = browser.look("echo")
         before = wall()
-        plain, ours = browser.ask_from("echo")
+        plain, ours = browser.chat_from("echo")
         now = (before + wall()) / 2
-        if obstacle := findings.obstacle(url, plain, now, date_of(plain)):
-            return [obstacle], Measured()
+        for path, answer in ((LOOK, first), (CHAT[0], plain)):
+            if obstacle := findings.obstacle(url, path, answer, now, date_of(answer)):
+                return [obstacle], Measured()
         look = Look(browser, settings, slow=slow)
-        seen = look.at(url, now, ours, certificate, offers_h2, plain)
+        seen = look.at(url, now, ours, certificate, offers_h2, plain, first)
     return findings.judge(seen), measured(seen)
 
 
@@ -144,11 +161,16 @@ class Browser:
         ours = {"origin": self.url, "sec-fetch-site": "same-origin", "accept-encoding": "identity"}
         return {**ours, "user-agent": "chat-proxy check", **more}
 
-    def check(
-        self, path: str, method: str = "GET", content: bytes | None = None, headers: dict[str, str] | None = None
-    ) -> Answer:
-        """One of the diagnostic routes."""
-        return self.ask(f"/api/check/{path}", method, content, {HEADER: self.ticket(), **(headers or {})})
+    def look(self, what: str) -> Answer:
+        """Something to be shown, beside the chat."""
+        return self.ask(f"{LOOK}?check={what}", headers={HEADER: self.ticket()})
+
+    def chat(self, what: str, content: bytes = b"", headers: dict[str, str] | None = None) -> Answer:
+        """The same at the chat's own address, by a request such as a chat's."""
+        return self.ask(f"{CHAT[0]}?check={what}", "POST", content, {**self.chat_headers(), **(headers or {})})
+
+    def chat_headers(self) -> dict[str, str]:
+        return {HEADER: self.ticket(), "content-type": "application/json"}
 
     def ask(
         self, path: str, method: str = "GET", content: bytes | None = None, headers: dict[str, str] | None = None
@@ -163,22 +185,24 @@ class Browser:
             self.client.cookies.clear()
         return answered(response, response.content)
 
-    def ask_from(self, path: str) -> tuple[Answer, tuple[str, int] | None]:
+    def chat_from(self, what: str) -> tuple[Answer, tuple[str, int] | None]:
         """The same, with the near end of the socket that was used."""
-        request = self.client.build_request("GET", f"/api/check/{path}", headers=self.headers({HEADER: self.ticket()}))
         try:
-            with closing(self.client.send(request, stream=True)) as response:
+            with closing(self.begin(f"{CHAT[0]}?check={what}", DEADLINE, "identity")) as response:
                 near = response.extensions["network_stream"].get_extra_info("client_addr")
                 return answered(response, response.read()), (near[0], near[1]) if near else None
         except httpx.TransportError as error:
             return Answer(0, broke=f"{type(error).__name__}: {error}"), None
 
-    def stream(self, name: str, events: int, spacing: float, patience: float) -> httpx.Response:
+    def stream(self, path: str, name: str, events: int, spacing: float, patience: float) -> httpx.Response:
         """The head of a stream. Raises httpx.TransportError."""
-        headers = self.headers({HEADER: self.ticket(), "accept-encoding": COMPRESSIONS})
-        path = f"/api/check/stream?name={name}&events={events}&spacing={spacing}"
+        query = f"check=stream&name={name}&events={events}&spacing={spacing}"
+        return self.begin(f"{path}?{query}", patience, COMPRESSIONS)
+
+    def begin(self, path: str, patience: float, accepted: str) -> httpx.Response:
+        headers = self.headers({**self.chat_headers(), "accept-encoding": accepted})
         timeout = httpx.Timeout(DEADLINE, read=patience)
-        request = self.client.build_request("GET", path, headers=headers, timeout=timeout)
+        request = self.client.build_request("POST", path, content=b"", headers=headers, timeout=timeout)
         return self.client.send(request, stream=True)
 
 
@@ -216,9 +240,10 @@ class Look:
         certificate: Certificate | None,
         offers_h2: bool | None,
         plain: Answer,
+        first: Answer,
     ) -> Observed:
-        check, ask = self.browser.check, self.browser.ask
-        with_cookie = check("echo?cookie")
+        chat, ask = self.browser.chat, self.browser.ask
+        with_cookie = chat("echo&cookie=1")
         cookie = "; ".join(cookie.partition(";")[0] for cookie in with_cookie.cookies)
         return Observed(
             url=url,
@@ -227,37 +252,42 @@ class Look:
             certificate=certificate,
             offers_h2=offers_h2,
             plain=plain,
-            again=check("echo"),
-            spoofed=check("echo?spoofed", headers={"x-forwarded-for": SPOOF, self.user_header: NOBODY}),
+            twice=(first, self.browser.look("echo")),
+            spoofed=chat("echo", headers={"x-forwarded-for": SPOOF, self.user_header: NOBODY}),
             with_cookie=with_cookie,
-            returned=check("echo?returned", headers={"cookie": cookie or "none=none"}),
+            returned=chat("echo", headers={"cookie": cookie or "none=none"}),
             session=ask("/api/session"),
             foreign=ask("/api/session", "DELETE", headers={"origin": FOREIGN, "sec-fetch-site": "cross-site"}),
             page=ask("/"),
-            whole_body=check("echo", "POST", b"0" * self.body_bytes, {"content-type": "application/json"}),
+            whole_body=chat("echo", b"0" * self.body_bytes),
             body_bytes=self.body_bytes,
-            refusals={code: check(path) for code, path in REFUSED.items()},
-            stream=self.rhythm(),
+            refusals={code: chat(what) for code, what in REFUSED.items()},
+            streams=self.rhythms(),
             left=self.leave(),
             silence=self.silence(),
             silence_seconds=self.silence_seconds,
         )
 
-    def rhythm(self) -> Streamed:
+    def rhythms(self) -> dict[str, Streamed]:
+        """At each address of chats, since each may have rules of its own in front."""
+        with ThreadPoolExecutor(len(CHAT)) as threads:
+            return dict(zip(CHAT, threads.map(self.rhythm, CHAT), strict=True))
+
+    def rhythm(self, path: str) -> Streamed:
         """A stream that came in lumps is looked at once more, slower: this machine may have stood still."""
-        stream = self.stream(EVENTS, SPACING, DEADLINE)
-        return self.stream(EVENTS, 2 * SPACING, DEADLINE) if findings.is_lumped(stream) else stream
+        stream = self.stream(path, EVENTS, SPACING, DEADLINE)
+        return self.stream(path, EVENTS, 2 * SPACING, DEADLINE) if findings.is_lumped(stream) else stream
 
     def silence(self) -> Streamed | None:
         seconds = self.silence_seconds
-        return self.stream(2, seconds, seconds + DEADLINE) if seconds else None
+        return self.stream(CHAT[0], 2, seconds, seconds + DEADLINE) if seconds else None
 
-    def stream(self, events: int, spacing: float, patience: float) -> Streamed:
+    def stream(self, path: str, events: int, spacing: float, patience: float) -> Streamed:
         """A stream from its first to its last byte, and when each of its events came."""
         began, sent, arrived, report, ended = time.monotonic(), [], [], None, False
         answer = Answer(0)
         try:
-            with closing(self.browser.stream(secrets.token_hex(16), events, spacing, patience)) as response:
+            with closing(self.browser.stream(path, secrets.token_hex(16), events, spacing, patience)) as response:
                 answer = answered(response, b"")
                 for data in data_of(response):
                     if ended := data == b"[DONE]":
@@ -277,7 +307,7 @@ class Look:
         name, sent = secrets.token_hex(16), None
         began = time.monotonic()
         try:
-            with closing(self.browser.stream(name, 2, LEFT_SILENT, LEAVING_PATIENCE)) as response:
+            with closing(self.browser.stream(CHAT[0], name, 2, LEFT_SILENT, LEAVING_PATIENCE)) as response:
                 for data in data_of(response):
                     sent = time.monotonic() - decode_event(data).at  # when it began, as far as can be seen from here
                     break
@@ -294,7 +324,7 @@ class Look:
         known = Departure("unknown", 0)
         pause = ASK_EVERY
         while known.state in ("unknown", "open") and (now := time.monotonic()) < until:
-            answer = self.browser.check(f"departure?name={name}&at={now}")  # never twice the same, for caches
+            answer = self.browser.look(f"departure&name={name}&at={now}")  # never twice the same, for caches
             try:
                 told = decode_departure(answer.body)
             except msgspec.MsgspecError:
@@ -317,13 +347,18 @@ def data_of(response: httpx.Response) -> Iterator[bytes]:
 
 
 def measured(seen: Observed) -> Measured:
-    report, certificate, stream = seen.plain.report, seen.certificate, seen.stream
-    delays = [there - here for there, here in zip(stream.arrived, stream.sent, strict=True)]
+    report, certificate = seen.plain.report, seen.certificate
+    delays = [max(late) - min(late) for late in map(lateness, seen.streams.values()) if late]
     return Measured(
         http={True: "2", False: "1.1", None: None}[seen.offers_h2],
         certificate_days=int((certificate.not_after - seen.now) / 86400) if certificate else None,
-        event_delay_ms=round((max(delays) - min(delays)) * 1000, 1) if delays else None,
+        event_delay_ms=round(max(delays) * 1000, 1) if delays else None,
         leaving_ms=round(seen.left.seconds * 1000, 1) if seen.left.state == "left" else None,
         clock_skew_seconds=round(report.now - seen.now, 1) if report else None,
         silence_seconds=seen.silence_seconds or None,
     )
+
+
+def lateness(stream: Streamed) -> list[float]:
+    """Seconds from each event's sending to its coming, and some that are the same for all: the clocks' difference."""
+    return [arrived - sent for arrived, sent in zip(stream.arrived, stream.sent, strict=True)]

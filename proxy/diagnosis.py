@@ -1,11 +1,14 @@
 """What `chat-proxy check --url` asks of a running server: how its requests and our answers fare on the way.
 
+What is shown stands in the address's query: `?check=echo` and so on, under `/api/check/...` and under the chat's own
+addresses. For what is in front of us has rules by address, and only those that chats meet matter.
+
 Rules:
 1. Nothing here calls the upstream, takes of a visitor's allowance, or counts as a chat.
 2. Streams are few at a time, short, end when the browser leaves, and at once when a drain begins.
 3. A report tells of the request that asked for it and of the settings that people see anyway; of nobody else.
 
-The routes are shown to who bears a ticket (ticket.py) and to nobody else; that is for the application to see to.
+All of it is for who bears a ticket (ticket.py) and for nobody else; that is for the application to see to.
 """
 
 from __future__ import annotations
@@ -48,6 +51,8 @@ REFUSALS: dict[str, type[Refusal]] = {
     str(kind.status): kind for kind in (Unauthenticated, NotFound, TooMany, BadGateway, Busy)
 }
 
+Asked = dict[str, str]
+
 encode = msgspec.json.Encoder().encode
 
 
@@ -60,9 +65,8 @@ class Wish:
     spacing: float
 
     @classmethod
-    def of(cls, query: bytes) -> Wish:
+    def of(cls, asked: Asked) -> Wish:
         """Raises InvalidRequest for what is not a short stream."""
-        asked = dict(parse_qsl(query.decode("latin-1")))
         try:
             wish = cls(asked.get("name", ""), int(asked.get("events", "")), float(asked.get("spacing", "")))
         except ValueError:
@@ -100,26 +104,32 @@ class Diagnosis:
         self.user_header = settings.header.name.lower().encode() if settings.session.mode == "header" else None
         self.is_draining = is_draining
         self.wall = wall
+        self.looks: dict[str, Callable[[Visit, Asked, int], Awaitable[None]]] = {
+            "echo": self.echo,
+            "refusal": self.refusal,
+            "stream": self.stream,
+            "departure": self.departure,
+        }
         self.open = 0
         self.departures: dict[str, Departure] = {}  # by a stream's name; the newest last
 
-    def routes(self) -> dict[str, dict[str, Callable[[Visit], Awaitable[None]]]]:
-        return {
-            "/api/check/echo": {"GET": self.echo, "POST": self.echo},
-            "/api/check/refusal": {"GET": self.refusal},
-            "/api/check/stream": {"GET": self.stream},
-            "/api/check/departure": {"GET": self.departure},
-        }
+    async def show(self, visit: Visit) -> None:
+        """Answers what is asked for, by any method. Raises NotFound for what cannot be shown."""
+        asked = dict(parse_qsl(visit.query.decode("latin-1")))
+        showing = self.looks.get(asked.get("check", ""))
+        body = await visit.body(self.max_body_bytes)
+        if showing is None:
+            raise NotFound
+        await showing(visit, asked, len(body))
 
     # ---- what a request looks like from here ------------------------------------------------------------------------
 
-    async def echo(self, visit: Visit) -> None:
-        """A report of the request; with `?cookie` it gives one like those of sessions, that opens nothing."""
-        body = await visit.body(self.max_body_bytes)
-        if visit.query == b"cookie":
+    async def echo(self, visit: Visit, asked: Asked, body: int) -> None:
+        """A report of the request; with `&cookie=` it gives one like those of sessions, that opens nothing."""
+        if "cookie" in asked:
             visit.cookies = [set_cookie(self.cookie, "looked", COOKIE_SECONDS, secure=self.is_https)]
         head = visit.head(200, [JSON])
-        answer = encode(self.report(visit, head["headers"], len(body)))
+        answer = encode(self.report(visit, head["headers"], body))
         head["headers"].append((b"content-length", b"%d" % len(answer)))
         await visit.send(head)
         await visit.send({"type": "http.response.body", "body": answer, "more_body": False})
@@ -147,9 +157,9 @@ class Diagnosis:
             sent=[(name.decode(), value.decode("latin-1")) for name, value in sent],
         )
 
-    async def refusal(self, visit: Visit) -> None:
+    async def refusal(self, visit: Visit, asked: Asked, body: int) -> None:
         """An error as any of ours, asked for by its status; it is counted as none."""
-        status = dict(parse_qsl(visit.query.decode("latin-1"))).get("status", "")
+        status = asked.get("status", "")
         if status not in REFUSALS:
             raise InvalidRequest(f"The status is one of {', '.join(REFUSALS)}.")
         refusal = REFUSALS[status]()
@@ -157,29 +167,28 @@ class Diagnosis:
 
     # ---- streams ----------------------------------------------------------------------------------------------------
 
-    async def stream(self, visit: Visit) -> None:
+    async def stream(self, visit: Visit, asked: Asked, body: int) -> None:
         """Events at known times, with a real stream's headers; the first one is the report, the last one `[DONE]`."""
-        wish = Wish.of(visit.query)
-        await visit.drop_body()
+        wish = Wish.of(asked)
         if self.open >= MOST_STREAMS:
             raise Busy
         self.open += 1
         started = asyncio.get_running_loop().time()
         self.note(wish, "open", 0)
         try:
-            state = await self.run(visit, wish, started)
+            state = await self.run(visit, wish, started, body)
             self.note(wish, state, asyncio.get_running_loop().time() - started)
         finally:
             self.open -= 1
 
-    async def run(self, visit: Visit, wish: Wish, started: float) -> str:
+    async def run(self, visit: Visit, wish: Wish, started: float, body: int) -> str:
         """Writes the stream; returns how it ended."""
         last = b"data: [DONE]\n\n"
         try:
             async with Leash(visit.receive, self.live):
                 head = visit.head(200, [*STREAM_HEADERS, *limit_headers(visit.standings)])
                 await visit.send(head)
-                report = self.report(visit, head["headers"], 0)
+                report = self.report(visit, head["headers"], body)
                 for number in range(wish.events):
                     await self.wait(started + number * wish.spacing)
                     at = asyncio.get_running_loop().time() - started
@@ -206,10 +215,10 @@ class Diagnosis:
         while len(self.departures) > REMEMBERED:
             del self.departures[next(iter(self.departures))]
 
-    async def departure(self, visit: Visit) -> None:
+    async def departure(self, visit: Visit, asked: Asked, body: int) -> None:
         """How a stream ended, and when: in seconds since it began."""
-        name = dict(parse_qsl(visit.query.decode("latin-1"))).get("name", "")
-        await visit.answer(200, encode(self.departures.get(name, Departure("unknown", 0))), [])
+        known = self.departures.get(asked.get("name", ""), Departure("unknown", 0))
+        await visit.answer(200, encode(known), [])
 
 
 def told(found: Found, name: bytes) -> str | None:

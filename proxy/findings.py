@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from urllib.parse import urlsplit
 
 import msgspec
 
+HEADER = "x-chat-proxy-check"  # bears the ticket (ticket.py)
+CHAT = ("/api/chat", "/api/v1/chat/completions")  # where chats happen
+LOOK = "/api/check/look"  # where a bearer of a ticket may look beside them
 SPOOF = "203.0.113.77"  # RFC 5737: an address for examples, which nobody has
 FOREIGN = "https://elsewhere.invalid"
 LUMPED = 0.5  # of the time over which events were sent: when they arrive within less, they were held back
@@ -133,7 +136,10 @@ class Certificate:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """All that one run saw. `ours` is the near end of the plain echo's socket, `now` the middle of that exchange."""
+    """All that one run saw, at the chat's address unless named otherwise.
+
+    `ours` is the near end of the plain echo's socket, `now` the middle of that exchange.
+    """
 
     url: str
     now: float
@@ -141,7 +147,7 @@ class Observed:
     certificate: Certificate | None
     offers_h2: bool | None
     plain: Answer
-    again: Answer
+    twice: tuple[Answer, Answer]  # to the same GET, beside the chat
     spoofed: Answer
     with_cookie: Answer
     returned: Answer
@@ -151,7 +157,7 @@ class Observed:
     whole_body: Answer
     body_bytes: int
     refusals: dict[str, Answer]  # by the code that each has to have
-    stream: Streamed
+    streams: dict[str, Streamed]  # by address
     left: Left
     silence: Streamed | None = None
     silence_seconds: float = 0.0
@@ -202,8 +208,8 @@ def untrusted(url: str, number: int, reason: str) -> Finding:
     return fault(f"certificate_{code}", f"the certificate of {url} {what}", "browsers refuse to open the page", change)
 
 
-def obstacle(url: str, answer: Answer, now: float, clock_there: float | None) -> Finding | None:
-    """Why the first answer is not a report. `clock_there` is what its Date says; both in Unix seconds."""
+def obstacle(url: str, path: str, answer: Answer, now: float, clock_there: float | None) -> Finding | None:
+    """Why the first answer at an address is not a report. `clock_there` is what its Date says; both in Unix seconds."""
     if answer.report is not None:
         return None
     if not answer.status:
@@ -213,19 +219,22 @@ def obstacle(url: str, answer: Answer, now: float, clock_there: float | None) ->
         place = f"{target.scheme}://{target.netloc}" if target.netloc else "another address"
         what, why = f"{url} redirects to {place}", "a page under the one address cannot call the other's API"
         return fault("redirect", what, why, f"run check with --url {place}; server.public_url has to be the same")
-    if answer.code == "not_found":
+    if answer.status in (502, 504):
+        what = f"the proxy does not reach this server: {answer.shown}"
+        return fault("proxy_pass", what, "there is no chat", "nginx: proxy_pass; is the server running, and there?")
+    if answer.code == "not_found" and path == LOOK:
         if clock_there is not None and abs(clock_there - now) > MOST_SKEW:
             return skewed(clock_there - now)
         what = "the server does not accept the ticket of this check"
         why = "nothing more can be seen without it; with two secrets behind one address sessions are lost, too"
         return fault("ticket", what, why, "session.secret must be the server's own, here as on each server behind url")
+    if answer.status in (401, 403):
+        what, why = f"a login in front refuses {path}: {answer.shown}", "check has no account there"
+        return fault("login", what, why, f"run check where none is wanted, or let {HEADER} through without one")
     if answer.code is not None:
         what = f"the server refuses: {answer.status} {answer.code}"
         return fault("refused", what, "nothing more can be seen now", "try again in a minute")
-    if answer.status in (502, 504):
-        what = f"the proxy does not reach this server: {answer.shown}"
-        return fault("proxy_pass", what, "there is no chat", "nginx: proxy_pass; is the server running, and there?")
-    what, why = f"/api/check/echo is answered by something else: {answer.shown}", "so may be /api/chat"
+    what, why = f"{path} is answered by something else: {answer.shown}", "there is no chat"
     return fault("not_routed", what, why, "nginx: location / { proxy_pass http://chat; } for all of /api/")
 
 
@@ -262,8 +271,8 @@ class Case:
 
     @property
     def is_cached(self) -> bool:
-        again = self.seen.again.report
-        return again is not None and again.request_id == self.report.request_id
+        one, other = (answer.report for answer in self.seen.twice)
+        return one is not None and other is not None and one.request_id == other.request_id
 
     @property
     def is_https(self) -> bool:
@@ -420,7 +429,8 @@ def wrong_flags(cookie: str, *, is_https: bool) -> list[str]:
 
 def about_headers(case: Case) -> Iterator[Finding]:
     """What arrived of the headers that were sent, with an answer and with a stream."""
-    answers = ((case.report, case.seen.plain), (case.seen.stream.report, case.seen.stream.answer))
+    streams = ((stream.report, stream.answer) for stream in case.seen.streams.values())
+    answers = ((case.report, case.seen.plain), *streams)
     changed = {
         name: answer.headers.get(name)
         for report, answer in answers
@@ -475,23 +485,33 @@ def about_caches(case: Case) -> Iterator[Finding]:
 
 
 def about_streams(case: Case) -> Iterator[Finding]:
-    stream = case.seen.stream
+    """Of each chat's address; what is wrong at both is one finding."""
+    wrong: dict[str, tuple[Finding, list[str]]] = {}
+    for path, stream in case.seen.streams.items():
+        if (finding := about_stream(stream)) is not None:
+            wrong.setdefault(finding.code, (finding, []))[1].append(path)
+    for finding, paths in wrong.values():
+        yield replace(finding, what=f"{' and '.join(paths)}: {finding.what}")
+
+
+def about_stream(stream: Streamed) -> Finding | None:
     encoding = stream.answer.headers.get("content-encoding", "identity")
     if encoding != "identity":
         what, why = f"streams are compressed ({encoding})", "the compressor holds tokens back until it has enough"
-        yield fault("compressed", what, why, "nginx: gzip off; (brotli off; zstd off;)")
-    elif stream.report is None:
-        what, why = f"a stream does not arrive: {stream.answer.shown}", "there are no answers"
-        yield fault("no_stream", what, why, "nginx: location / { proxy_pass http://chat; } for all of /api/")
-    elif is_lumped(stream):
+        return fault("compressed", what, why, "nginx: gzip off; (brotli off; zstd off;)")
+    if stream.report is None:
+        what, why = f"a stream does not arrive ({stream.answer.shown})", "there are no answers"
+        return fault("no_stream", what, why, "nginx: location / { proxy_pass http://chat; } for all of /api/")
+    if is_lumped(stream):
         sent, arrived = spread(stream.sent), spread(stream.arrived)
         what = f"events arrive in lumps: sent over {sent:.1f} s, they arrived within {arrived:.1f} s"
         why = "visitors see nothing for long, and then everything at once"
         change = "nginx: proxy_buffering off; (and no proxy_ignore_headers X-Accel-Buffering)"
-        yield fault("buffered", what, why, change)
-    elif not stream.ended:
-        what, why = f"a stream of {spread(stream.sent):.1f} s is cut", "answers break off"
-        yield fault("stream_cut", what, why, "nginx: proxy_read_timeout, send_timeout")
+        return fault("buffered", what, why, change)
+    if not stream.ended:
+        what, why = f"a stream is cut after {stream.lasted:.1f} s", "answers break off"
+        return fault("stream_cut", what, why, "nginx: proxy_read_timeout, send_timeout")
+    return None
 
 
 def is_lumped(stream: Streamed) -> bool:

@@ -13,7 +13,6 @@ import hmac
 
 from itsdangerous import Signer
 
-HEADER = "x-chat-proxy-check"
 SALT = b"chat-proxy.check"
 VALID_SECONDS = 120.0
 LONGEST = 128  # bytes; ours are 54

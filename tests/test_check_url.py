@@ -130,7 +130,13 @@ MISTAKES = {
         "origin_altered", "proxy_set_header Sec-Fetch-Site", more='proxy_set_header Sec-Fetch-Site "";'
     ),
     "API elsewhere": Mistake("not_routed", "location /", more="location /api/check/ { return 200 hello; }"),
-    "login in front": Mistake("not_routed", "location /", more="location /api/ { return 401; }"),
+    "chat elsewhere": Mistake("not_routed", "location /", more="location = /api/chat { return 200 hello; }"),
+    "login in front": Mistake("login", "check", more="location /api/ { return 401; }"),
+    "one address only": Mistake(
+        "compressed",
+        "gzip off;",
+        more="location = /api/v1/chat/completions { proxy_pass http://chat; gzip on; gzip_types *; }",
+    ),
     "server not there": Mistake("proxy_pass", "proxy_pass", {"pass": "location / { proxy_pass http://127.0.0.1:9; }"}),
     "redirect": Mistake("redirect", "--url https://www.example.org", more="return 301 https://www.example.org/;"),
     "certificate expired": Mistake(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import itertools
 import json
 import secrets
 import socket
@@ -32,21 +31,19 @@ from harness import (
 from itsdangerous import Signer
 
 from proxy.diagnosis import LONGEST_STREAM, MOST_EVENTS, MOST_STREAMS, REMEMBERED
-from proxy.findings import Report, decode_report
+from proxy.findings import CHAT, HEADER, LOOK, Report, decode_report
 from proxy.limits import requests
 from proxy.limits.requests import CHECKS
 from proxy.settings import Rate
-from proxy.ticket import HEADER, LONGEST, VALID_SECONDS, Tickets
+from proxy.ticket import LONGEST, VALID_SECONDS, Tickets
 
 NEW, OLD, OTHER = (secrets.token_urlsafe(32) for _ in range(3))
 NOWHERE = "http://127.0.0.1:9/v1"
-PATHS = {
-    "/api/check/echo": "GET",
-    "/api/check/echo?cookie": "GET",
-    "/api/check/refusal?status=503": "GET",
-    "/api/check/stream?name=0123456789abcdef&events=1&spacing=0": "GET",
-    "/api/check/departure?name=0123456789abcdef": "GET",
-}
+LOOKS = ("echo", "echo&cookie=1", "refusal&status=503", "stream&name=0123456789abcdef&events=1&spacing=0", "departure")
+
+
+CHAT_BODY = b'{"messages":[{"role":"user","content":"hi"}],"stream":true}'
+CHAT_HEADERS = {"content-type": "application/json"}
 
 
 @pytest.fixture(scope="module", params=LOOPS)
@@ -61,10 +58,12 @@ def ticket(secret: str = NEW, age: float = 0) -> str:
     return Tickets([secret]).issue(time.time() - age)
 
 
-def look(proxy: Running, path: str, method: str = "GET", body: bytes | None = None, **headers: str) -> Reply:
+def look(
+    proxy: Running, what: str, method: str = "GET", body: bytes | None = None, path: str = LOOK, **headers: str
+) -> Reply:
     """A request with a good ticket."""
     more = {name.replace("_", "-"): value for name, value in headers.items()}
-    return send(proxy, method, f"/api/check/{path}", body, {HEADER: ticket(), **more})
+    return send(proxy, method, f"{path}?check={what}", body, {HEADER: ticket(), **more})
 
 
 def report(reply: Reply) -> Report:
@@ -105,14 +104,14 @@ BAD_TICKETS: dict[str, Callable[[], str | None]] = {
 
 @pytest.mark.parametrize("label", BAD_TICKETS)
 def test_without_a_good_ticket_there_is_nothing(label: str, proxy: Running) -> None:
-    """Without a good ticket each route is what any unknown address is: 404, by any method, to the last header."""
+    """Without a good ticket the address is what any unknown one is: 404, by any method, to the last header."""
     given = BAD_TICKETS[label]()
     headers = {} if given is None else {HEADER: given}
     unknown = send(proxy, "GET", "/api/nothing/echo", headers=headers)
     assert unknown.status == 404
-    for path in PATHS:
+    for what in LOOKS:
         for method in ("GET", "POST", "DELETE", "OPTIONS"):
-            reply = send(proxy, method, path, headers=headers)
+            reply = send(proxy, method, f"{LOOK}?check={what}", headers=headers)
             assert (reply.status, reply.body) == (404, unknown.body)
             assert fields(reply.headers) == fields(unknown.headers)
     assert not proxy.service.app.diagnosis.departures
@@ -122,7 +121,7 @@ def test_without_a_good_ticket_there_is_nothing(label: str, proxy: Running) -> N
 def test_each_key_lets_in(secret: str, proxy: Running) -> None:
     """The newest key and those before it verify: check may run with either while they are changed."""
     for age in (0, VALID_SECONDS - 5, 5 - VALID_SECONDS):
-        assert send(proxy, "GET", "/api/check/echo", headers={HEADER: ticket(secret, age)}).status == 200
+        assert send(proxy, "GET", f"{LOOK}?check=echo", headers={HEADER: ticket(secret, age)}).status == 200
 
 
 def test_the_newest_key_signs() -> None:
@@ -140,30 +139,49 @@ def test_reloaded_secrets_let_in(tmp_path: Any) -> None:
     with running(NOWHERE, SESSION_SECRET_FILE=str(file)) as proxy:
         file.write_text(NEW)
         proxy.on_loop(proxy.service.app.reload_secrets)
-        assert send(proxy, "GET", "/api/check/echo", headers={HEADER: ticket(NEW)}).status == 200
-        assert send(proxy, "GET", "/api/check/echo", headers={HEADER: ticket(OLD)}).status == 404
+        assert send(proxy, "GET", f"{LOOK}?check=echo", headers={HEADER: ticket(NEW)}).status == 200
+        assert send(proxy, "GET", f"{LOOK}?check=echo", headers={HEADER: ticket(OLD)}).status == 404
 
 
 def test_a_generated_secret_lets_nobody_in() -> None:
     """Where the session's secret was made in memory nobody can sign a ticket."""
     with running(NOWHERE) as proxy:
-        assert send(proxy, "GET", "/api/check/echo", headers={HEADER: ticket()}).status == 404
+        assert send(proxy, "GET", f"{LOOK}?check=echo", headers={HEADER: ticket()}).status == 404
 
 
 def test_no_ticket_in_the_log(proxy: Running) -> None:
     """Neither a ticket that was good nor one that was not is in a log line or a metric; the route is."""
     for shown in (ticket(), ticket(OTHER)):
         lines = len(proxy.lines())
-        send(proxy, "GET", "/api/check/echo", headers={HEADER: shown})
-        assert proxy.line(lines + 1)["route"] == "GET /api/check/echo"
+        send(proxy, "GET", f"{LOOK}?check=echo", headers={HEADER: shown})
+        assert proxy.line(lines + 1)["route"] == f"GET {LOOK}"
         written = proxy.output.getvalue() + proxy.service.app.metrics.exposition()
         assert shown.partition(".")[2].encode() not in written
 
 
-def test_methods(proxy: Running) -> None:
-    """Who is let in hears which methods there are."""
-    reply = look(proxy, "stream", "POST", b"")
-    assert (reply.status, reply.headers["allow"]) == (405, "GET")
+@pytest.mark.parametrize("what", ["", "nothing", "echo%00", "__init__"])
+def test_what_cannot_be_shown(what: str, proxy: Running) -> None:
+    """Who is let in and asks for something else is told that there is no such thing."""
+    for path in (LOOK, *CHAT):
+        assert look(proxy, what, "POST", b"", path).error["code"] == "not_found"
+    assert send(proxy, "POST", LOOK, headers={HEADER: ticket()}).error["code"] == "not_found"
+    assert send(proxy, "GET", "/api/check/other", headers={HEADER: ticket()}).error["code"] == "not_found"
+
+
+@pytest.mark.parametrize("path", CHAT)
+def test_the_chats_own_address_shows_it_too(path: str) -> None:
+    """With a ticket a chat's address shows the same; without, or with a bad one, it is a chat like any."""
+    with ScriptedUpstream(streaming(*GOOD)) as upstream, running(upstream.base_url, SESSION_SECRET=NEW) as proxy:
+        assert report(look(proxy, "echo", "POST", b"123", path)).body == 3
+        assert b"[DONE]" in look(proxy, wish(), "POST", b"", path).body
+        assert upstream.seen == []
+        eventually(lambda: [line.get("check") for line in proxy.lines()] == [True, True])
+        for given in (ticket(OTHER), ""):
+            reply = send(proxy, "POST", f"{path}?check=echo", CHAT_BODY, {**CHAT_HEADERS, HEADER: given})
+            assert reply.body == b"".join(GOOD)
+        assert len(upstream.seen) == 2
+        assert HEADER not in upstream.seen[-1].headers
+        assert look(proxy, "echo", "GET", None, path).status == 200
 
 
 def test_requests_are_limited() -> None:
@@ -172,7 +190,7 @@ def test_requests_are_limited() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=30)
         statuses = []
         for _ in range(CHECKS.amount + 1):
-            connection.request("GET", "/api/check/departure?name=x", headers={HEADER: ticket()})
+            connection.request("GET", f"{LOOK}?check=departure", headers={HEADER: ticket()})
             response = connection.getresponse()
             response.read()
             statuses.append(response.status)
@@ -216,7 +234,7 @@ def test_echo_tells_what_arrived(proxy: Running) -> None:
 def test_echo_sees_the_socket(proxy: Running) -> None:
     """The peer is the socket's far end: who sees the same near end knows that nothing is in between."""
     with connect(proxy) as sock:
-        sock.sendall(f"GET /api/check/echo HTTP/1.0\r\n{HEADER}: {ticket()}\r\n\r\n".encode())
+        sock.sendall(f"GET {LOOK}?check=echo HTTP/1.0\r\n{HEADER}: {ticket()}\r\n\r\n".encode())
         told = decode_report(read_until(sock, b"}").partition(b"\r\n\r\n")[2])
         assert told.peer is not None
         assert tuple(told.peer) == sock.getsockname()
@@ -225,7 +243,7 @@ def test_echo_sees_the_socket(proxy: Running) -> None:
 
 def test_echo_gives_a_cookie_that_opens_nothing(proxy: Running) -> None:
     """Its cookie has the attributes of a session's, and another name; no session is counted for it."""
-    reply = look(proxy, "echo?cookie")
+    reply = look(proxy, "echo&cookie=1")
     assert reply.headers["set-cookie"] == "chat-check=looked; Path=/; Max-Age=60; HttpOnly; SameSite=Strict"
     assert report(reply).cookies_sent == [reply.headers["set-cookie"]]
     assert look(proxy, "echo").headers["set-cookie"] is None
@@ -256,13 +274,13 @@ def test_names_of_users_are_not_told() -> None:
 def test_refusals_on_demand(status: int, code: str, proxy: Running) -> None:
     """An error comes as it would, and no metric of refusals has heard of it."""
     before = proxy.service.app.metrics.exposition()
-    reply = look(proxy, f"refusal?status={status}")
+    reply = look(proxy, f"refusal&status={status}")
     assert (reply.status, reply.error["code"]) == (status, code)
     counted = [line for line in proxy.service.app.metrics.exposition().splitlines() if code.encode() in line]
     assert all(line in before for line in counted)
 
 
-@pytest.mark.parametrize("query", ["", "?status=", "?status=200", "?status=418", "?status=%00"])
+@pytest.mark.parametrize("query", ["", "&status=", "&status=200", "&status=418", "&status=%00"])
 def test_other_refusals_are_refused(query: str, proxy: Running) -> None:
     assert look(proxy, f"refusal{query}").error["code"] == "invalid_request"
 
@@ -271,18 +289,18 @@ def test_other_refusals_are_refused(query: str, proxy: Running) -> None:
 
 
 def wish(name: str = "", events: int | str = 3, spacing: float | str = 0.05) -> str:
-    return f"stream?name={name or secrets.token_hex(16)}&events={events}&spacing={spacing}"
+    return f"stream&name={name or secrets.token_hex(16)}&events={events}&spacing={spacing}"
 
 
 def departure(proxy: Running, name: str) -> tuple[str, float]:
-    told = look(proxy, f"departure?name={name}").json
+    told = look(proxy, f"departure&name={name}").json
     return told["state"], told["at"]
 
 
 def opened(proxy: Running, name: str, spacing: float = 60) -> socket.socket:
     """A stream of which the first event has come, and the second will not."""
     sock = connect(proxy)
-    head = f"GET /api/check/{wish(name, 2, spacing)} HTTP/1.1\r\nhost: 127.0.0.1\r\n{HEADER}: {ticket()}\r\n\r\n"
+    head = f"GET {LOOK}?check={wish(name, 2, spacing)} HTTP/1.1\r\nhost: 127.0.0.1\r\n{HEADER}: {ticket()}\r\n\r\n"
     sock.sendall(head.encode())
     read_until(sock, b"\n\n\r\n")
     return sock
@@ -297,7 +315,7 @@ def test_stream_has_a_rhythm(proxy: Running) -> None:
     told = [json.loads(event.removeprefix(b"data: ")) for event in events]
     assert [event["number"] for event in told] == [0, 1, 2]
     times = [event["at"] for event in told]
-    assert all(later - earlier > 0.04 for earlier, later in itertools.pairwise(times))
+    assert all(at >= number * 0.05 - 0.001 for number, at in enumerate(times))
     assert dict(told[0]["report"]["sent"])["x-request-id"] == reply.headers["x-request-id"]
     assert told[1]["report"] is None
     state, at = departure(proxy, name)
@@ -318,7 +336,7 @@ def test_stream_has_the_headers_of_a_real_one() -> None:
 
 BAD_WISHES = {
     "nothing": "stream",
-    "no name": "stream?name=&events=1&spacing=0",
+    "no name": "stream&name=&events=1&spacing=0",
     "a strange name": wish(name="../../etc/passwd"),
     "no events": wish(events=0),
     "too many events": wish(events=MOST_EVENTS + 1, spacing=0),
