@@ -2,7 +2,7 @@
 
 Rules:
 1. It asks the server's diagnostic routes (diagnosis.py), with a fresh ticket for each request, and never the model.
-2. No ticket goes over a connection whose certificate does not hold: there it stops, as a browser would.
+2. No ticket goes over plain http, or where a certificate does not hold: there it stops, as a browser would.
 3. One request after the other; each has a deadline.
 """
 
@@ -31,6 +31,7 @@ from proxy.findings import (
     HEADER,
     LOOK,
     SPOOF,
+    STATES,
     Answer,
     Certificate,
     Departure,
@@ -40,7 +41,7 @@ from proxy.findings import (
     Report,
     Streamed,
 )
-from proxy.settings import Settings
+from proxy.settings import Settings, is_loopback
 from proxy.ticket import Tickets
 
 DEADLINE = 10.0  # seconds for each thing that is waited for
@@ -48,7 +49,8 @@ NOBODY = "nobody@elsewhere.invalid"
 EVENTS, SPACING = 8, 0.1  # of the stream whose rhythm is looked at
 LEFT_SILENT = 10.0  # seconds for which the stream that is left would have said nothing
 LEAVING_PATIENCE = 2.0  # seconds in which the server should know; it takes milliseconds
-ASK_EVERY = 0.02
+LEAVING_TRIES = 3  # when nobody knows the stream: several processes share the address, and one of them does
+ASKERS = 8  # at one time, so that more than one of those processes is asked
 MOST_BODY = 32 << 20  # bytes: more is not sent, whatever server.max_body_bytes allows
 LONGEST_SILENCE = 120.0  # seconds: as long as the server's own bound
 SILENCE_OVER_TIMEOUT = 1.25  # how much longer than the upstream may be silent a proxy has to bear it
@@ -101,13 +103,17 @@ def examine(
     """Looks at `url` (an origin) from outside. The settings are the server's own, with its session.secret."""
     assert settings.session.secret is not None
     tickets = Tickets(settings.session.secret.lines())
+    if url.startswith("http://") and not is_loopback(urlsplit(url).hostname or ""):
+        return [findings.unprotected(url)], Measured()
+    context = trusted_by(ca_file)
     try:
-        certificate, offers_h2 = greet(url, ca_file)
+        certificate, offers_h2 = greet(url, context)
     except ssl.SSLCertVerificationError as error:
         return [findings.untrusted(url, error.verify_code, error.verify_message)], Measured()
-    except OSError as error:
-        return [findings.unreachable(url, error.strerror or str(error))], Measured()
-    with Browser(url, trusted_by(ca_file), lambda: tickets.issue(wall())) as browser:
+    except (OSError, UnicodeError) as error:  # the latter for a name that no DNS can hold
+        reason = error.strerror if isinstance(error, OSError) else None
+        return [findings.unreachable(url, reason or str(error))], Measured()
+    with Browser(url, context, lambda: tickets.issue(wall())) as browser:
         first = browser.look("echo")
         before = wall()
         plain, ours = browser.chat_from("echo")
@@ -120,7 +126,7 @@ def examine(
     return findings.judge(seen), measured(seen)
 
 
-def greet(url: str, ca_file: str | None) -> tuple[Certificate | None, bool | None]:
+def greet(url: str, context: ssl.SSLContext) -> tuple[Certificate | None, bool | None]:
     """The certificate, and whether HTTP/2 is offered; None for both without TLS. Raises OSError."""
     parts = urlsplit(url)
     host = parts.hostname or ""
@@ -128,7 +134,6 @@ def greet(url: str, ca_file: str | None) -> tuple[Certificate | None, bool | Non
     with socket.create_connection(address, DEADLINE) as raw:
         if parts.scheme == "http":
             return None, None
-        context = trusted_by(ca_file)
         context.set_alpn_protocols(["h2", "http/1.1"])
         with context.wrap_socket(raw, server_hostname=host) as tls:
             shown: Any = tls.getpeercert()
@@ -304,36 +309,52 @@ class Look:
 
     def leave(self) -> Left:
         """Leaves a stream that has begun and is silent, as somebody does who closes the tab while a model thinks."""
-        name, sent = secrets.token_hex(16), None
+        for _ in range(LEAVING_TRIES):
+            name = secrets.token_hex(16)
+            began = self.begin_and_leave(name)
+            gone = time.monotonic()
+            if began is None or (ended := self.departure(name)) is None:
+                break
+            if ended.state == "left":
+                return Left("left", max(0.0, ended.at - (gone - began)))
+            if ended.state != "unknown":
+                return Left(ended.state, time.monotonic() - gone)
+        return Left("unknown", 0)
+
+    def begin_and_leave(self, name: str) -> float | None:
+        """When the stream began, as far as can be seen from here; None when it was refused.
+
+        Where its head or its first event is held back that is found elsewhere; leaving it still has to be seen.
+        """
         began = time.monotonic()
         try:
             with closing(self.browser.stream(CHAT[0], name, 2, LEFT_SILENT, LEAVING_PATIENCE)) as response:
+                if response.status_code != 200:
+                    return None
                 for data in data_of(response):
-                    sent = time.monotonic() - decode_event(data).at  # when it began, as far as can be seen from here
-                    break
+                    return time.monotonic() - decode_event(data).at
         except (httpx.TransportError, msgspec.MsgspecError):
-            pass  # its head or its first event is held back: that is found elsewhere; leaving it still has to be seen
-        gone = time.monotonic()
-        ended = self.departure(name, gone + LEAVING_PATIENCE)
-        if ended.state != "left":
-            return Left(ended.state, time.monotonic() - gone)
-        return Left("left", max(0.0, ended.at - (gone - (sent or began))))
+            pass
+        return began
 
-    def departure(self, name: str, until: float) -> Departure:
-        """How the stream ended, as soon as it has. Several servers may share the address, and one knows it."""
-        known = Departure("unknown", 0)
-        pause = ASK_EVERY
-        while known.state in ("unknown", "open") and (now := time.monotonic()) < until:
-            answer = self.browser.look(f"departure&name={name}&at={now}")  # never twice the same, for caches
-            try:
-                told = decode_departure(answer.body)
-            except msgspec.MsgspecError:
-                told = known
-            known = told if told.state != "unknown" else known
-            if known.state in ("unknown", "open"):
-                time.sleep(pause)
-                pause = min(2 * pause, 0.2)
-        return known
+    def departure(self, name: str) -> Departure | None:
+        """How the stream ended, as soon as it has; None when nobody answers."""
+        until = time.monotonic() + LEAVING_PATIENCE
+        known: set[Departure] = set()
+        with ThreadPoolExecutor(ASKERS) as threads:
+            while time.monotonic() < until and not any(one.state in ("left", "complete") for one in known):
+                told = [one for one in threads.map(self.ask_departure, [name] * ASKERS) if one is not None]
+                if not told:
+                    break
+                known.update(told)
+        return max(known, key=lambda one: STATES.index(one.state), default=None)
+
+    def ask_departure(self, name: str) -> Departure | None:
+        once = secrets.token_hex(8)  # never twice the same address, for caches
+        try:
+            return decode_departure(self.browser.look(f"departure&name={name}&once={once}").body)
+        except msgspec.MsgspecError:
+            return None
 
 
 def data_of(response: httpx.Response) -> Iterator[bytes]:

@@ -34,7 +34,7 @@ from proxy.errors import (
     TooMany,
     Unauthenticated,
 )
-from proxy.findings import Departure, Report
+from proxy.findings import Departure, Report, State
 from proxy.limits import limit_headers
 from proxy.relay import ClientGone, Leash
 from proxy.session import set_cookie
@@ -46,6 +46,9 @@ MOST_EVENTS = 100
 LONGEST_STREAM = 120.0  # seconds; two minutes of silence are more than any chat should bear
 REMEMBERED = 64  # streams whose end may be asked for
 LOOK_EVERY = 0.5  # seconds of a silence between two looks at whether a drain has begun
+DEPARTURE_SECONDS = 0.25  # for a stream to end, when its end is asked for: it should have, milliseconds ago
+DEPARTURE_LOOK = 0.01
+UNKNOWN = Departure("unknown", 0)
 COOKIE_SECONDS = 60
 REFUSALS: dict[str, type[Refusal]] = {
     str(kind.status): kind for kind in (Unauthenticated, NotFound, TooMany, BadGateway, Busy)
@@ -181,7 +184,7 @@ class Diagnosis:
         finally:
             self.open -= 1
 
-    async def run(self, visit: Visit, wish: Wish, started: float, body: int) -> str:
+    async def run(self, visit: Visit, wish: Wish, started: float, body: int) -> State:
         """Writes the stream; returns how it ended."""
         last = b"data: [DONE]\n\n"
         try:
@@ -209,15 +212,19 @@ class Diagnosis:
             if self.is_draining():
                 raise StreamDrained
 
-    def note(self, wish: Wish, state: str, at: float) -> None:
+    def note(self, wish: Wish, state: State, at: float) -> None:
         self.departures.pop(wish.name, None)
         self.departures[wish.name] = Departure(state, at)
         while len(self.departures) > REMEMBERED:
             del self.departures[next(iter(self.departures))]
 
     async def departure(self, visit: Visit, asked: Asked, body: int) -> None:
-        """How a stream ended, and when: in seconds since it began."""
-        known = self.departures.get(asked.get("name", ""), Departure("unknown", 0))
+        """How a stream ended, and when: in seconds since it began; asked for too early, it waits a little."""
+        name, until = asked.get("name", ""), asyncio.get_running_loop().time() + DEPARTURE_SECONDS
+        while (known := self.departures.get(name, UNKNOWN)).state in ("unknown", "open"):
+            if asyncio.get_running_loop().time() >= until:
+                break
+            await asyncio.sleep(DEPARTURE_LOOK)
         await visit.answer(200, encode(known), [])
 
 

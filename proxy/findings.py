@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Literal
 from urllib.parse import urlsplit
 
 import msgspec
@@ -64,10 +65,14 @@ class Report(msgspec.Struct, frozen=True):
         return [value for name, value in self.sent if name == "set-cookie"]
 
 
-class Departure(msgspec.Struct, frozen=True):
-    """How a stream ended (unknown, open, left, complete), and when: in seconds since it began."""
+State = Literal["unknown", "open", "complete", "left"]
+STATES: tuple[State, ...] = ("unknown", "open", "complete", "left")  # who knows more is believed
 
-    state: str
+
+class Departure(msgspec.Struct, frozen=True):
+    """How a stream ended, and when: in seconds since it began."""
+
+    state: State
     at: float
 
 
@@ -122,7 +127,7 @@ class Streamed:
 class Left:
     """A stream that was left in a silence: how it ended over there, and after how many seconds."""
 
-    state: str
+    state: State
     seconds: float
 
 
@@ -188,6 +193,11 @@ def warning(code: str, what: str, why: str, change: str) -> Finding:
 def unreachable(url: str, reason: str) -> Finding:
     what = f"{url} cannot be reached: {reason}"
     return fault("unreachable", what, "nobody else will get there either", "DNS, the firewall, nginx: listen")
+
+
+def unprotected(url: str) -> Finding:
+    what, why = f"{url} is plain http", "whoever is on the way reads the session's cookie, and the chats"
+    return fault("plain_http", what, why, "nginx: return 301 https://$host$request_uri; and run check with https://")
 
 
 CERTIFICATE_FAULTS = {
@@ -533,6 +543,8 @@ def about_silence(case: Case) -> Iterator[Finding]:
 
 def about_leaving(case: Case) -> Iterator[Finding]:
     left = case.seen.left
+    if case.seen.streams[CHAT[0]].report is None:
+        return  # there was nothing to leave
     if left.state == "unknown":
         what, why = (
             "the end of a stream could not be asked for",

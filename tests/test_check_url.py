@@ -7,6 +7,7 @@ its own successor (the variable NGINX), so no port is free between its choice an
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -15,8 +16,10 @@ import secrets
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -31,6 +34,7 @@ from proxy import checkup, cli
 from proxy.findings import Finding
 from proxy.limits import requests
 from proxy.settings import Rate, Secret, Settings
+from proxy.ticket import Tickets
 
 NOWHERE = "http://127.0.0.1:9/v1"  # no check with --url calls the model
 COMMAND = [sys.executable, "-W", "error", "-m", "proxy"]
@@ -210,8 +214,8 @@ def listening(mistakes: dict[str, Mistake]) -> Iterator[dict[str, Port]]:
 
 
 @contextlib.contextmanager
-def nginx(folder: Path, ports: dict[str, Port], upstream: int) -> Iterator[None]:
-    """nginx with these server blocks in front of a server on this port."""
+def nginx(folder: Path, ports: dict[str, Port], upstreams: list[int]) -> Iterator[None]:
+    """nginx with these server blocks in front of servers on these ports."""
     temporary = "".join(
         f"{module}_temp_path {folder}/{module};\n" for module in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
@@ -220,7 +224,7 @@ def nginx(folder: Path, ports: dict[str, Port], upstream: int) -> Iterator[None]
         f"{'user root;' if os.geteuid() == 0 else ''} worker_processes 1;\n"
         "events { worker_connections 256; }\n"
         f"http {{ access_log off; {temporary} proxy_cache_path {folder}/cache keys_zone=chats:1m;\n"
-        f"upstream chat {{ server 127.0.0.1:{upstream}; keepalive 8; }}\n"
+        f"upstream chat {{ {' '.join(f'server 127.0.0.1:{port};' for port in upstreams)} keepalive 8; }}\n"
         f"{''.join(port.block(folder) for port in ports.values())} }}\n"
     )
     numbers = [port.listener.fileno() for port in ports.values()]
@@ -252,6 +256,52 @@ def write_certificates(folder: Path) -> None:
         certificate.cert_chain_pems[0].write_to_path(folder / f"{name}.pem")
 
 
+@contextlib.contextmanager
+def cutting(port: int, after: int) -> Iterator[str]:
+    """The address of a plain forwarder to the port, which resets connections once so many packets have come back."""
+    left = [after]
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        back, forth = await asyncio.open_connection("127.0.0.1", port)
+        sending = asyncio.create_task(pump(reader, forth))
+        while left[0] > 0 and (part := await back.read(65536)):
+            left[0] -= 1
+            writer.write(part)
+        for end in (writer, forth):
+            end.transport.abort()
+        await sending
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while part := await reader.read(65536):
+                writer.write(part)
+        writer.transport.abort()
+
+    loop, started = asyncio.new_event_loop(), threading.Event()
+    stop = asyncio.Event()
+    ports = []
+
+    async def serve() -> None:
+        server = await asyncio.start_server(forward, "127.0.0.1", 0)
+        ports.append(server.sockets[0].getsockname()[1])
+        started.set()
+        await stop.wait()
+        server.close()
+
+    def run() -> None:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            runner.run(serve())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert started.wait(PATIENCE)
+    try:
+        yield f"http://127.0.0.1:{ports[0]}"
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(PATIENCE)
+
+
 @dataclass
 class Site:
     proxy: Running
@@ -271,20 +321,18 @@ class Site:
 
 
 @contextlib.contextmanager
-def site(folder: Path, mistakes: dict[str, Mistake], **overrides: str) -> Iterator[Site]:
+def site(folder: Path, mistakes: dict[str, Mistake], *, servers: int = 1, **overrides: str) -> Iterator[Site]:
     """A server behind nginx, which answers to the names of all the server blocks unless told otherwise."""
     write_certificates(folder)
     with listening(mistakes) as ports:
         urls = [port.url for port in ports.values()]
         names = {"SERVER_PUBLIC_URL": urls[0], "SERVER_EXTRA_ORIGINS": ",".join(urls)}
         given = {**names, **QUICK, "SESSION_SECRET": SECRET, **overrides}
-        with (
-            patch.object(checkup, "SPACING", 0.05),
-            patch.object(requests, "CHECKS", Rate(100_000, 60, "100000/minute")),
-            running(NOWHERE, **given) as proxy,
-            nginx(folder, ports, proxy.port),
-        ):
-            yield Site(proxy, folder, ports)
+        with patch.multiple(checkup, EVENTS=6, SPACING=0.05), ExitStack() as stack:
+            with patch.object(requests, "CHECKS", Rate(100_000, 60, "100000/minute")):  # it is read at the start
+                proxies = [stack.enter_context(running(NOWHERE, **given)) for _ in range(servers)]
+            stack.enter_context(nginx(folder, ports, [proxy.port for proxy in proxies]))
+            yield Site(proxies[0], folder, ports)
 
 
 @pytest.fixture(scope="module")
@@ -353,8 +401,9 @@ OURS = {
 def test_mistake_in_the_settings_is_found(label: str, tmp_path: Path) -> None:
     """What the server's settings have wrong shows from outside, too."""
     code, hint, name, value = OURS[label]
-    overrides = {"SERVER_EXTRA_ORIGINS": ""} if name == "SERVER_PUBLIC_URL" else {}
-    with site(tmp_path, {"right": Mistake("", "")}, **overrides, **{name: value}) as stage:
+    origins = {"SERVER_EXTRA_ORIGINS": ""} if name == "SERVER_PUBLIC_URL" else {}
+    overrides: dict[str, Any] = {**origins, name: value}
+    with site(tmp_path, {"right": Mistake("", "")}, **overrides) as stage:
         session = replace(stage.proxy.settings.session, secret=Secret(SECRET))
         found = stage.examine("right", replace(stage.proxy.settings, session=session))
     assert [finding.code for finding in found] == [code], found
@@ -380,6 +429,43 @@ def test_without_anything_in_between() -> None:
     assert found == []
     assert measured.http is None
     assert measured.leaving_ms is not None
+
+
+def test_several_servers_behind_one_address(tmp_path: Path) -> None:
+    """Who noticed that a visitor left is found among several servers; their answers are not taken for a cache's."""
+    with site(tmp_path, {"right": Mistake("", "")}, servers=3) as stage:
+        assert stage.examine("right") == []
+
+
+ELSEWHERE = {
+    "plain http": ("http://chat.example.org", "plain_http"),
+    "a name too long for any DNS": (f"https://{'a' * 70}.example", "unreachable"),
+    "a name that is not there": ("https://nowhere.invalid", "unreachable"),
+}
+
+
+@pytest.mark.parametrize("label", ELSEWHERE)
+def test_no_ticket_goes_elsewhere(label: str, right: Site) -> None:
+    """Where no TLS protects a ticket, or nobody is, none is sent."""
+    url, code = ELSEWHERE[label]
+    with patch.object(Tickets, "issue", side_effect=AssertionError):
+        found, _ = checkup.examine(right.proxy.settings, url)
+    assert [finding.code for finding in found] == [code]
+
+
+def test_https_of_a_server_without(right: Site) -> None:
+    """An address that speaks no TLS is one finding."""
+    found, _ = checkup.examine(right.proxy.settings, f"https://localhost:{right.proxy.port}")
+    assert [(finding.code, "SSL" in finding.what) for finding in found] == [("unreachable", True)]
+
+
+@pytest.mark.parametrize("after", range(0, 30, 6))
+def test_a_network_that_fails_ends_in_findings(after: int) -> None:
+    """Whenever connections begin to be cut, check ends, with findings and without a traceback."""
+    with running(NOWHERE, SESSION_SECRET=SECRET) as proxy, cutting(proxy.port, after) as url:
+        found, _ = checkup.examine(proxy.settings, url)
+    assert all(finding.what and finding.change for finding in found)
+    assert found
 
 
 def test_nobody_there() -> None:

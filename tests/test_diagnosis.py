@@ -190,12 +190,12 @@ def test_requests_are_limited() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=30)
         statuses = []
         for _ in range(CHECKS.amount + 1):
-            connection.request("GET", f"{LOOK}?check=departure", headers={HEADER: ticket()})
+            connection.request("GET", f"{LOOK}?check=refusal&status=404", headers={HEADER: ticket()})
             response = connection.getresponse()
             response.read()
             statuses.append(response.status)
         connection.close()
-        assert statuses == [200] * CHECKS.amount + [429]
+        assert statuses == [404] * CHECKS.amount + [429]
         assert int(response.headers["retry-after"]) >= 1
         assert send(proxy, "GET", "/api/session").status == 200
 

@@ -215,7 +215,10 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a cookie that was not given": ({"with_cookie": Answer(0, broke="ReadTimeout")}, []),
     # streams
     "cut": ({"streams": stream(ended=False)}, ["stream_cut"]),
-    "none": ({"streams": stream(report=None, answer=refusal("busy", 503))}, ["no_stream"]),
+    "none": (
+        {"streams": stream(report=None, answer=refusal("busy", 503)), "left": Left("unknown", 0)},
+        ["no_stream"],
+    ),
     "brotli": ({"streams": stream(answer=answer(headers={**dict(HEADERS), "content-encoding": "br"}))}, ["compressed"]),
     "two lumps": ({"streams": stream(arrived=(5.0, 5.0, 5.0, 5.1, 5.1))}, ["buffered"]),
     "a late first event": ({"streams": stream(arrived=(5.15, 5.15, 5.2, 5.3, 5.4))}, []),

@@ -34,7 +34,7 @@ Entry: TypeAlias = "tuple[int, Times]"  # seconds an entry counts, and when each
 
 SCHEME = "chat-proxy-memory"
 GUESSES = Rate(10, 60, "10/minute")  # per address; a person needs three
-CHECKS = Rate(240, 60, "240/minute")  # a run of `check` needs 30
+CHECKS = Rate(600, 60, "600/minute")  # a run of `check` makes 40, and 200 where it has to ask often
 MOST_KEYS = 200_000  # about 80 MB; beyond it the oldest are forgotten
 SWEEP_AFTER = 4096  # new keys, and as many again as live: a sweep is linear, so its share per key is constant
 
