@@ -233,6 +233,7 @@ class Look:
 
     def __init__(self, browser: Browser, settings: Settings, *, slow: bool) -> None:
         self.browser = browser
+        self.longest_answer = settings.upstream.total_timeout
         self.user_header = settings.header.name
         self.body_bytes = min(MOST_BODY, settings.server.max_body_bytes)
         self.silence_seconds = longest_silence(settings) if slow else 0.0
@@ -269,6 +270,7 @@ class Look:
             refusals={code: chat(what) for code, what in REFUSED.items()},
             streams=self.rhythms(),
             left=self.leave(),
+            longest_answer=self.longest_answer,
             silence=self.silence(),
             silence_seconds=self.silence_seconds,
         )

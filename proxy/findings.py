@@ -164,6 +164,7 @@ class Observed:
     refusals: dict[str, Answer]  # by the code that each has to have
     streams: dict[str, Streamed]  # by address
     left: Left
+    longest_answer: float  # seconds
     silence: Streamed | None = None
     silence_seconds: float = 0.0
 
@@ -538,7 +539,9 @@ def about_silence(case: Case) -> Iterator[Finding]:
         wanted = case.seen.silence_seconds
         what = f"a stream that is silent for {wanted:g} s is cut after {silence.lasted:.0f} s"
         why = "a model that thinks for long never gets to answer; upstream.idle_timeout should speak first"
-        yield fault("read_timeout", what, why, f"nginx: proxy_read_timeout {wanted + 15:.0f}s;")
+        longest = case.seen.longest_answer + 30
+        change = f"nginx: proxy_read_timeout {longest:.0f}s; (longer than upstream.total_timeout)"
+        yield fault("read_timeout", what, why, change)
 
 
 def about_leaving(case: Case) -> Iterator[Finding]:

@@ -77,7 +77,7 @@ MISTAKES = {
     ),
     "gzip on": Mistake("compressed", "gzip off;", {"gzip": "gzip on; gzip_types text/event-stream;"}),
     "read timeout short": Mistake(
-        "read_timeout", "proxy_read_timeout 16s;", {"timeout": "proxy_read_timeout 1s;"}, slow=True
+        "read_timeout", "proxy_read_timeout 630s;", {"timeout": "proxy_read_timeout 1s;"}, slow=True
     ),
     "forwarded appended": Mistake(
         "forwarded_spoofed",

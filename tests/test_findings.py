@@ -97,6 +97,7 @@ CLEAN = Observed(
     refusals={code: refusal(code) for code in REFUSALS},
     streams=dict.fromkeys(CHAT, STREAM),
     left=Left("left", 0.003),
+    longest_answer=600.0,
 )
 
 
