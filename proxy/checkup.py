@@ -352,9 +352,8 @@ class Look:
         return max(known, key=lambda one: STATES.index(one.state), default=None)
 
     def ask_departure(self, name: str) -> Departure | None:
-        once = secrets.token_hex(8)  # never twice the same address, for caches
         try:
-            return decode_departure(self.browser.look(f"departure&name={name}&once={once}").body)
+            return decode_departure(self.browser.look(f"departure&name={name}").body)
         except msgspec.MsgspecError:
             return None
 

@@ -18,13 +18,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 import trustme
@@ -435,6 +436,53 @@ def test_several_servers_behind_one_address(tmp_path: Path) -> None:
     """Who noticed that a visitor left is found among several servers; their answers are not taken for a cache's."""
     with site(tmp_path, {"right": Mistake("", "")}, servers=3) as stage:
         assert stage.examine("right") == []
+
+
+@dataclass
+class Processes:
+    """Several that share one address, as an upstream would: each connection is one's own, and one alone has streams.
+
+    `knows` says which connections belong to that one, and of which stream, counted from 1, it has heard the end.
+    """
+
+    knows: Callable[[int, int], bool]
+    streams: list[str] = field(default_factory=list)
+    connections: int = 0
+
+    async def __call__(self, peer: Peer) -> None:
+        self.connections += 1
+        own = self.connections
+        while True:
+            target = (await peer.request()).head.split()[1].decode()
+            asked = dict(parse_qsl(urlsplit(target).query))
+            if asked["check"] == "stream":
+                self.streams.append(asked["name"])
+                await peer.head()
+                await peer.chunk(b'data: {"number":0,"at":0,"report":null}\n\n')
+                return await peer.gone()
+            await asyncio.sleep(0.05)  # as the real one waits
+            known = self.knows(own, self.streams.index(asked["name"]) + 1)
+            await peer.whole(b'{"state":"left","at":0.5}' if known else b'{"state":"unknown","at":0}')
+
+
+@pytest.mark.parametrize(
+    ("knows", "state"),
+    [
+        (lambda connection, stream: connection == 4, "left"),  # others are asked before it, on connections that stay
+        (lambda connection, stream: stream == 3, "left"),
+        (lambda connection, stream: False, "unknown"),
+    ],
+    ids=["one of many", "only at the third try", "none"],
+)
+def test_the_process_that_knows_is_found(knows: Callable[[int, int], bool], state: str, right: Site) -> None:
+    """Connections stay with one process; asked one by one, another might answer for ever."""
+    with (
+        ScriptedUpstream(Processes(knows)) as processes,
+        patch.object(checkup, "LEAVING_PATIENCE", 0.5),
+        checkup.Browser(f"http://127.0.0.1:{processes.port}", checkup.trusted_by(None), lambda: "ticket") as browser,
+    ):
+        left = checkup.Look(browser, right.proxy.settings, slow=False).leave()
+    assert left.state == state
 
 
 ELSEWHERE = {

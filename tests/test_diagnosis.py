@@ -407,6 +407,24 @@ def test_a_drain_ends_streams_at_once(loop: str) -> None:
         eventually(proxy.loop.is_closed)
 
 
+def test_a_drain_lets_nobody_in() -> None:
+    """While a server drains a ticket opens as little as it does anything else: 503."""
+    with running(NOWHERE, SESSION_SECRET=NEW) as proxy:
+        proxy.service.app.draining = True
+        for path in (LOOK, *CHAT):
+            assert look(proxy, "echo", "POST", b"", path).error["code"] == "draining"
+
+
+def test_leaving_before_the_answer(proxy: Running) -> None:
+    """Who leaves within a request's body has broken off no chat; the log's line says only that nothing was answered."""
+    with connect(proxy) as sock:
+        head = f"POST {CHAT[0]}?check=echo HTTP/1.1\r\nhost: 127.0.0.1\r\n{HEADER}: {ticket()}\r\n"
+        sock.sendall(f"{head}content-length: 9\r\n\r\nx".encode())
+        eventually(lambda: proxy.service.app.busy)
+    (line,) = eventually(lambda: [line for line in proxy.lines() if line["status"] == 499])
+    assert (line["ending"], line["check"]) == (None, True)
+
+
 def test_a_chat_is_not_counted(proxy: Running) -> None:
     """Streams, whole or left, are in no metric of chats, take of no allowance, and call no upstream."""
     app = proxy.service.app
