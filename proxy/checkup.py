@@ -182,10 +182,8 @@ class Browser:
     ) -> Answer:
         try:
             response = self.client.request(method, path, content=content, headers=self.headers(headers or {}))
-        except httpx.TransportError as error:
-            return Answer(0, broke=f"{type(error).__name__}: {error}")
-        except httpx.DecodingError:
-            return Answer(0, broke="it is compressed, and not as it says")
+        except httpx.RequestError as error:
+            return broken(error)
         finally:
             self.client.cookies.clear()
         return answered(response, response.content)
@@ -196,11 +194,11 @@ class Browser:
             with closing(self.begin(f"{CHAT[0]}?check={what}", DEADLINE, "identity")) as response:
                 near = response.extensions["network_stream"].get_extra_info("client_addr")
                 return answered(response, response.read()), (near[0], near[1]) if near else None
-        except httpx.TransportError as error:
-            return Answer(0, broke=f"{type(error).__name__}: {error}"), None
+        except httpx.RequestError as error:
+            return broken(error), None
 
     def stream(self, path: str, name: str, events: int, spacing: float, patience: float) -> httpx.Response:
-        """The head of a stream. Raises httpx.TransportError."""
+        """The head of a stream. Raises httpx.RequestError."""
         query = f"check=stream&name={name}&events={events}&spacing={spacing}"
         return self.begin(f"{path}?{query}", patience, COMPRESSIONS)
 
@@ -209,6 +207,10 @@ class Browser:
         timeout = httpx.Timeout(DEADLINE, read=patience)
         request = self.client.build_request("POST", path, content=b"", headers=headers, timeout=timeout)
         return self.client.send(request, stream=True)
+
+
+def broken(error: httpx.RequestError) -> Answer:
+    return Answer(0, broke=f"{type(error).__name__}: {error}")
 
 
 def answered(response: httpx.Response, body: bytes) -> Answer:
@@ -303,8 +305,8 @@ class Look:
                     arrived.append(time.monotonic())
                     sent.append(event.at)
                     report = event.report or report
-        except httpx.TransportError as error:
-            answer = answer if answer.status else Answer(0, broke=f"{type(error).__name__}: {error}")
+        except httpx.RequestError as error:
+            answer = answer if answer.status else broken(error)
         except msgspec.MsgspecError:
             pass  # not what was sent: what came until then is judged
         return Streamed(answer, report, tuple(sent), tuple(arrived), ended, time.monotonic() - began)
@@ -313,18 +315,17 @@ class Look:
         """Leaves a stream that has begun and is silent, as somebody does who closes the tab while a model thinks."""
         for _ in range(LEAVING_TRIES):
             name = secrets.token_hex(16)
-            began = self.begin_and_leave(name)
-            gone = time.monotonic()
-            if began is None or (ended := self.departure(name)) is None:
+            stayed, gone = self.begin_and_leave(name), time.monotonic()
+            if stayed is None or (ended := self.departure(name)) is None:
                 break
             if ended.state == "left":
-                return Left("left", max(0.0, ended.at - (gone - began)))
+                return Left("left", max(0.0, ended.at - stayed))
             if ended.state != "unknown":
                 return Left(ended.state, time.monotonic() - gone)
         return Left("unknown", 0)
 
     def begin_and_leave(self, name: str) -> float | None:
-        """When the stream began, as far as can be seen from here; None when it was refused.
+        """Seconds from the stream's beginning to leaving it, as far as can be seen from here; None if it was refused.
 
         Where its head or its first event is held back that is found elsewhere; leaving it still has to be seen.
         """
@@ -334,10 +335,10 @@ class Look:
                 if response.status_code != 200:
                     return None
                 for data in data_of(response):
-                    return time.monotonic() - decode_event(data).at
-        except (httpx.TransportError, msgspec.MsgspecError):
+                    return decode_event(data).at  # and with that it is left
+        except (httpx.RequestError, msgspec.MsgspecError):
             pass
-        return began
+        return time.monotonic() - began
 
     def departure(self, name: str) -> Departure | None:
         """How the stream ended, as soon as it has; None when nobody answers."""

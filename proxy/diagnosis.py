@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from urllib.parse import parse_qsl
@@ -176,11 +177,11 @@ class Diagnosis:
         if self.open >= MOST_STREAMS:
             raise Busy
         self.open += 1
-        started = asyncio.get_running_loop().time()
+        started = time.monotonic()  # not the loop's clock: uvloop's stands still in between, and counts milliseconds
         self.note(wish, "open", 0)
         try:
             state = await self.run(visit, wish, started, body)
-            self.note(wish, state, asyncio.get_running_loop().time() - started)
+            self.note(wish, state, time.monotonic() - started)
         finally:
             self.open -= 1
 
@@ -194,7 +195,7 @@ class Diagnosis:
                 report = self.report(visit, head["headers"], body)
                 for number in range(wish.events):
                     await self.wait(started + number * wish.spacing)
-                    at = asyncio.get_running_loop().time() - started
+                    at = time.monotonic() - started
                     event = encode({"number": number, "at": at, "report": report if number == 0 else None})
                     await visit.send({"type": "http.response.body", "body": b"data: %b\n\n" % event, "more_body": True})
         except ClientGone:
@@ -206,8 +207,7 @@ class Diagnosis:
 
     async def wait(self, until: float) -> None:
         """Raises StreamDrained when a drain begins: nobody would miss what this stream has not said."""
-        loop = asyncio.get_running_loop()
-        while (left := until - loop.time()) > 0:
+        while (left := until - time.monotonic()) > 0:
             await asyncio.sleep(min(left, LOOK_EVERY))
             if self.is_draining():
                 raise StreamDrained
@@ -220,9 +220,9 @@ class Diagnosis:
 
     async def departure(self, visit: Visit, asked: Asked, body: int) -> None:
         """How a stream ended, and when: in seconds since it began; asked for too early, it waits a little."""
-        name, until = asked.get("name", ""), asyncio.get_running_loop().time() + DEPARTURE_SECONDS
+        name, until = asked.get("name", ""), time.monotonic() + DEPARTURE_SECONDS
         while (known := self.departures.get(name, UNKNOWN)).state in ("unknown", "open"):
-            if asyncio.get_running_loop().time() >= until:
+            if time.monotonic() >= until:
                 break
             await asyncio.sleep(DEPARTURE_LOOK)
         await visit.answer(200, encode(known), [])

@@ -485,6 +485,26 @@ def test_the_process_that_knows_is_found(knows: Callable[[int, int], bool], stat
     assert left.state == state
 
 
+async def nonsense(peer: Peer) -> None:
+    """Answers that are not what they say: compressed, and events."""
+    while True:
+        streams = b"check=stream" in (await peer.request()).head
+        await peer.head("200 OK", "text/event-stream", *([] if streams else ["content-encoding: gzip"]))
+        await peer.chunk(b"data: nonsense\n\n")
+        await peer.end()
+
+
+def test_nonsense_is_no_answer(right: Site) -> None:
+    """What cannot be read is a finding, or judged by what came before it."""
+    with ScriptedUpstream(nonsense) as other:
+        url = f"http://127.0.0.1:{other.port}"
+        found, _ = checkup.examine(right.proxy.settings, url)
+        with checkup.Browser(url, checkup.trusted_by(None), lambda: "ticket") as browser:
+            streamed = checkup.Look(browser, right.proxy.settings, slow=False).rhythm("/api/chat")
+    assert [(finding.code, "DecodingError" in finding.what) for finding in found] == [("unreachable", True)]
+    assert (streamed.answer.status, streamed.report, streamed.ended) == (200, None, False)
+
+
 ELSEWHERE = {
     "plain http": ("http://chat.example.org", "plain_http"),
     "a name too long for any DNS": (f"https://{'a' * 70}.example", "unreachable"),
