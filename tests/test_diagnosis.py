@@ -117,7 +117,7 @@ def test_without_a_good_ticket_there_is_nothing(label: str, proxy: Running) -> N
     assert not proxy.service.app.diagnosis.departures
 
 
-@pytest.mark.parametrize("secret", [NEW, OLD])
+@pytest.mark.parametrize("secret", [NEW, OLD], ids=["newest", "older"])
 def test_each_key_lets_in(secret: str, proxy: Running) -> None:
     """The newest key and those before it verify: check may run with either while they are changed."""
     for age in (0, VALID_SECONDS - 5, 5 - VALID_SECONDS):
