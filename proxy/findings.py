@@ -393,8 +393,8 @@ def about_origins(case: Case) -> Iterator[Finding]:
     elif seen.foreign.status < 400:
         what = f"a foreign page's request is not refused ({seen.foreign.shown})"
         yield fault("foreign_origin", what, "any page can act as its visitor", "nginx: no proxy_set_header Origin")
-    elif seen.session.status != 200:
-        what, why = f"our own page is refused: {seen.session.shown} {seen.session.code or ''}", "there is no chat"
+    elif seen.session.status == 403:
+        what, why = f"our own page is refused: {seen.session.code or seen.session.shown}", "there is no chat"
         yield fault("own_page", what, why, "the log's line of this request has the reason")
 
 

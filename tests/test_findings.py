@@ -155,6 +155,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["host"],
     ),
     "our page refused for another reason": ({"session": refusal("cross_origin", 403)}, ["own_page"]),
+    "our page told to wait": ({"session": refusal("too_many_sessions", 429)}, []),
     "a foreign page not refused": ({"foreign": Answer(200)}, ["foreign_origin"]),
     "a foreign page told to wait": ({"foreign": refusal("rate_limited", 429)}, []),
     "an Origin that was made up": ({"plain": answer(report(origin="https://a.b"))}, ["origin_altered"]),
