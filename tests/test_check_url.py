@@ -471,7 +471,7 @@ class Processes:
 @pytest.mark.parametrize(
     ("knows", "state"),
     [
-        (lambda connection, stream: connection == 4, "left"),  # others are asked before it, on connections that stay
+        (lambda connection, stream: connection == 7, "left"),  # others are asked before it, on connections that stay
         (lambda connection, stream: stream == 3, "left"),
         (lambda connection, stream: False, "unknown"),
     ],
