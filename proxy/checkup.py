@@ -3,7 +3,7 @@
 Rules:
 1. It asks the server's diagnostic routes (diagnosis.py), with a fresh ticket for each request, and never the model.
 2. No ticket goes over plain http, or where a certificate does not hold: there it stops, as a browser would.
-3. One request after the other; each has a deadline.
+3. Each request has a deadline. A run makes some forty, eight at a time at most, and two streams at a time.
 """
 
 from __future__ import annotations
@@ -76,6 +76,19 @@ class Measured:
     silence_seconds: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Door:
+    """What is seen before anything else, or nothing is: the connection, and the first two reports (see Observed)."""
+
+    url: str
+    now: float
+    ours: tuple[str, int] | None
+    certificate: Certificate | None
+    offers_h2: bool | None
+    plain: Answer
+    first: Answer
+
+
 def longest_silence(settings: Settings) -> float:
     """Seconds for which a working answer may be silent, and a little more: what --slow tries."""
     upstream, comment = settings.upstream, settings.server.comment_seconds
@@ -121,8 +134,8 @@ def examine(
         for path, answer in ((LOOK, first), (CHAT[0], plain)):
             if obstacle := findings.obstacle(url, path, answer, now, date_of(answer)):
                 return [obstacle], Measured()
-        look = Look(browser, settings, slow=slow)
-        seen = look.at(url, now, ours, certificate, offers_h2, plain, first)
+        door = Door(url, now, ours, certificate, offers_h2, plain, first)
+        seen = Look(browser, settings, slow=slow).beyond(door)
     return findings.judge(seen), measured(seen)
 
 
@@ -240,27 +253,18 @@ class Look:
         self.body_bytes = min(MOST_BODY, settings.server.max_body_bytes)
         self.silence_seconds = longest_silence(settings) if slow else 0.0
 
-    def at(
-        self,
-        url: str,
-        now: float,
-        ours: tuple[str, int] | None,
-        certificate: Certificate | None,
-        offers_h2: bool | None,
-        plain: Answer,
-        first: Answer,
-    ) -> Observed:
+    def beyond(self, door: Door) -> Observed:
         chat, ask = self.browser.chat, self.browser.ask
         with_cookie = chat("echo&cookie=1")
         cookie = "; ".join(cookie.partition(";")[0] for cookie in with_cookie.cookies)
         return Observed(
-            url=url,
-            now=now,
-            ours=ours,
-            certificate=certificate,
-            offers_h2=offers_h2,
-            plain=plain,
-            twice=(first, self.browser.look("echo")),
+            url=door.url,
+            now=door.now,
+            ours=door.ours,
+            certificate=door.certificate,
+            offers_h2=door.offers_h2,
+            plain=door.plain,
+            twice=(door.first, self.browser.look("echo")),
             spoofed=chat("echo", headers={"x-forwarded-for": SPOOF, self.user_header: NOBODY}),
             with_cookie=with_cookie,
             returned=chat("echo", headers={"cookie": cookie or "none=none"}),
