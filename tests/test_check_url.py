@@ -481,7 +481,7 @@ def test_the_process_that_knows_is_found(knows: Callable[[int, int], bool], stat
     """Connections stay with one process; asked one by one, another might answer for ever."""
     with (
         ScriptedUpstream(Processes(knows)) as processes,
-        patch.object(checkup, "LEAVING_PATIENCE", 0.5),
+        patch.object(checkup, "LEAVING_PATIENCE", 0.3),
         checkup.Browser(f"http://127.0.0.1:{processes.port}", checkup.trusted_by(None), lambda: "ticket") as browser,
     ):
         left = checkup.Look(browser, right.proxy.settings, slow=False).leave()
