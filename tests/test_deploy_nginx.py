@@ -19,6 +19,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
+import trustme
 from browser import CHROMIUM, CHROMIUM_ARGS, Visit
 from harness import (
     DONE,
@@ -40,7 +41,7 @@ from nginx_clients import PROTOCOLS, Answer, Http2, ask, asking, exchange, get, 
 from nginx_clients import finish as rest_of
 from playwright.sync_api import Browser, expect
 
-from proxy import errors
+from proxy import checkup, errors
 
 ROUTES = ["/api/chat", "/api/v1/chat/completions"]
 SLOW_ABORT = 0.5  # seconds: a hundred times what it takes
@@ -113,6 +114,22 @@ class Held:
 
 
 HOLD = [{"role": "user", "content": "hold"}]
+
+
+def test_the_doctor_finds_nothing(tmp_path: Path) -> None:
+    """`chat-proxy check --url` through the site as it is shipped has nothing to say."""
+    folder, authority = tmp_path.resolve(), trustme.CA()
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    with (
+        on_socket(folder, "http://127.0.0.1:9/v1") as (proxy, place),
+        front(folder / "nginx", Site([place], host="localhost"), authority) as site,
+    ):
+        url = f"https://localhost:{site.port}"
+        edge = proxy.service.app.edge
+        edge.origins |= {url.encode()}
+        edge.hosts |= {f"localhost:{site.port}".encode()}
+        found, _ = checkup.examine(proxy.settings, url, ca_file=str(folder / "ca.pem"))
+        assert found == []
 
 
 # ---- streams --------------------------------------------------------------------------------------------------------
