@@ -422,6 +422,7 @@ def playing(phase: str, loop: str) -> Iterator[Scene]:
 # ---- leaving ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quiet
 @both_loops
 @pytest.mark.parametrize("phase", [pytest.param(name, marks=fault(phase.row, 28)) for name, phase in PHASES.items()])
 def test_leaving_ends_the_call(phase: str, loop: str, subtests: pytest.Subtests) -> None:

@@ -98,11 +98,13 @@ def id_of(cookie: str) -> str:
 
 
 def assert_all_used(proxy: Running, used: int) -> None:
-    """Once the newest answer is settled, too: its client may have it a moment before."""
-    expected = {"tokens_per_session": used, "tokens_per_address": used}
+    """Once the newest answer is settled, too: its client may have it a moment before. Who got no place for an answer
+    has begun no window."""
+    both = {"tokens_per_session": used, "tokens_per_address": used}
+    expected = [both] if used else [both, {}]
     with suppress(AssertionError):
-        eventually(lambda: proxy.tokens_used() == expected, 2.0)
-    assert proxy.tokens_used() == expected
+        eventually(lambda: proxy.tokens_used() in expected, 2.0)
+    assert proxy.tokens_used() in expected
 
 
 # ---- row 35: the wall clock jumps -----------------------------------------------------------------------------------

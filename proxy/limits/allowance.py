@@ -182,7 +182,11 @@ class Allowance:
         """By the counters of this process. Who gets no place begins no window of tokens."""
         self.tokens.check(subject, amount)
         lease = self.leases.acquire(subject)
-        return Hold(self, lease, claims, holder, self.tokens.reserve(subject, amount))
+        try:
+            return Hold(self, lease, claims, holder, self.tokens.reserve(subject, amount))
+        except BaseException as error:
+            lease.__exit__(type(error), error, None)
+            raise
 
     async def settle(self, hold: Hold) -> None:
         """Tells the store. One that is gone hears of it when it is back; what it holds expires by itself."""
