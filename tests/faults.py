@@ -47,6 +47,7 @@ FAULTS = {
     31: "the server is told to end while answers are live",
     32: "the time to end in is over, or a second signal comes",
     33: "one of several workers is killed",
+    34: "the store of the limits is gone, frozen, slow, restarted or flushed",
     35: "the wall clock jumps by an hour",
     36: "descriptors run out",
     37: "nobody reads the log, or its pipe is closed",

@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 import redis
+from faults import fault
 from harness import (
     DONE,
     GOOD,
@@ -361,9 +362,11 @@ def revoke(*arguments: str, store: Redis, control: Path) -> subprocess.Completed
 # ---- the store is gone ----------------------------------------------------------------------------------------------
 
 
+@fault(34)
 @both_loops
 @pytest.mark.parametrize("how", ["killed", "frozen"])
 def test_counting_alone_until_it_is_back(how: str, loop: str, store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 34, `local`: all are served, at once; one line says so; what they used is booked when the store is back."""
     if how == "frozen":
         monkeypatch.setattr(shared, "DEADLINE", DEADLINE)
     with two(store, loop, LIMITS_PER_SESSION="1000/hour") as (proxy, _):
@@ -387,8 +390,10 @@ def test_counting_alone_until_it_is_back(how: str, loop: str, store: Redis, monk
         eventually(lambda: used(proxy, here)["tokens_per_session 1000000000/day"] == expected)
 
 
+@fault(34)
 @both_loops
 def test_refusing_until_it_is_back(loop: str, store: Redis) -> None:
+    """Row 34, `refuse`: 503 with a Retry-After, until the store is back."""
     with two(store, loop, LIMITS_WHEN_STORE_FAILS="refuse") as (proxy, _):
         assert chat(proxy).status == 200
         lose(store, "killed")
@@ -505,6 +510,7 @@ def test_a_full_store_still_hears_of_logouts(store: Redis, tmp_path: Path) -> No
         eventually(lambda: asked(servers[0], cookies[1])[0] == 401)
 
 
+@fault(34)
 @both_loops
 def test_a_store_that_forgets(loop: str, store: Redis) -> None:
     """Flushed, it counts from nothing; nobody gets an error, and live answers take their places again."""
