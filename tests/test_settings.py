@@ -753,22 +753,31 @@ def test_broken_credential(tmp_path: Path) -> None:
     assert faults[0].source == "credential upstream_api_key"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody who may read less")
+@contextmanager
+def without_rights() -> Iterator[None]:
+    """Root may read everything, and becomes somebody who may not."""
+    ours = os.geteuid()
+    if ours == 0:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(ours)
+
+
 def test_unreadable_secret_file(tmp_path: Path) -> None:
     """A secret's file, or a folder of credentials, that this user may not read is a fault and not a crash."""
     file, folder = tmp_path / "key", tmp_path / "credentials"
     file.write_text(KEY, encoding="utf-8")
     folder.mkdir()
-    file.chmod(0o600)
-    folder.chmod(0o700)
-    os.seteuid(NOBODY)
-    try:
+    file.chmod(0)
+    folder.chmod(0)
+    with without_rights():
         for given in ({"CHAT_PROXY_UPSTREAM_API_KEY_FILE": str(file)}, {"CREDENTIALS_DIRECTORY": str(folder)}):
             with pytest.raises(SettingsError) as caught:
                 settings.from_variables({**variables({}), **given})
             assert {fault.message for fault in caught.value.faults} == {"cannot be read: Permission denied"}
-    finally:
-        os.seteuid(0)
+    folder.chmod(0o700)  # or nobody could clean up
 
 
 def test_key_in_place_of_its_file_is_not_shown() -> None:
