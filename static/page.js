@@ -157,6 +157,7 @@ async function run(turn) {
       first = false;
       turn.add(text, performance.now());
     }
+    if (live !== controller) return; // it was whole when a new conversation began
     const { tokens } = answer.metrics;
     turn.complete({ finishReason: answer.finishReason, tokens, now: performance.now() });
     say(`Complete: ${plural(tokens, "token")}.`);
@@ -417,7 +418,10 @@ function forget() {
  */
 function showNotice(title, text, retry) {
   const button = make("button", { type: "button", class: "plain first" }, "Retry");
-  button.addEventListener("click", retry);
+  button.addEventListener("click", () => {
+    toMessage(); // its button goes away
+    retry();
+  });
   notice.replaceChildren(make("span", { role: "alert" }, make("strong", {}, `${title}.`), ` ${text}`), button);
   notice.hidden = false;
 }
@@ -443,6 +447,13 @@ function toMessage() {
   else if (navigator.userActivation?.hasBeenActive) scroller.focus({ preventScroll: true });
 }
 
+/** By key: whoever was in it is led back to its handle. */
+function closeCard() {
+  const wasInside = card.contains(document.activeElement);
+  card.open = false;
+  if (wasInside) card.querySelector("summary")?.focus();
+}
+
 /** @param {HTMLButtonElement} button one that copies @returns {string} what it copies */
 function textToCopy(button) {
   if (button.dataset.copy === "code") return button.closest("figure")?.querySelector("code")?.textContent ?? "";
@@ -451,7 +462,7 @@ function textToCopy(button) {
 
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || event.isComposing) return;
-  if (card.open) card.open = false;
+  if (card.open) closeCard();
   else if (live) stop();
   else if (composer.isEditing) {
     stopEditing();
@@ -475,7 +486,9 @@ document.addEventListener("click", (event) => {
 latest.addEventListener("click", toMessage);
 byId("fresh", HTMLButtonElement).addEventListener("click", startAnew);
 keep.addEventListener("change", switchKeeping);
-addEventListener("pagehide", keepTurns); // with what has arrived of an answer
+addEventListener("pagehide", () => {
+  if (live) keepTurns(); // with what has arrived of the answer; the rest is kept already, perhaps by another tab
+});
 
 signOutButton.addEventListener("click", () => void leave());
 tabs.addEventListener("message", signedOut);

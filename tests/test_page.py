@@ -290,6 +290,20 @@ def test_a_kept_conversation_outlives_a_reload(visit: Visit) -> None:
     assert "hello" not in visit.page.evaluate(KEPT)
 
 
+def test_another_tab_takes_nothing_back(visit: Visit, context: BrowserContext, url: str) -> None:
+    """What was asked last is kept: a tab that has stood open since before that is left without a trace."""
+    keep(visit).check()
+    visit.page.keyboard.press("Escape")
+    visit.ask("hello", "demo-fast")
+    visit.expect_state("complete")
+    with Visit.of(context, url) as other:
+        expect(other.page.locator(".question")).to_have_text("hello")
+        visit.ask("thanks", "demo-fast")
+        visit.expect_state("complete")
+        other.page.reload()
+        expect(other.page.locator(".question")).to_have_text(["hello", "thanks"])
+
+
 NOT_OURS = [
     "{",
     "null",
@@ -408,8 +422,11 @@ def test_limits_are_shown_and_go_down(visit: Visit) -> None:
     visit.page.locator("#account summary").click()
     assert limits.count() >= 4
     expect(session).to_contain_text("20 of 20")
+    visit.page.keyboard.press("Tab")  # into it
+    expect(visit.page.get_by_label("Keep this conversation")).to_be_focused()
     visit.page.keyboard.press("Escape")
     expect(limits.first).to_be_hidden()
+    expect(visit.page.locator("#account summary")).to_be_focused()
     visit.ask("hello", "demo-fast")
     visit.expect_state("complete")
     expect(session.locator("b")).to_have_text("19 of 20")

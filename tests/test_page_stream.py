@@ -51,6 +51,12 @@ async def while_it_streams(peer: Peer) -> None:
         await asyncio.sleep(0.005)
 
 
+async def whole_without_an_end(peer: Peer) -> None:
+    await peer.head()
+    await peer.chunk(delta("All of it.") + finish())
+    await peer.gone()
+
+
 async def echo(peer: Peer) -> None:
     """Slowly enough that two of them are under way at one time."""
     messages = question_of(peer)["messages"]
@@ -105,7 +111,13 @@ PHASES: dict[str, Act] = {
     "while it streams": while_it_streams,
     "in a stall": in_a_stall,
 }
-ACTS: dict[str, Act] = {**PHASES, "hostile": hostile, "ten thousand": ten_thousand, "busy once": busy_once}
+ACTS: dict[str, Act] = {
+    **PHASES,
+    "whole without an end": whole_without_an_end,
+    "hostile": hostile,
+    "ten thousand": ten_thousand,
+    "busy once": busy_once,
+}
 
 
 def question_of(peer: Peer) -> dict[str, Any]:
@@ -170,6 +182,16 @@ def test_stop_in_each_phase(visit: Visit, upstream: ScriptedUpstream, phase: str
     ask(visit, "next")
     visit.expect_state("complete")
     expect(visit.text).to_contain_text("next")
+
+
+def test_an_answer_that_was_left_says_nothing_any_more(visit: Visit, upstream: ScriptedUpstream) -> None:
+    """Who begins anew is not told that the answer of before is complete, even if it is."""
+    call = asked(upstream, visit, "whole without an end")
+    expect(visit.text).to_have_text("All of it.")
+    visit.page.get_by_role("button", name="New conversation").click()
+    eventually(lambda: call.closed)
+    expect(visit.page.get_by_role("status")).to_have_text("New conversation.")
+    expect(visit.page.locator(".turn")).to_have_count(0)
 
 
 @pytest.mark.parametrize("way", ["reload", "close"])
