@@ -76,7 +76,7 @@ export function needsLogin({ mode, expires_at }) {
 }
 
 /** @param {SessionFacts} session @returns {boolean} whether somebody is signed in, and may sign out */
-export function isSignedIn(session) {
+function isSignedIn(session) {
   return session.mode !== "anonymous" && !needsLogin(session);
 }
 

@@ -66,7 +66,7 @@ export function rate(tokens, milliseconds) {
 export function limitWords(name) {
   const [, rule = "", count = "", window = ""] = /^(\w+)\s+(\d+)\s*(?:\/|per)\s*(.+)$/.exec(name) ?? [];
   if (!count) return { what: name, who: "", window: "" };
-  const what = rule.startsWith("tokens") ? "tokens" : rule.startsWith("new_sessions") ? "new sessions" : "requests";
+  const what = rule.startsWith("tokens") ? "tokens" : "requests";
   const who = /session$/.test(rule) ? "this session" : /address/.test(rule) ? "your network" : "everyone here";
   return { what, who, window: window.replace(/^1\s+/, "") };
 }
