@@ -398,6 +398,7 @@ def test_what_an_instance_is_told(path: str, protocol: str, tmp_path: Path) -> N
         await peer.whole(b"{}")
 
     forged = {"x-forwarded-for": "203.0.113.7", "x-request-id": "mine", "x-forwarded-email": "boss@example.org"}
+    forged |= {"traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", "tracestate": "their=own"}
     with ScriptedUpstream(script) as instance, front(tmp_path / "nginx", Site([at(instance)])) as site:
         method, body = ("POST", b"{}") if path in ROUTES else ("GET", b"")
         with exchange(site, protocol, method, path, forged, body) as begun:
@@ -408,7 +409,7 @@ def test_what_an_instance_is_told(path: str, protocol: str, tmp_path: Path) -> N
         assert seen.headers["x-forwarded-for"] == "127.0.0.1"
         assert re.fullmatch("[0-9a-f]{32}", seen.headers["x-request-id"])
         assert seen.headers["host"] == HOST
-        assert "x-forwarded-email" not in seen.headers
+        assert not {"x-forwarded-email", "traceparent", "tracestate"} & seen.headers.keys()
         assert "connection" not in seen.headers
         assert seen.head.split(b"\r\n")[0].endswith(b" HTTP/1.1")
 
