@@ -153,3 +153,15 @@ def context(browser: Browser) -> Iterator[BrowserContext]:
     context = browser.new_context(viewport={"width": 1280, "height": 800}, reduced_motion="reduce")
     yield context
     context.close()
+
+
+@contextmanager
+def chromium_at(browser: Browser, host: str, port: int) -> Iterator[BrowserContext]:
+    """Another browser like this one, for which https://`host` is at this port of this machine."""
+    chromium = browser.browser_type.launch(
+        executable_path=CHROMIUM, args=[*CHROMIUM_ARGS, f"--host-resolver-rules=MAP {host}:443 127.0.0.1:{port}"]
+    )
+    try:
+        yield chromium.new_context(ignore_https_errors=True)  # it does not know the test's authority
+    finally:
+        chromium.close()

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import trustme
-from browser import CHROMIUM, CHROMIUM_ARGS, Visit
+from browser import Visit, chromium_at
 from harness import (
     DONE,
     GOOD,
@@ -675,15 +675,11 @@ def test_a_reader_with_chromium(browser: Browser, tmp_path: Path) -> None:
         await peer.gone()
         told.append("gone")
 
-    with behind(tmp_path, script) as (site, _):
-        chromium = browser.browser_type.launch(
-            executable_path=CHROMIUM,
-            args=[*CHROMIUM_ARGS, f"--host-resolver-rules=MAP {HOST}:443 127.0.0.1:{site.port}"],
-        )
-        context = chromium.new_context(ignore_https_errors=True)  # it does not know the test's authority
-        visit = Visit(context.new_page(), f"https://{HOST}")
-        visit.watch()
-        visit.open()
+    with (
+        behind(tmp_path, script) as (site, _),
+        chromium_at(browser, HOST, site.port) as context,
+        Visit.of(context, f"https://{HOST}") as visit,
+    ):
         protocol = "() => performance.getEntriesByType('navigation')[0].nextHopProtocol"
         assert visit.page.evaluate(protocol) == "h2"
         visit.ask("hello", model="m")
@@ -693,5 +689,3 @@ def test_a_reader_with_chromium(browser: Browser, tmp_path: Path) -> None:
         eventually(lambda: told)
         (cookie,) = context.cookies()
         assert (cookie["name"], cookie["secure"], cookie["httpOnly"]) == ("__Host-chat", True, True)
-        assert visit.faults == []
-        chromium.close()
