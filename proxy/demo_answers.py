@@ -279,7 +279,7 @@ def fibonacci(n: int) -> list[int]:
 
 > Simple things should be simple, complex things should be possible.
 >
-> - Alan Kay
+> — Alan Kay
 
 ---
 
