@@ -170,9 +170,21 @@ MISTAKES = {
     ),
 }
 
+
+def readme() -> dict[str, str]:
+    """The lines of RIGHT from `pass` on, as the README has them: one location with all that a site must say."""
+    text = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    (location,) = re.findall(r"```nginx\n(.*?)```", text, re.DOTALL)
+    assert "http://127.0.0.1:8000;" in location
+    names = list(RIGHT)
+    nothing = dict.fromkeys(names[names.index("pass") :], "")
+    return nothing | {"pass": location.replace("http://127.0.0.1:8000;", "http://chat;")}
+
+
 # What differs from RIGHT and yet does no harm.
 HARMLESS = {
     "right": Mistake("", ""),
+    "as the README says": Mistake("", "", readme()),
     "buffering on": Mistake("", "", {"buffering": "proxy_buffering on;"}),  # X-Accel-Buffering: no is obeyed
     "gzip of other things": Mistake("", "", {"gzip": "gzip on; gzip_types application/json text/css;"}),
     "large bodies": Mistake("", "", more="client_max_body_size 100m;"),
