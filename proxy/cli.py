@@ -153,11 +153,9 @@ def moment(written: str) -> int:
 
 
 def run_serve(options: argparse.Namespace) -> int:
-    chosen = settings.load(options.config, os.environ)
     if options.worker:
-        listener, channel = options.worker
-        uvloop.run(work(Service(as_bound(chosen, listener), listener, Logs(chosen.log)), channel))
-        return 0
+        return run_worker(options)
+    chosen = settings.load(options.config, os.environ)
     allow_all_descriptors()
     with ExitStack() as listeners:
         listener = listeners.enter_context(listener_for(chosen.server, may_be_handed=True))
@@ -166,19 +164,27 @@ def run_serve(options: argparse.Namespace) -> int:
             configured = settings.Server(host=chosen.metrics.host, port=chosen.metrics.port)
             metrics = listeners.enter_context(listener_for(configured, "metrics", may_be_handed=True))
         if chosen.server.workers > 1:
-            uvloop.run(supervise(chosen, options.config, listener, metrics))
-        else:
-            uvloop.run(Service(as_bound(chosen, listener), listener, Logs(chosen.log), metrics).run())
+            return uvloop.run(supervise(chosen, options.config, listener, metrics))
+        uvloop.run(Service(as_bound(chosen, listener), listener, Logs(chosen.log), metrics).run())
+    return 0
+
+
+def run_worker(options: argparse.Namespace) -> int:
+    listener, channel = options.worker
+    with listener, channel:
+        chosen = settings.load(options.config, os.environ)
+        uvloop.run(work(Service(as_bound(chosen, listener), listener, Logs(chosen.log)), channel))
     return 0
 
 
 async def supervise(
     chosen: settings.Settings, config: str | None, listener: socket.socket, metrics: socket.socket | None
-) -> None:
+) -> int:
+    """The exit code."""
     environ = dict(os.environ)
     if chosen.session.secret is None:
         environ[f"{settings.PREFIX}SESSION_SECRET"] = new_secret()  # or each worker would make one of its own
-    await Supervisor(
+    supervisor = Supervisor(
         [sys.executable, *sys.orig_argv[1:]],
         environ,
         chosen.server.workers,
@@ -186,7 +192,9 @@ async def supervise(
         Logs(chosen.log),
         validate=lambda: settings.load(config, environ),
         metrics_listener=metrics,
-    ).run()
+    )
+    await supervisor.run()
+    return 2 if supervisor.has_been_refused else 0
 
 
 def run_demo(options: argparse.Namespace) -> int:

@@ -3,7 +3,8 @@
 Rules:
 1. A worker is the same command once more, with the sockets inherited: it reads settings and secrets itself, so one
    that is started later has those of then.
-2. A worker that dies is replaced; after early deaths not at once. Its streams are cut, nobody else's.
+2. A worker that dies is replaced; after early deaths, or while none can be started, not at once. Its streams are cut,
+   nobody else's. But one that refuses the settings before any has served ends all: nobody has been served by them yet.
 3. SIGHUP replaces all of them, one by one: the next serves before the one before retires.
 4. Each worker has a socket pair to its supervisor: orders go down, figures come up. Whoever finds it closed is alone:
    the worker then drains, and the supervisor counts it as dead.
@@ -17,7 +18,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import msgspec
 
@@ -27,6 +28,7 @@ from proxy.server import MetricsPage, Service, first_of, uvicorn_for
 from proxy.settings import SettingsError
 
 START_SECONDS = 30.0  # for a worker to serve; it takes half of one
+REFUSED = 2  # the exit status of one that refuses the settings
 YOUNG = 10.0  # seconds: the next would die of what this one has died of
 PAUSE = 2.0  # seconds before the next is started then
 FIGURES_SECONDS = 1.0  # for a worker to tell its figures; then those that it told last stand
@@ -130,9 +132,10 @@ class Worker:
 def begin(
     command: Sequence[str], environ: Mapping[str, str], listener: socket.socket
 ) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """A process with the listener, and our end of the pair."""
+    """A process with the listener, and our end of the pair. Raises OSError."""
     ours, theirs = socket.socketpair()
-    with theirs:
+    with theirs, ExitStack() as undone:
+        undone.enter_context(ours)
         descriptors = listener.fileno(), theirs.fileno()
         process = subprocess.Popen(  # noqa: S603  # the command is our own
             [*command, "--worker", ",".join(map(str, descriptors))],
@@ -140,6 +143,7 @@ def begin(
             pass_fds=descriptors,
             process_group=0,  # Ctrl-C is for the supervisor; here it would be the second signal
         )
+        undone.pop_all()
     return process, ours
 
 
@@ -171,12 +175,14 @@ class Supervisor:
         self.alive: set[Worker] = set()  # those, and the ones that begin or end
         self.past: list[Family] = []  # figures of those that have ended
         self.pause = 0.0  # before workers are started
+        self.has_served = False
+        self.has_been_refused = False  # by a worker, before any has served
         self.changing = asyncio.Lock()  # held by whoever starts and dismisses
         self.ending = asyncio.Event()
         self.tasks = asyncio.TaskGroup()
 
     async def run(self) -> None:
-        """Returns when, after a SIGTERM or Ctrl-C, the last worker has ended."""
+        """Returns when, after a SIGTERM or Ctrl-C or a refusal, the last worker has ended."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.end)
@@ -226,7 +232,12 @@ class Supervisor:
         """Whether there is one more that serves."""
         if self.ending.is_set():
             return False
-        process, ours = begin(self.command, self.environ, self.listener)
+        try:
+            process, ours = begin(self.command, self.environ, self.listener)
+        except OSError as error:  # no room for another process, or the program is being installed anew
+            self.pause = PAUSE
+            self.logs.line("worker_not_started", "error", reason=error.strerror)
+            return False
         worker = Worker(process, *await asyncio.open_unix_connection(sock=ours, limit=LONGEST_LINE))
         self.alive.add(worker)
         if self.ending.is_set():  # meanwhile
@@ -235,6 +246,7 @@ class Supervisor:
         await first_of(START_SECONDS, worker.serves, worker.ended, self.ending)
         if worker.serves.is_set():
             self.serving.append(worker)
+            self.has_served = True
             return True
         if not self.ending.is_set():
             process.kill()
@@ -248,6 +260,9 @@ class Supervisor:
             return
         self.pause = PAUSE if worker.has_died_young else 0.0
         self.logs.line("worker_died", "error", pid=worker.process.pid, status=worker.process.returncode)
+        if worker.process.returncode == REFUSED and not self.has_served:
+            self.has_been_refused = True
+            self.end()
         if worker in self.serving:
             self.serving.remove(worker)
             await self.fill()

@@ -95,6 +95,11 @@ def seen_serving(process: Process) -> set[str]:
         return {served_by(answered(connection).headers) for connection in connections}
 
 
+def both(process: Process) -> set[str]:
+    """The two workers, once both are seen: some connections at one time may all have got to one of them."""
+    return seen if len(seen := seen_serving(process)) == 2 else set()
+
+
 def answered(connection: http.client.HTTPConnection) -> http.client.HTTPResponse:
     answer = connection.getresponse()
     answer.read()
@@ -227,6 +232,42 @@ def test_early_deaths_are_not_repeated_at_once(tmp_path: Path, store: Redis) -> 
         assert max(deaths) - min(deaths) >= PAUSE  # two at once, a pause, two more
         broken.unlink()
         eventually(lambda: len(seen_serving(process)) == 2, STARTING)
+        ends(process)
+
+
+def test_a_worker_that_cannot_be_started_ends_nobody(tmp_path: Path, store: Redis) -> None:
+    """While no process can be started (here: the program is away, as when it is installed anew) SIGHUP changes nothing,
+    and those that serve go on; afterwards it replaces them again, and who has died is replaced, too."""
+    program = tmp_path / "python"
+    away = tmp_path / "away"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
+    program.chmod(0o755)
+    code = f"import sys\nsys.executable = {str(program)!r}\n" + START.format(held=HELD, loop="uvloop")
+    command = [sys.executable, "-W", "error", "-c", code]
+    with (
+        ScriptedUpstream(streaming(*GOOD)) as upstream,
+        serving(
+            tmp_path,
+            upstream.base_url,
+            stdout=None,
+            command=command,
+            SERVER_WORKERS="2",
+            LIMITS_STORE=store.url,
+            **WIDE,
+        ) as process,
+    ):
+        first = eventually(lambda: both(process), STARTING)
+        program.rename(away)
+        process.tell(signal.SIGHUP)
+        eventually(lambda: lines(process, "worker_not_started"))
+        assert seen_serving(process) <= first
+        os.kill(min(children(process)), signal.SIGKILL)
+        eventually(lambda: len(lines(process, "worker_not_started")) >= 3)
+        away.rename(program)
+        eventually(lambda: both(process), STARTING)
+        process.tell(signal.SIGHUP)
+        eventually(lambda: lines(process, "workers_replaced"), STARTING)
+        assert not seen_serving(process) & first
         ends(process)
 
 
@@ -488,6 +529,15 @@ def test_more_than_one_wants_a_store(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "server.workers" in done.stderr
     assert "limits.store" in done.stderr
+
+
+def test_settings_that_only_a_worker_can_refuse_end_all(tmp_path: Path, store: Redis) -> None:
+    """What is found to be wrong when a worker starts is told as it is with one process: on stderr, and exit 2."""
+    (tmp_path / "chat-proxy.revoked.json").write_text("{", encoding="utf-8")
+    given = {**settings_for("https://api.example.com"), "SERVER_WORKERS": "2", "LIMITS_STORE": store.url}
+    done = run(tmp_path, "serve", **given, SERVER_PORT=str(free_port()))
+    assert done.returncode == 2
+    assert "session.control_file" in done.stderr
 
 
 # ---- their figures ------------------------------------------------------------------------------------------------
