@@ -182,6 +182,7 @@ async def supervise(
 ) -> int:
     """The exit code."""
     environ = dict(os.environ)
+    environ[f"{settings.PREFIX}SERVER_WORKERS"] = str(chosen.server.workers)  # what is read later must suit so many
     if chosen.session.secret is None:
         environ[f"{settings.PREFIX}SESSION_SECRET"] = new_secret()  # or each worker would make one of its own
     supervisor = Supervisor(

@@ -422,6 +422,34 @@ def test_a_replaced_worker_has_the_settings_of_now(tmp_path: Path, store: Redis)
             ends(process)
 
 
+def test_what_workers_share_cannot_be_taken_from_them(tmp_path: Path, store: Redis) -> None:
+    """Settings that are right for one process are wrong for the several that are there: neither SIGHUP nor a worker's
+    death makes workers that each allow the whole of every limit."""
+    file = tmp_path / "chat-proxy.toml"
+    written = '[policy]\nmodels = ["m"]\n[server]\nworkers = {}\n[limits]\nstore = "{}"\n'
+    file.write_text(written.format(2, store.url), encoding="utf-8")
+    with ScriptedUpstream(streaming(*GOOD)) as upstream:
+        given = {
+            "UPSTREAM_BASE_URL": upstream.base_url,
+            "UPSTREAM_API_KEY": secrets.token_urlsafe(32),
+            "SERVER_PORT": str(free_port()),
+        }
+        command = [sys.executable, "-W", "error", "-c", START.format(held=HELD, loop="uvloop")]
+        with started(tmp_path, "serve", given=given, command=command) as process:
+            process.port = int(given["SERVER_PORT"])
+            first = eventually(lambda: both(process) if process.answers() else set(), STARTING)
+            file.write_text(written.format(1, "memory://"), encoding="utf-8")
+            process.tell(signal.SIGHUP)
+            eventually(lambda: lines(process, "settings_refused") or lines(process, "workers_replaced"), STARTING)
+            assert [line["settings"] for line in lines(process, "settings_refused")] == [["server.workers"]]
+            assert seen_serving(process) <= first
+            os.kill(min(children(process)), signal.SIGKILL)
+            eventually(lambda: len(lines(process, "worker_died")) >= 2, STARTING)
+            assert lines(process, "worker_died")[1]["status"] == 2
+            assert seen_serving(process) < first
+            ends(process)
+
+
 def models(process: Process) -> set[str]:
     """As told on several connections."""
     return {json.loads(process.get("/api/v1/models")[1])["data"][0]["id"] for _ in range(8)}
