@@ -48,10 +48,11 @@ from harness import (
 from stage import always
 from test_cli import run, settings_for
 
-from proxy.errors import TokensExhausted, TooMany
+from proxy.errors import Busy, TokensExhausted, TooMany
 from proxy.limits import Subject, shared
 from proxy.limits import allowance as door
 from proxy.limits.allowance import Allowance, Hold
+from proxy.limits.leases import Lease
 from proxy.limits.requests import ask
 from proxy.limits.shared import Claim, Shared, open_store
 from proxy.settings import from_variables
@@ -788,6 +789,31 @@ def test_what_was_booked_unheard_is_given_back(store: Redis) -> None:
     with store.client() as client:
         client.flushall()
     asyncio.run(story(LIMITS_WHEN_STORE_FAILS="refuse"))
+
+
+def test_what_was_booked_for_nobody_is_given_back(store: Redis) -> None:
+    """The store has booked what this process then has no place for, and is lost before it hears of that."""
+
+    async def story() -> None:
+        async with allowance(store, LIMITS_TOKENS_PER_SESSION="10000/hour") as limits:
+            assert limits.shared is not None
+            shared_, limits.leases.max_streams = limits.shared, 0
+            acquire = limits.leases.acquire
+
+            def lost_meanwhile(subject: Subject) -> Lease:
+                shared_.lose("test")
+                return acquire(subject)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(limits.leases, "acquire", lost_meanwhile)
+                with pytest.raises(Busy):
+                    await limits.hold(ME, 1000, lambda: 300)
+            await is_up(limits, True)
+            with store.client() as client:
+                await asyncio.to_thread(eventually, lambda: leases(client) == [])
+            assert await booked(limits) == 0
+
+    asyncio.run(story())
 
 
 def test_many_answers_are_renewed_in_time_on_a_slow_store(store: Redis) -> None:

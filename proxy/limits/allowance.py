@@ -159,7 +159,9 @@ class Allowance:
             try:
                 hold = Hold(self, self.leases.acquire(subject), claims, holder)
             except BaseException:
-                await self.shared.settle([(claim, 0) for claim in claims], holder)
+                nothing = [(claim, 0) for claim in claims]
+                if not await self.shared.settle(nothing, holder):
+                    self.unsettled[holder] = nothing
                 raise
         hold.so_far = so_far
         self.holds[holder] = hold
