@@ -31,6 +31,7 @@ START_SECONDS = 30.0  # for a worker to serve; it takes half of one
 REFUSED = 2  # the exit status of one that refuses the settings
 YOUNG = 10.0  # seconds: the next would die of what this one has died of
 PAUSE = 2.0  # seconds before the next is started then
+CUT_SECONDS = 15.0  # for one that is told to end at once: it takes LAST_WORDS, FLUSH, and what is sent at the end
 FIGURES_SECONDS = 1.0  # for a worker to tell its figures; then those that it told last stand
 LONGEST_LINE = 4 << 20  # bytes of figures: some hundred times what they are
 
@@ -199,11 +200,21 @@ class Supervisor:
         self.logs.close()
 
     def end(self) -> None:
-        """What a signal does, and what it does to each worker: the first begins the drain, the second ends it."""
-        order = b"cut" if self.ending.is_set() else b"drain"
+        """What a signal does, and what it does to each worker: the first begins the drain, the second ends it.
+
+        Also for one that hears no order, since it hangs.
+        """
+        order = b"drain"
+        if self.ending.is_set():
+            order = b"cut"
+            asyncio.get_running_loop().call_later(CUT_SECONDS, self.kill)
         self.ending.set()
         for worker in self.alive:
             worker.dismiss(order)
+
+    def kill(self) -> None:
+        for worker in self.alive:
+            worker.process.kill()
 
     async def fill(self) -> None:
         """Starts as many as are missing."""

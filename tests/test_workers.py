@@ -478,6 +478,32 @@ def test_ctrl_c_begins_one_drain(tmp_path: Path, store: Redis) -> None:
         assert steps.left.wait(PATIENCE)
 
 
+def test_a_worker_that_hangs_is_ended_by_the_second_signal(tmp_path: Path, store: Redis) -> None:
+    """The first waits for it, as for everybody; the second does not wait for ever for one that hears no order."""
+    code = "from proxy import workers\nworkers.CUT_SECONDS = 0.5\n" + START.format(held=HELD, loop="uvloop")
+    command = [sys.executable, "-W", "error", "-c", code]
+    with (
+        ScriptedUpstream(streaming(*GOOD)) as upstream,
+        serving(
+            tmp_path,
+            upstream.base_url,
+            stdout=None,
+            command=command,
+            SERVER_WORKERS="2",
+            LIMITS_STORE=store.url,
+            **WIDE,
+        ) as process,
+    ):
+        eventually(lambda: both(process), STARTING)
+        hanging, other = children(process)
+        os.kill(hanging, signal.SIGSTOP)
+        process.tell(signal.SIGTERM)
+        eventually(lambda: not is_running(other))
+        assert is_running(hanging)
+        ends(process)
+        assert not is_running(hanging)
+
+
 def test_a_signal_to_everybody_is_one(tmp_path: Path, store: Redis) -> None:
     """Whoever stops all processes of a service at once, as systemd may, does not cut what the drain lets go on."""
     steps = InSteps()
