@@ -83,6 +83,13 @@ class Bulletin:
         self.since = int(found[-1]) if len(found) == 2 * PAGE else int(now) - OVERLAP
         return [notice for notice in map(notice_of, found[::2]) if notice], decree_of(decree)
 
+    async def tell_rest(self) -> None:
+        """Sends what has not gone out yet, as long as the store takes it."""
+        while left := len(self.unsent):
+            await self.exchange()
+            if len(self.unsent) == left:
+                return
+
     async def change(self, change: Callable[[Decree], Decree]) -> bool:
         """Puts up a new decree. False when the store does not answer."""
         while True:

@@ -44,7 +44,7 @@ class Revoked:
         if self._watching is not None:
             self._watching.cancel()
         if self.bulletin is not None:
-            await self.bulletin.exchange()
+            await self.bulletin.tell_rest()
 
     def end(self, id_: str, issued: int, *, here_only: bool = False) -> None:
         """Kills the cookies of an id that were issued until now, here and where the bulletin is read."""

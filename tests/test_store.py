@@ -48,6 +48,7 @@ from harness import (
 from stage import always
 from test_cli import run, settings_for
 
+from proxy.bulletin import MOST_SENT, Bulletin, Notice
 from proxy.errors import Busy, TokensExhausted, TooMany
 from proxy.limits import Subject, shared
 from proxy.limits import allowance as door
@@ -961,6 +962,28 @@ def test_a_notice_of_another_version_harms_nobody(store: Redis, tmp_path: Path) 
         assert send(one, "DELETE", "/api/session", None, {"cookie": cookie}).status == 200
         eventually(lambda: asked(other, cookie) == (401, "session_required"))
         assert one.lines("bug") == other.lines("bug") == []
+
+
+def test_all_that_was_revoked_is_told_at_the_end(store: Redis) -> None:
+    """Also more than goes out at once; of a store that is gone nobody waits to be heard."""
+
+    async def story() -> None:
+        async with allowance(store) as limits:
+            assert limits.shared is not None
+            bulletin = Bulletin(limits.shared, 3600)
+            many = 2 * MOST_SENT + 1
+            for number in range(many):
+                bulletin.post(Notice(f"id{number}", 1, 2))
+            await bulletin.tell_rest()
+            assert not bulletin.unsent
+            with store.client() as client:
+                assert client.zcard("{chat-proxy}:revoked") == many
+            store.stop()
+            bulletin.post(Notice("late", 1, 2))
+            await bulletin.tell_rest()
+            assert len(bulletin.unsent) == 1
+
+    asyncio.run(story())
 
 
 def test_programs_of_an_address_post_no_notices(store: Redis, tmp_path: Path) -> None:
