@@ -65,6 +65,7 @@ class Bulletin:
         self.exchange_script = shared.client.register_script(EXCHANGE)
         self.replace_script = shared.client.register_script(REPLACE)
         self.since = 0
+        self.is_behind = False  # there is more to be heard than was
         self.unsent: list[Notice] = []
 
     def post(self, notice: Notice) -> None:
@@ -76,11 +77,12 @@ class Bulletin:
         sending = self.unsent[:MOST_SENT]
         arguments = [self.since, self.keep * 1000, PAGE, *map(encode, sending)]
         answer = await self.ask(self.exchange_script, KEYS, arguments)
+        self.is_behind = answer is not None and len(answer[1]) == 2 * PAGE
         if answer is None:
             return [], None
         now, found, decree = answer
         del self.unsent[: len(sending)]
-        self.since = int(found[-1]) if len(found) == 2 * PAGE else int(now) - OVERLAP
+        self.since = int(found[-1]) if self.is_behind else int(now) - OVERLAP
         return [notice for notice in map(notice_of, found[::2]) if notice], decree_of(decree)
 
     async def tell_rest(self) -> None:

@@ -72,11 +72,14 @@ class Revoked:
             self.logs.line("control_file_unread", "error", fault=fault)
 
     async def read_bulletin(self, bulletin: Bulletin) -> None:
-        notices, decree = await bulletin.exchange()
-        for notice in notices:
-            self.known.hear(notice.id, notice.until, notice.forget_at, self.wall())
-        if decree is not None:
-            self.obey(decree)
+        is_behind = True  # who begins has the logouts of days to hear, and is asked for sessions already
+        while is_behind:
+            notices, decree = await bulletin.exchange()
+            for notice in notices:
+                self.known.hear(notice.id, notice.until, notice.forget_at, self.wall())
+            if decree is not None:
+                self.obey(decree)
+            is_behind = bulletin.is_behind
 
     def read_control(self) -> None:
         decree = self.control.read()

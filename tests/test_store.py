@@ -48,7 +48,7 @@ from harness import (
 from stage import always
 from test_cli import run, settings_for
 
-from proxy.bulletin import MOST_SENT, Bulletin, Notice
+from proxy.bulletin import MOST_SENT, PAGE, Bulletin, Notice
 from proxy.errors import Busy, TokensExhausted, TooMany
 from proxy.limits import Subject, shared
 from proxy.limits import allowance as door
@@ -56,6 +56,8 @@ from proxy.limits.allowance import Allowance, Hold
 from proxy.limits.leases import Lease
 from proxy.limits.requests import ask
 from proxy.limits.shared import Claim, Shared, open_store
+from proxy.logs import Logs
+from proxy.revoked import Revoked
 from proxy.settings import from_variables
 
 FULL = bool(os.environ.get("CHAT_PROXY_FULL"))
@@ -982,6 +984,25 @@ def test_all_that_was_revoked_is_told_at_the_end(store: Redis) -> None:
             bulletin.post(Notice("late", 1, 2))
             await bulletin.tell_rest()
             assert len(bulletin.unsent) == 1
+
+    asyncio.run(story())
+
+
+def test_whoever_begins_hears_of_all_logouts_at_once(store: Redis, tmp_path: Path) -> None:
+    """A worker that replaces another knows every logout of the days before, not a thousand with each look."""
+    now = int(time.time())
+    with store.client() as client:
+        notices = {f'["id{number}",{now},{now + 60}]': now * 1000 - 5000 + number for number in range(2 * PAGE + 1)}
+        client.zadd("{chat-proxy}:revoked", notices)
+
+    async def story() -> None:
+        given = {**settings_for("http://127.0.0.1:1"), "SESSION_CONTROL_FILE": str(tmp_path / "none")}
+        configured = from_variables({f"CHAT_PROXY_{name}": value for name, value in given.items()})
+        async with allowance(store) as limits:
+            revoked = Revoked(configured.session, limits.shared, Logs(configured.log), time.time)
+            assert revoked.bulletin is not None
+            await revoked.read_bulletin(revoked.bulletin)
+            assert revoked.known.until(f"id{2 * PAGE}") == now
 
     asyncio.run(story())
 
