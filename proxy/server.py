@@ -154,6 +154,18 @@ def uvicorn_for(app: Any, keep_alive: float, **more: Any) -> Uvicorn:
     return Uvicorn(config)
 
 
+@contextlib.contextmanager
+def bridged(logs: Logs) -> Generator[None, None, None]:
+    """What uvicorn has to say is said in the log."""
+    bridge, library = Bridge(logs), logging.getLogger("uvicorn.error")
+    library.addHandler(bridge)
+    library.propagate = False
+    try:
+        yield
+    finally:
+        library.removeHandler(bridge)
+
+
 class MetricsPage:
     """`/metrics`, on a listener of its own that the outside does not see."""
 
@@ -200,18 +212,14 @@ class Service:
 
     async def run(self, on_signal: Callable[[], None] | None = None) -> None:
         """Serves until a signal, then drains. Returns when the last answer has ended."""
-        bridge = Bridge(self.logs)
-        library = logging.getLogger("uvicorn.error")
-        library.addHandler(bridge)
-        library.propagate = False
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal or self.end)
         loop.add_signal_handler(signal.SIGHUP, self.app.reload_secrets)
         try:
-            await self.serve()
+            with bridged(self.logs):
+                await self.serve()
         finally:
-            library.removeHandler(bridge)
             self.logs.close()
 
     async def serve(self) -> None:

@@ -24,7 +24,7 @@ import msgspec
 
 from proxy.logs import Logs
 from proxy.metrics import Family, Total, added_up, lasting
-from proxy.server import MetricsPage, Service, first_of, uvicorn_for
+from proxy.server import MetricsPage, Service, bridged, first_of, uvicorn_for
 from proxy.settings import SettingsError
 
 START_SECONDS = 30.0  # for a worker to serve; it takes half of one
@@ -188,15 +188,16 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.end)
         figures = uvicorn_for(MetricsPage(self.exposition), 75, lifespan="off")
-        async with self.tasks as tasks:
-            loop.add_signal_handler(signal.SIGHUP, lambda: tasks.create_task(self.replace_all()))
-            if self.metrics_listener is not None:
-                tasks.create_task(figures.serve(sockets=[self.metrics_listener]))
-            await self.fill()
-            await self.ending.wait()
-            while self.alive:
-                await next(iter(self.alive)).ended.wait()
-            figures.end()
+        with bridged(self.logs):
+            async with self.tasks as tasks:
+                loop.add_signal_handler(signal.SIGHUP, lambda: tasks.create_task(self.replace_all()))
+                if self.metrics_listener is not None:
+                    tasks.create_task(figures.serve(sockets=[self.metrics_listener]))
+                await self.fill()
+                await self.ending.wait()
+                while self.alive:
+                    await next(iter(self.alive)).ended.wait()
+                figures.end()
         self.logs.close()
 
     def end(self) -> None:

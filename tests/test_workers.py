@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import signal
+import socket
 import sys
 import threading
 import time
@@ -592,6 +593,18 @@ def test_settings_that_only_a_worker_can_refuse_end_all(tmp_path: Path, store: R
     done = run(tmp_path, "serve", **given, SERVER_PORT=str(free_port()))
     assert done.returncode == 2
     assert "session.control_file" in done.stderr
+
+
+def test_the_listener_of_the_metrics_says_nothing_beside_the_log(tmp_path: Path, store: Redis) -> None:
+    """As with one process: what the library complains of does not get to stderr."""
+    port = free_port()
+    with ScriptedUpstream(streaming(*GOOD)) as upstream:
+        with workers(tmp_path, upstream.base_url, store, METRICS_PORT=str(port)) as process:
+            with socket.create_connection(("127.0.0.1", port), PATIENCE) as peer:
+                peer.sendall(b"garbage\r\n\r\n")
+                assert peer.recv(1000).startswith(b"HTTP/1.1 400")
+            ends(process)
+        assert process.stderr.read_bytes() == b""
 
 
 # ---- their figures ------------------------------------------------------------------------------------------------
