@@ -89,8 +89,8 @@ class Access:
 
     # ---- its own life ---------------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        self.revoked.start()
+    async def start(self) -> None:
+        await self.revoked.start()
 
     async def stop(self) -> None:
         await self.revoked.stop()

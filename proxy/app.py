@@ -254,7 +254,7 @@ class ChatProxy:
 
     @asynccontextmanager
     async def lifespan(self, app: Any) -> AsyncIterator[None]:
-        self.access.start()
+        await self.access.start()
         self.limits.start()
         yield
         await self.access.stop()

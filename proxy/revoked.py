@@ -36,7 +36,9 @@ class Revoked:
         self._told = ""
         self.read_control()
 
-    def start(self) -> None:
+    async def start(self) -> None:
+        """Hears what there is to hear, before anybody is let in; then goes on listening."""
+        await self.look()
         self._watching = asyncio.create_task(self.watch())
 
     async def stop(self) -> None:
@@ -55,15 +57,19 @@ class Revoked:
 
     async def watch(self) -> None:
         while True:
-            try:
-                if self.bulletin is not None:
-                    await self.read_bulletin(self.bulletin)
-                self.read_control()
-            except SettingsError as error:
-                self.tell_unread(str(error))
-            except Exception as error:  # noqa: BLE001  # all that is revoked from now on depends on this task
-                self.logs.bug(error)
             await asyncio.sleep(CHECK_EVERY)
+            await self.look()
+
+    async def look(self) -> None:
+        try:
+            if self.bulletin is not None:
+                await self.read_bulletin(self.bulletin)
+            self.read_control()
+            self._told = ""
+        except SettingsError as error:
+            self.tell_unread(str(error))
+        except Exception as error:  # noqa: BLE001  # all that is revoked from now on depends on this task
+            self.logs.bug(error)
 
     def tell_unread(self, fault: str) -> None:
         """Once, not with every look."""

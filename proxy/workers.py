@@ -256,7 +256,7 @@ class Supervisor:
             worker.dismiss(b"drain")
         self.tasks.create_task(self.look_after(worker))
         await first_of(START_SECONDS, worker.serves, worker.ended, self.ending)
-        if worker.serves.is_set():
+        if worker.serves.is_set() and not worker.ended.is_set():
             self.serving.append(worker)
             self.has_served = True
             return True
