@@ -19,7 +19,7 @@ import struct
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -518,6 +518,19 @@ def attempts(port: int) -> int:
     """Sockets of this machine that wait for the port to take their connection (SYN_SENT)."""
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return sum(row[2].endswith(f":{port:04X}") and row[3] == "02" for row in rows)
+
+
+@contextmanager
+def full_port() -> Iterator[int]:
+    """A port whose listener takes nobody: Linux drops the SYN once the backlog is full. One attempt is under way."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, ExitStack() as fillers:
+        port = int(listener.getsockname()[1])
+        for _ in range(2):
+            filler = fillers.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(("127.0.0.1", port))
+        eventually(lambda: attempts(port) == 1)  # the queue has taken the other
+        yield port
 
 
 def read_until(sock: socket.socket, wanted: bytes) -> bytes:

@@ -33,6 +33,7 @@ from harness import (
     connect,
     delta,
     eventually,
+    full_port,
     raw_chat,
     read_until,
     reset,
@@ -441,27 +442,21 @@ def test_leaving_ends_the_call(phase: str, loop: str, subtests: pytest.Subtests)
 @all_ways
 def test_leaving_ends_a_connection_attempt(way: str, loop: str) -> None:
     """An upstream that does not even take the connection: the attempt is given up; nothing was asked or paid."""
-    with socket.socket() as jammed, ExitStack() as stack:
-        jammed.bind(("127.0.0.1", 0))
-        jammed.listen(0)
-        port = jammed.getsockname()[1]
-        for _ in range(2):  # fills the queue; the kernel answers no further one
-            filler = stack.enter_context(socket.socket())
-            filler.setblocking(False)
-            filler.connect_ex(("127.0.0.1", port))
-        with running(f"http://127.0.0.1:{port}/v1", loop=loop, UPSTREAM_CONNECT_TIMEOUT="60") as proxy:
-            before = attempts(port)
-            sock = stack.enter_context(closing(raw_chat(proxy)))
-            eventually(lambda: attempts(port) == before + 1)
-            with Noise() as noise:
-                left = time.monotonic()
-                WAYS[way](sock)
-                eventually(lambda: attempts(port) == before)
-                assert time.monotonic() - left < BOUND + noise.seconds + 0.2
-            line = proxy.line()
-            assert (line["ending"], line["tokens"], line["status"]) == ("aborted", 0, 499)
-            assert line["code"] is None
-            assert set(proxy.tokens_used().values()) == {0}
+    with (
+        full_port() as port,
+        running(f"http://127.0.0.1:{port}/v1", loop=loop, UPSTREAM_CONNECT_TIMEOUT="60") as proxy,
+        closing(raw_chat(proxy)) as sock,
+    ):
+        eventually(lambda: attempts(port) == 2)
+        with Noise() as noise:
+            left = time.monotonic()
+            WAYS[way](sock)
+            eventually(lambda: attempts(port) == 1)
+            assert time.monotonic() - left < BOUND + noise.seconds + 0.2
+        line = proxy.line()
+        assert (line["ending"], line["tokens"], line["status"]) == ("aborted", 0, 499)
+        assert line["code"] is None
+        assert set(proxy.tokens_used().values()) == {0}
 
 
 # ---- a second request (row 41) --------------------------------------------------------------------------------------

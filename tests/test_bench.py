@@ -43,14 +43,15 @@ def test_benchmark_names_faults(result: dict[str, object], found: list[str]) -> 
     assert compare.faults_of({"idle": result}) == found
 
 
+@pytest.mark.quiet
 def test_benchmark_of_the_store_counts_its_calls() -> None:
     """Three calls a request; on a machine so busy that the store is taken for gone, fewer, and it says so."""
     command = [sys.executable, store.__file__, "--seconds", "0.3", "--rounds", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.stderr == ""
+    faults = done.stdout.partition("faults: ")[2].split("\n  ")
     for label in store.ROWS:
         (line,) = [line for line in done.stdout.splitlines() if line.startswith(label)]
-        assert float(line.split()[-2]) > 0
-    faults = done.stdout.partition("faults: ")[2].split("\n  ")
+        assert float(line.split()[-2]) > 0 or (faults[1:] and "calls" in label)
     assert {fault.strip() for fault in faults[1:]} <= {"redis: 1 x the store was taken for gone"}
     assert done.returncode == (1 if faults[1:] else 0)
