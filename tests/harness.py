@@ -405,8 +405,7 @@ def running(upstream: str, *, key: str | None = None, loop: str = "uvloop", **ov
 
         service.server.config.http = Recording
         serving = asyncio.create_task(service.serve())
-        while not service.server.started:  # noqa: ASYNC110  # uvicorn has no event for it
-            await asyncio.sleep(0.005)
+        await service.server.began.wait()
         if chosen.limits.is_shared:
             await asyncio.sleep(0.1)  # for the tasks of the first connections to the store
         proxy.baseline = len(asyncio.all_tasks())

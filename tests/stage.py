@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from harness import LOOPS, Peer, Reply, Running, Script, ScriptedUpstream, chat, running
+from harness import LOOPS, PATIENCE, Peer, Reply, Running, Script, ScriptedUpstream, chat, running
 
 from proxy import logs, policy
 
-__all__ = ["LOOPS", "Act", "Stage", "always", "prompt_tokens"]
+__all__ = ["LOOPS", "Act", "Stage", "Steps", "always", "prompt_tokens"]
 
 Act = Callable[[Peer], Awaitable[None]]  # what an upstream does about one request
 
@@ -32,6 +34,23 @@ def prompt_tokens(proxy: Running, **fields: Any) -> int:
     """What the policy estimates for the prompt of harness.chat."""
     body = {"messages": [{"role": "user", "content": "hi"}], "stream": True, **fields}
     return policy.apply(json.dumps(body).encode(), proxy.settings.policy).prompt_tokens
+
+
+class Steps:
+    """A script that sends one part of its stream each time the test says so."""
+
+    def __init__(self, *parts: bytes) -> None:
+        self.parts = parts
+        self.allowed = threading.Semaphore(0)
+
+    async def __call__(self, peer: Peer) -> None:
+        await peer.request()
+        await peer.head()
+        for part in self.parts:
+            await asyncio.to_thread(self.allowed.acquire, timeout=PATIENCE)
+            await peer.chunk(part)
+        await peer.end()
+        await peer.gone()
 
 
 class Stage:

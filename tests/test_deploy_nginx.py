@@ -40,6 +40,7 @@ from nginx import HOST, Front, Site, front
 from nginx_clients import PROTOCOLS, Answer, Http2, ask, asking, exchange, get, read_until
 from nginx_clients import finish as rest_of
 from playwright.sync_api import Browser, expect
+from stage import Steps
 
 from proxy import checkup, errors
 
@@ -133,22 +134,6 @@ def test_the_doctor_finds_nothing(tmp_path: Path) -> None:
 
 
 # ---- streams --------------------------------------------------------------------------------------------------------
-
-
-class Steps:
-    """A script that sends each part of a stream when the test says so."""
-
-    def __init__(self, *parts: bytes) -> None:
-        self.parts = parts
-        self.allowed = threading.Semaphore(0)
-
-    async def __call__(self, peer: Peer) -> None:
-        await peer.request()
-        await peer.head()
-        for part in self.parts:
-            await asyncio.to_thread(self.allowed.acquire, timeout=PATIENCE)
-            await peer.chunk(part)
-        await peer.end()
 
 
 @both

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import http.client
 import inspect
 import json
-import threading
 from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Any
@@ -32,6 +30,7 @@ from harness import (
     streaming,
 )
 from prometheus_client.parser import text_string_to_metric_families
+from stage import Steps
 
 from proxy import errors
 from proxy.metrics import ENDINGS, GAPS, Gaps, Metrics
@@ -153,23 +152,6 @@ def test_gaps_fall_into_their_buckets() -> None:
 
 
 # ---- figures ------------------------------------------------------------------------------------------------------
-
-
-class Steps:
-    """A script that sends one part of its stream each time the test says so."""
-
-    def __init__(self, *parts: bytes) -> None:
-        self.parts = parts
-        self.allowed = threading.Semaphore(0)
-
-    async def __call__(self, peer: Peer) -> None:
-        await peer.request()
-        await peer.head()
-        for part in self.parts:
-            await asyncio.to_thread(self.allowed.acquire, timeout=PATIENCE)
-            await peer.chunk(part)
-        await peer.end()
-        await peer.gone()
 
 
 def test_figures_of_one_stream() -> None:

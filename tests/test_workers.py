@@ -59,10 +59,17 @@ WIDE = {
 
 @contextmanager
 def workers(
-    tmp_path: Path, upstream: str, store: Redis, *, count: int = 2, loop: str = "uvloop", **given: str
+    tmp_path: Path,
+    upstream: str,
+    store: Redis,
+    *,
+    count: int = 2,
+    loop: str = "uvloop",
+    before: str = "",
+    **given: str,
 ) -> Iterator[Process]:
-    """`chat-proxy serve` with that many workers, all of them ready."""
-    command = [sys.executable, "-W", "error", "-c", START.format(held=HELD, loop=loop)]
+    """`chat-proxy serve` with that many workers, all of them ready; `before` is run ahead of it, in each process."""
+    command = [sys.executable, "-W", "error", "-c", before + START.format(held=HELD, loop=loop)]
     given = {"SERVER_WORKERS": str(count), "LIMITS_STORE": store.url, **WIDE, **given}
     with serving(tmp_path, upstream, stdout=None, command=command, **given) as process:
         eventually(lambda: len(seen_serving(process)) == count, STARTING)
@@ -243,19 +250,10 @@ def test_a_worker_that_cannot_be_started_ends_nobody(tmp_path: Path, store: Redi
     away = tmp_path / "away"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
     program.chmod(0o755)
-    code = f"import sys\nsys.executable = {str(program)!r}\n" + START.format(held=HELD, loop="uvloop")
-    command = [sys.executable, "-W", "error", "-c", code]
+    code = f"import sys\nsys.executable = {str(program)!r}\n"
     with (
         ScriptedUpstream(streaming(*GOOD)) as upstream,
-        serving(
-            tmp_path,
-            upstream.base_url,
-            stdout=None,
-            command=command,
-            SERVER_WORKERS="2",
-            LIMITS_STORE=store.url,
-            **WIDE,
-        ) as process,
+        workers(tmp_path, upstream.base_url, store, before=code) as process,
     ):
         first = eventually(lambda: both(process), STARTING)
         program.rename(away)
@@ -481,19 +479,10 @@ def test_ctrl_c_begins_one_drain(tmp_path: Path, store: Redis) -> None:
 
 def test_a_worker_that_hangs_is_ended_by_the_second_signal(tmp_path: Path, store: Redis) -> None:
     """The first waits for it, as for everybody; the second does not wait for ever for one that hears no order."""
-    code = "from proxy import workers\nworkers.CUT_SECONDS = 0.5\n" + START.format(held=HELD, loop="uvloop")
-    command = [sys.executable, "-W", "error", "-c", code]
+    code = "from proxy import workers\nworkers.CUT_SECONDS = 0.5\n"
     with (
         ScriptedUpstream(streaming(*GOOD)) as upstream,
-        serving(
-            tmp_path,
-            upstream.base_url,
-            stdout=None,
-            command=command,
-            SERVER_WORKERS="2",
-            LIMITS_STORE=store.url,
-            **WIDE,
-        ) as process,
+        workers(tmp_path, upstream.base_url, store, before=code) as process,
     ):
         eventually(lambda: both(process), STARTING)
         hanging, other = children(process)
