@@ -1,7 +1,7 @@
 """The limits hold: a checker over histories of what was granted, in memory and on a real Redis, through its faults.
 
-The checker is history.py, and the processes that make the histories are history_hits.py. The default is a hundredth of
-the size; CHAT_PROXY_FULL=1 makes a million hits.
+The checker is history.py, and the processes that make the histories are history_hits.py. CHAT_PROXY_FULL=1 makes a
+million hits, and a hundredth of that over HTTP; by default a tenth of each.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from proxy.policy import apply
 from proxy.settings import from_variables
 
 FULL = bool(os.environ.get("CHAT_PROXY_FULL"))
-HITS = 1_000_000 if FULL else 10_000
+HITS = 1_000_000 if FULL else 100_000
 ROUND = 7_500  # hits between the first fault and the last
 PROCESSES = 8
 UNHEARD = "unheard"
@@ -383,7 +383,8 @@ def test_the_limits_hold_on_a_store_through_its_faults(policy: str, store: Redis
         histories = crowd.histories()
     assert histories.bugs == []
     assert histories.violations(emptied) == []
-    assert histories.held_at_the_end == [0] * PROCESSES
+    assert set(histories.held_at_the_end) == {0}
+    assert len(histories.held_at_the_end) >= PROCESSES  # who had just ended when it was its turn was replaced, too
     with store.client() as client:
         assert leases(client) == []  # what the killed one held went with the store
     assert histories.count() + histories.refused + histories.unavailable >= 0.99 * hits
@@ -401,7 +402,7 @@ def test_the_limits_hold_on_a_store_through_its_faults(policy: str, store: Redis
 
 def test_the_limits_hold_in_memory() -> None:
     """Every grant at an exact time, of a clock that the test moves in steps which floats hold exactly."""
-    histories = asyncio.run(remembered(HITS if FULL else HITS * 5))
+    histories = asyncio.run(remembered(HITS))
     assert histories.violations([]) == []
     assert histories.held_at_the_end == [0]
     assert min(histories.refused, histories.count()) > HITS // 10
@@ -512,7 +513,7 @@ def test_the_limits_hold_over_http(store: Redis, tmp_path: Path) -> None:
     """Two workers, one of which is killed, grant a visitor no more than one would; while the store is frozen, each of
     them as much again. Nobody gets a 500, and afterwards nothing is held.
     """
-    hits, held = max(250, HITS // 100), tokens_held()
+    hits, held = HITS // 100, tokens_held()
     limits = {
         "LIMITS_PER_SESSION": f"{REQUESTS_A_SECOND}/second",
         "LIMITS_TOKENS_PER_SESSION": f"{ANSWERS_A_SECOND * held}/second",
