@@ -18,6 +18,7 @@ from harness import random_key
 
 from proxy import settings
 from proxy.settings import REQUIRED, SECTIONS, Fault, Rate, Secret, Settings, SettingsError
+from proxy.settings.faults import TRACES_PACKAGE, is_installed
 
 KEY = random_key()
 BASE_URL = "https://api.example.com/v1"
@@ -879,27 +880,27 @@ def test_contradiction(label: str) -> None:
 
 
 def test_packages_of_a_store_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "is_installed", lambda package: False)
+    monkeypatch.setattr("proxy.settings.faults.is_installed", lambda package: False)
     with refused("limits.store") as faults:
         from_env(LIMITS_STORE="redis://127.0.0.1")
     assert "pip install 'chat-proxy[redis]'" in faults[0].message
 
 
 def test_packages_of_traces_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "is_installed", lambda package: False)
+    monkeypatch.setattr("proxy.settings.faults.is_installed", lambda package: False)
     with refused("traces.enabled") as faults:
         from_env(TRACES_ENABLED="true")
     assert "pip install 'chat-proxy[otel]'" in faults[0].message
 
 
 def test_a_part_of_a_package_that_is_not_there_is_not_there() -> None:
-    assert settings.is_installed(settings.TRACES_PACKAGE)
-    assert not settings.is_installed("opentelemetry_of_nobody.exporter")
+    assert is_installed(TRACES_PACKAGE)
+    assert not is_installed("opentelemetry_of_nobody.exporter")
 
 
 def test_packages_of_a_mode_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mode whose packages are not installed is refused at start, with the command that brings them."""
-    monkeypatch.setattr(settings, "is_installed", lambda package: False)
+    monkeypatch.setattr("proxy.settings.faults.is_installed", lambda package: False)
     with refused("session.mode") as faults:
         from_env(SESSION_MODE="password", SESSION_PASSWORDS=HASH)
     assert "pip install 'chat-proxy[login]'" in faults[0].message

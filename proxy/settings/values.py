@@ -1,0 +1,336 @@
+"""What one setting may be: its kind, the shape of its text, and secrets. Pure, but for secrets, which have files.
+
+Rules:
+1. A value is judged here by itself. What several settings mean together is judged in `faults`.
+2. What does not hold raises Wrong, whose text says what would be right and never shows the value.
+3. A shape gives back the normal form, so that nobody else has to read what people write.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import limits
+
+SHORTEST_SECRET = 16  # characters; `new-secret` makes 43
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class Wrong(ValueError):
+    """A value that its kind refuses; the text says what would be right."""
+
+
+# ---- kinds of values ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How a value is read: `decode` turns an environment variable's text into what TOML would have given,
+    `check` validates and converts it, raising Wrong."""
+
+    decode: Callable[[str], object]
+    check: Callable[[object], Any]
+
+
+def decoded_as(convert: Callable[[str], object], wanted: str) -> Callable[[str], object]:
+    def decode(text: str) -> object:
+        try:
+            return convert(text.strip())
+        except (ValueError, KeyError):
+            raise Wrong(f"wants {wanted}") from None
+
+    return decode
+
+
+def whole(lowest: int, highest: int) -> Kind:
+    wanted = f"a whole number from {lowest} to {highest}"
+
+    def check(value: object) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= highest:
+            raise Wrong(f"wants {wanted}")
+        return value
+
+    return Kind(decoded_as(int, wanted), check)
+
+
+def seconds(lowest: float, highest: float) -> Kind:
+    wanted = f"seconds, from {lowest:g} to {highest:g}"
+
+    def check(value: object) -> float:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not lowest <= value <= highest:
+            raise Wrong(f"wants {wanted}")
+        return float(value)
+
+    return Kind(decoded_as(float, wanted), check)
+
+
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+
+
+def check_boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise Wrong("wants true or false")
+    return value
+
+
+boolean = Kind(decoded_as(lambda text: BOOLEANS[text.lower()], "true or false"), check_boolean)
+
+
+def check_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise Wrong("wants text in quotes")
+    return value
+
+
+text = Kind(str, check_text)
+
+
+def texts(convert: Callable[[str], Any] = str) -> Kind:
+    """A list of texts, each converted; in the environment separated by commas, in blanks or not."""
+
+    def check(value: object) -> tuple[Any, ...]:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise Wrong('wants a list of texts, like ["one", "two"]')
+        return tuple(dict.fromkeys(convert(item) for item in value))
+
+    return Kind(lambda raw: [part.strip() for part in raw.split(",") if part.strip()], check)
+
+
+def choice(*offered: str) -> Kind:
+    def check(value: object) -> str:
+        if not isinstance(value, str) or value not in offered:
+            raise Wrong(f"wants one of {', '.join(offered)}")
+        return value
+
+    return Kind(str.strip, check)
+
+
+def converted(convert: Callable[[str], Any]) -> Kind:
+    return Kind(str, lambda value: convert(check_text(value)))
+
+
+# ---- what a table says of a setting ------------------------------------------------------------------------------
+
+REQUIRED: Any = object()
+
+
+def setting(kind: Kind, default: Any = REQUIRED) -> Any:
+    """A dataclass field that the loader fills; without a default it must be set."""
+    return field(default=default, metadata={"kind": kind})
+
+
+def secret(check: Callable[[str], str], *, required: bool) -> Any:
+    return field(default=REQUIRED if required else None, metadata={"secret": check})
+
+
+# ---- texts with a shape ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """`amount` per `seconds`; `text` is how people write it, like 20/minute."""
+
+    amount: int
+    seconds: int
+    text: str
+
+
+def rates(written: str) -> tuple[Rate, ...]:
+    """`20/minute;500/day` in the notation of the `limits` package; empty means no limit."""
+    found = []
+    for part in filter(None, (part.strip() for part in re.split("[;,|]", written))):
+        try:
+            item = limits.parse(part)
+        except ValueError:
+            raise Wrong("wants rates like 20/minute;500/day") from None
+        if item.amount < 1:
+            raise Wrong("wants rates of at least 1; an empty text means no limit")
+        multiple = f"{item.multiples} " if item.multiples > 1 else ""
+        found.append(Rate(item.amount, item.get_expiry(), f"{item.amount}/{multiple}{item.GRANULARITY.name}"))
+    return tuple(sorted(dict.fromkeys(found), key=lambda rate: rate.seconds))
+
+
+def host_in_url(host: str | None) -> str:
+    """A host as browsers write it, IPv6 in its short form. Raises ValueError for a wildcard, or a name not in ASCII."""
+    if host and ":" in host and "%" not in host:
+        return f"[{ipaddress.IPv6Address(host)}]"
+    if not re.fullmatch(r"[a-z0-9._-]+", host or ""):
+        raise ValueError
+    return cast(str, host)
+
+
+def origin(written: str) -> str:
+    """An origin as a browser writes it in `Origin`: scheme, host, and the port unless it is the usual one."""
+    try:
+        url = urlsplit(written.strip())
+        host, port = host_in_url(url.hostname), url.port
+    except ValueError:
+        raise Wrong("wants an origin like https://chat.example.org, a name in other letters as xn--...") from None
+    if (
+        url.scheme not in ("http", "https")
+        or port == 0
+        or url.path not in ("", "/")
+        or url.query
+        or url.fragment
+        or "@" in url.netloc
+    ):
+        raise Wrong("wants an origin like https://chat.example.org: no path, no user")
+    usual = {"http": 80, "https": 443}[url.scheme]
+    return f"{url.scheme}://{host}" + ("" if port in (None, usual) else f":{port}")
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def base_url(written: str) -> str:
+    """Where the upstream's API begins, without the slash at its end."""
+    written = written.strip()
+    try:
+        url = urlsplit(written)
+        valid = url.scheme in ("http", "https") and bool(host_in_url(url.hostname)) and url.port != 0
+    except ValueError:
+        valid = False
+    if not valid or "@" in url.netloc or not re.fullmatch(r"[!-~]+", written) or re.search(r"[?#\\]", written):
+        raise Wrong("wants a URL like https://api.selamgpt.com/v1: no user, no query")
+    return url.scheme + written[len(url.scheme) :].rstrip("/")
+
+
+def issuer(written: str) -> str:
+    """An OpenID provider as it names itself, to the letter: a slash at the end belongs to the name."""
+    written = written.strip()
+    if written:
+        base_url(written)
+    return written
+
+
+def listening_host(written: str) -> str:
+    """An address or a name to listen on, in a form that can be looked up at all."""
+    written = written.strip()
+    if re.fullmatch(r"[A-Za-z0-9._:%-]+", written) and not re.search(r"[^.]{64}|^\.|\.\.", written):
+        return written
+    raise Wrong("wants an address of this machine, like 127.0.0.1, or 0.0.0.0 for all of them")
+
+
+def peer(written: str) -> Network | str:
+    if written == "unix":
+        return written
+    try:
+        return ipaddress.ip_network(written, strict=False)
+    except ValueError:
+        raise Wrong("wants addresses or networks like 10.0.0.0/8, or unix for socket peers") from None
+
+
+def header_name(written: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", written):
+        raise Wrong("wants a header's name, like Authorization")
+    return written
+
+
+def header_word(written: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._~+/-]*", written):
+        raise Wrong("wants one word, like Bearer, or an empty text")
+    return written
+
+
+STORES = ("redis", "rediss", "unix", "redis+unix", "redis+sentinel")
+
+
+def store(written: str) -> str:
+    """Where limits count, as the `limits` package writes it."""
+    written = written.strip()
+    if written == "memory://":
+        return written
+    try:
+        url = urlsplit(written.replace(",", "."))  # sentinels stand in a list
+        path = {"redis+sentinel": r"/[^/]+", "unix": r"/.+", "redis+unix": r"/.+"}.get(url.scheme, r"(?:/\d*)?")
+        valid = url.scheme in STORES and "://" in written and bool(re.fullmatch(path, url.path))
+        valid = valid and (url.scheme == "redis+sentinel" or url.port != 0)
+    except ValueError:
+        valid = False
+    if not valid:
+        raise Wrong("wants memory://, redis://host:6379/0, rediss://, unix:///path or redis+sentinel://host:26379/name")
+    return written.replace("unix://", "redis+unix://", 1) if written.startswith("unix://") else written
+
+
+# ---- secrets -----------------------------------------------------------------------------------------------------
+
+
+def lines_of(written: str) -> list[str]:
+    return [line.strip() for line in written.split("\n") if line.strip()]
+
+
+class Secret:
+    """A secret's value and where to read it again. Never shown: not by repr, not by str, not in a fault.
+
+    `check` is what the value has to pass, then as now; it gives back the normal form or raises Wrong.
+    """
+
+    __slots__ = ("check", "path", "value")
+
+    def __init__(self, value: str, path: Path | None = None, check: Callable[[str], str] = str) -> None:
+        self.value = value
+        self.path = path
+        self.check = check
+
+    def lines(self) -> list[str]:
+        return lines_of(self.value)
+
+    def again(self) -> Secret:
+        """The secret as its file holds it now; itself without a file, or while that holds nothing valid."""
+        if self.path is None:
+            return self
+        try:
+            value = self.check(self.path.read_text(encoding="utf-8").strip())
+        except (OSError, UnicodeDecodeError, Wrong):
+            return self
+        return Secret(value, self.path, self.check)
+
+    def __repr__(self) -> str:
+        return "Secret(...)"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and other.value == self.value
+
+    def __hash__(self) -> int:
+        return hash(self.value)
+
+
+def key_text(written: str) -> str:
+    """A key as it can stand in a header: one line of visible ASCII."""
+    if not re.fullmatch(r"[!-~]+", written):
+        raise Wrong("wants one line of visible ASCII characters")
+    return written
+
+
+def session_keys(written: str) -> str:
+    lines = lines_of(written)
+    if any(len(line) < SHORTEST_SECRET for line in lines) or not lines:
+        raise Wrong(f"wants at least {SHORTEST_SECRET} characters a line; `chat-proxy new-secret` makes a good one")
+    return "\n".join(lines)
+
+
+ARGON2ID = r"\$argon2id\$v=19\$m=\d+,t=\d+,p=\d+\$[A-Za-z0-9+/]+\$[A-Za-z0-9+/]+"
+PASSWORD_LINE = re.compile(rf"(?:[^:\s]{{1,128}}:)?{ARGON2ID}")
+
+
+def password_lines(written: str) -> str:
+    lines = lines_of(written)
+    users = [line.partition(":")[0] for line in lines if not line.startswith("$")]
+    if not all(PASSWORD_LINE.fullmatch(line) for line in lines):
+        raise Wrong("wants lines like user:hash, or one hash for all; `chat-proxy hash-password` makes them")
+    if not lines or len(set(users)) != len(users) or (len(lines) > 1 and len(users) != len(lines)):
+        raise Wrong("wants one line a user, each user once; or one hash without a user, alone")
+    return "\n".join(lines)
