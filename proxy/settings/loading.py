@@ -13,7 +13,7 @@ import dataclasses
 import difflib
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from proxy.settings.values import REQUIRED, Kind, Secret, Wrong
 PREFIX = "CHAT_PROXY_"
 DEFAULT_FILE = "chat-proxy.toml"
 KUBERNETES = re.compile(r".*(_SERVICE_HOST|_SERVICE_PORT(_[A-Z0-9_]+)?|_PORT_\d+_(TCP|UDP|SCTP)(_[A-Z]+)?)\Z")
+SPECS = {section: {spec.name: spec for spec in dataclasses.fields(table)} for section, table in SECTIONS.items()}
 
 
 def load(file: str | None, environ: Mapping[str, str]) -> Settings:
@@ -81,14 +82,14 @@ class Loader:
     def section(self, section: str, table: type[Any]) -> Any:
         """The section with what could be read; what could not has its fault, and REQUIRED in its place."""
         values = {}
-        for spec in dataclasses.fields(table):
+        for name, spec in SPECS[section].items():
             read = self.secret if "secret" in spec.metadata else self.value
-            values[spec.name] = read(section, spec)
+            values[name] = read(section, spec)
         return table(**values)
 
     def value(self, section: str, spec: dataclasses.Field[Any]) -> Any:
         kind: Kind = spec.metadata["kind"]
-        name, variable = f"{section}.{spec.name}", f"{PREFIX}{section}_{spec.name}".upper()
+        name, variable = f"{section}.{spec.name}", variable_of(section, spec.name)
         table = self.written.get(section)
         try:
             if variable in self.environ:
@@ -106,7 +107,7 @@ class Loader:
 
     def secret(self, section: str, spec: dataclasses.Field[Any]) -> Any:
         check: Callable[[str], str] = spec.metadata["secret"]
-        name, variable = f"{section}.{spec.name}", f"{PREFIX}{section}_{spec.name}".upper()
+        name, variable = f"{section}.{spec.name}", variable_of(section, spec.name)
         try:
             found = self.find_secret(section, spec.name, variable)
             if found is not None:
@@ -143,39 +144,44 @@ class Loader:
         return None
 
     def find_unknown(self) -> None:
-        names = {
-            section: {spec.name: spec for spec in dataclasses.fields(table)} for section, table in SECTIONS.items()
-        }
-        settings = [f"{section}.{name}" for section, specs in names.items() for name in specs]
+        settings = [f"{section}.{name}" for section, specs in SPECS.items() for name in specs]
         for section, table in self.written.items():
-            if section not in names:
-                self.unknown(section, self.file, [*names, *settings], "section")
-                continue
-            if not isinstance(table, dict):
+            if section not in SPECS:
+                self.unknown(section, self.file, [*SPECS, *settings], "section")
+            elif not isinstance(table, dict):
                 self.faults.append(Fault(section, self.file, f"is a section: its settings stand under [{section}]"))
-                continue
-            for name in table:
-                if name not in names[section]:
-                    self.unknown(f"{section}.{name}", self.file, settings, "setting")
-                elif "secret" in names[section][name].metadata:
-                    variable = f"{PREFIX}{section}_{name}".upper()
-                    message = f"a secret does not belong in this file; set {variable} or {variable}_FILE"
-                    self.faults.append(Fault(f"{section}.{name}", self.file, message))
-        known = set()
-        for section, specs in names.items():
-            for name, spec in specs.items():
-                variable = f"{PREFIX}{section}_{name}".upper()
-                known.add(variable)
-                if "secret" in spec.metadata:
-                    known.add(f"{variable}_FILE")
-        for variable in sorted(self.environ.keys() - known):
-            self.unknown(variable, "environment", known, "variable")
+            else:
+                self.find_unknown_in(section, table, settings)
+        variables = list(known_variables())
+        for variable in sorted(self.environ.keys() - set(variables)):
+            self.unknown(variable, "environment", variables, "variable")
+
+    def find_unknown_in(self, section: str, table: dict[str, Any], settings: list[str]) -> None:
+        for name in table:
+            if name not in SPECS[section]:
+                self.unknown(f"{section}.{name}", self.file, settings, "setting")
+            elif "secret" in SPECS[section][name].metadata:
+                variable = variable_of(section, name)
+                message = f"a secret does not belong in this file; set {variable} or {variable}_FILE"
+                self.faults.append(Fault(f"{section}.{name}", self.file, message))
 
     def unknown(self, name: str, source: str, known: Iterable[str], what: str) -> None:
         folded = {candidate.casefold(): candidate for candidate in known}
         near = difflib.get_close_matches(name.casefold(), folded, n=1)
         hint = f"; did you mean {folded[near[0]]}?" if near else ""
         self.faults.append(Fault(name, source, f"there is no such {what}{hint}"))
+
+
+def variable_of(section: str, name: str) -> str:
+    return f"{PREFIX}{section}_{name}".upper()
+
+
+def known_variables() -> Iterator[str]:
+    for section, specs in SPECS.items():
+        for name, spec in specs.items():
+            yield variable_of(section, name)
+            if "secret" in spec.metadata:
+                yield f"{variable_of(section, name)}_FILE"
 
 
 def is_kubernetes(name: str, value: str) -> bool:
