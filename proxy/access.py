@@ -21,7 +21,6 @@ import msgspec
 
 from proxy.edge import Edge, cookies_named
 from proxy.errors import InvalidCredentials, InvalidRequest, LoginRequired, Refusal, SessionExpired, Unauthenticated
-from proxy.findings import HEADER
 from proxy.limits import Subject
 from proxy.limits.allowance import Allowance
 from proxy.limits.requests import guess, mint, refuse
@@ -29,6 +28,7 @@ from proxy.login import LoginFailed
 from proxy.login.flow import FLOW_SECONDS, FlowCookies, own_path
 from proxy.login.header import vouched
 from proxy.logs import Logs
+from proxy.observed import HEADER
 from proxy.revoked import Revoked
 from proxy.session import ID_BYTES, Session, Sessions, set_cookie
 from proxy.settings import Secret, Settings

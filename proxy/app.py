@@ -43,13 +43,13 @@ from proxy.errors import (
 )
 from proxy.events import Ending, Events, Usage, usage_of
 from proxy.exchange import Event, Exchange, State
-from proxy.findings import CHAT, LOOK
 from proxy.limits import Standing, Subject, limit_headers
 from proxy.limits.allowance import Allowance
 from proxy.limits.requests import ask, diagnose, refuse
 from proxy.login import LoginFailed
 from proxy.logs import Bridge, Logs
 from proxy.metrics import Metrics
+from proxy.observed import CHAT, LOOK
 from proxy.page import Page, Probe, failed_login, page_folder
 from proxy.relay import ClientGone, Leash, Relay
 from proxy.session import Session

@@ -25,7 +25,8 @@ import httpx
 import msgspec
 
 from proxy import findings
-from proxy.findings import (
+from proxy.findings import Finding
+from proxy.observed import (
     CHAT,
     FOREIGN,
     HEADER,
@@ -35,7 +36,6 @@ from proxy.findings import (
     Answer,
     Certificate,
     Departure,
-    Finding,
     Left,
     Observed,
     Report,

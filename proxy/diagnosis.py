@@ -35,8 +35,8 @@ from proxy.errors import (
     TooMany,
     Unauthenticated,
 )
-from proxy.findings import Departure, Report, State
 from proxy.limits import limit_headers
+from proxy.observed import Departure, Report, State
 from proxy.relay import ClientGone, Leash
 from proxy.session import set_cookie
 from proxy.settings import Settings

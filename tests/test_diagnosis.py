@@ -31,9 +31,9 @@ from harness import (
 from itsdangerous import Signer
 
 from proxy.diagnosis import LONGEST_STREAM, MOST_EVENTS, MOST_STREAMS, REMEMBERED
-from proxy.findings import CHAT, HEADER, LOOK, Report, decode_report
 from proxy.limits import requests
 from proxy.limits.requests import CHECKS
+from proxy.observed import CHAT, HEADER, LOOK, Report, decode_report
 from proxy.settings import Rate
 from proxy.ticket import LONGEST, VALID_SECONDS, Tickets
 

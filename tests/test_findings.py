@@ -10,20 +10,8 @@ import msgspec
 import pytest
 
 from proxy import findings
-from proxy.findings import (
-    CHAT,
-    LOOK,
-    SPOOF,
-    Answer,
-    Certificate,
-    Finding,
-    Left,
-    Observed,
-    Report,
-    Streamed,
-    judge,
-    obstacle,
-)
+from proxy.findings import Finding, judge, obstacle
+from proxy.observed import CHAT, LOOK, SPOOF, Answer, Certificate, Left, Observed, Report, Streamed
 
 URL = "https://chat.example.org"
 NOW = 1_800_000_000.0
