@@ -1,4 +1,4 @@
-"""Real nginx with the site that `deploy/nginx` ships, as it stands there.
+"""Real nginx: with the site that `deploy/nginx` ships, as it stands there (`front`), or with any other (`serving`).
 
 What differs from one machine to the next is put in by `Site.fitted`: places to listen, the name, the certificate, the
 log, the upstreams, and which of the file's own commented lines are in use. Each replacement must find what it replaces.
@@ -11,11 +11,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import socket
 import ssl
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +27,6 @@ HOST = "chat.example.org"
 PROGRAM = shutil.which("nginx") or "/usr/sbin/nginx"
 WORKERS = 2
 
-# As hostile to streams as a main file can be: what the site does not say itself, this says wrongly.
 MAIN = """\
 {user}
 daemon off;
@@ -37,13 +35,17 @@ error_log {folder}/error.log info;
 worker_processes {workers};
 events {{ worker_connections 4096; }}
 http {{
-    include /etc/nginx/mime.types;
     access_log off;
     client_body_temp_path {folder}/temp; proxy_temp_path {folder}/temp;
     fastcgi_temp_path {folder}/temp; uwsgi_temp_path {folder}/temp; scgi_temp_path {folder}/temp;
+{http}}}
+"""
+
+# As hostile to streams as a main file can be: what the site does not say itself, this says wrongly.
+HOSTILE = """\
+    include /etc/nginx/mime.types;
     proxy_buffering on; gzip on; gzip_proxied any; gzip_types *; gzip_min_length 1; proxy_read_timeout 1s;
     include {folder}/chat-proxy.conf;
-}}
 """
 
 
@@ -99,7 +101,6 @@ class Front:
     plain_port: int
     host: str
     trust: ssl.SSLContext
-    process: subprocess.Popen[bytes]
 
     def errors(self) -> str:
         return (self.folder / "error.log").read_text(encoding="utf-8")
@@ -137,46 +138,51 @@ def front(folder: Path, site: Site, authority: trustme.CA | None = None) -> Iter
         blob.write_to_path(folder / "fullchain.pem", append=True)
     trust = ssl.create_default_context()
     authority.configure_trust(trust)
-    with ExitStack() as stack:
-        listeners = {
-            name: stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=1024))
-            for name in ("http", "https")
-        }
-        listen = {name: f"127.0.0.1:{listener.getsockname()[1]}" for name, listener in listeners.items()}
-        write(folder, site, listen)
-        for listener in listeners.values():
-            listener.setblocking(
-                False
-            )  # nginx expects that of what it inherits, or one worker waits for another's visitor
-        handed = [listener.fileno() for listener in listeners.values()]
-        command = [PROGRAM, "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log")]
-        told = environment() | {"NGINX": "".join(f"{number};" for number in handed)}
-        tested = subprocess.run([*command, "-t"], capture_output=True, text=True, timeout=PATIENCE, check=False)
-        assert tested.returncode == 0, tested.stderr
-        assert_clean(tested.stderr)
-        process = subprocess.Popen(command, env=told, pass_fds=handed)
-        try:
-            running = Front(folder, port_of(listen["https"]), port_of(listen["http"]), site.host, trust, process)
-            eventually((folder / "nginx.pid").exists)
+    with listening(2) as (http, https):
+        listen = {name: "{}:{}".format(*one.getsockname()) for name, one in (("http", http), ("https", https))}
+        write(folder, site.fitted(shipped(), listen, folder))
+        with serving(folder, HOSTILE.format(folder=folder), [http, https], workers=WORKERS):
+            running = Front(folder, https.getsockname()[1], http.getsockname()[1], site.host, trust)
             running.connect().close()
             yield running
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(PATIENCE)
 
 
-def write(folder: Path, site: Site, listen: dict[str, str]) -> None:
-    user = "user root;" if os.getuid() == 0 else ""  # who else may read pytest's folders
-    (folder / "temp").mkdir()
-    (folder / "nginx.conf").write_text(MAIN.format(user=user, folder=folder, workers=WORKERS), encoding="utf-8")
-    for name, text in site.fitted(shipped(), listen, folder).items():
+def write(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
 
 
-def port_of(address: str) -> int:
-    return int(address.rpartition(":")[2])
+@contextmanager
+def listening(number: int) -> Iterator[list[socket.socket]]:
+    """Sockets for nginx, each on a port of its own: who connects before it is there waits for it."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=1024)) for _ in range(number)]
+
+
+@contextmanager
+def serving(folder: Path, http: str, listeners: Iterable[socket.socket], *, workers: int = 1) -> Iterator[None]:
+    """nginx with this in its http block, which listens where these sockets do, and for nobody else."""
+    user = "user root;" if os.getuid() == 0 else ""  # who else may read pytest's folders
+    configuration = folder / "nginx.conf"
+    configuration.write_text(MAIN.format(user=user, folder=folder, workers=workers, http=http), encoding="utf-8")
+    (folder / "temp").mkdir()
+    handed = [listener.fileno() for listener in listeners]
+    for number in handed:
+        os.set_blocking(number, False)  # as it expects of what it inherits, or one worker waits for another's visitor
+    command = [PROGRAM, "-p", str(folder), "-c", str(configuration), "-e", str(folder / "error.log")]
+    tested = subprocess.run([*command, "-t"], capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert tested.returncode == 0, tested.stderr
+    assert_clean(tested.stderr)
+    told = environment() | {"NGINX": "".join(f"{number};" for number in handed)}
+    process = subprocess.Popen(command, env=told, pass_fds=handed)
+    try:
+        eventually((folder / "nginx.pid").exists)
+        yield
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
 
 
 def assert_clean(said: str) -> None:

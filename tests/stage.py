@@ -10,11 +10,9 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from harness import LOOPS, PATIENCE, Peer, Reply, Running, Script, ScriptedUpstream, chat, running
+from harness import PATIENCE, Peer, Reply, Running, Script, ScriptedUpstream, chat, running
 
 from proxy import logs, policy
-
-__all__ = ["LOOPS", "Act", "Stage", "Steps", "always", "prompt_tokens"]
 
 Act = Callable[[Peer], Awaitable[None]]  # what an upstream does about one request
 

@@ -1,8 +1,7 @@
 """`chat-proxy check --url` before a real nginx: each deliberate mistake is found, and a right configuration has none.
 
 All of them are server blocks of one nginx, each on a port of its own, in front of one server that answers to all of
-their names; so each costs one run of `check` and no start. nginx is given its listening sockets as it gives them to
-its own successor (the variable NGINX), so no port is free between its choice and its use.
+their names; so each costs one run of `check` and no start.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from urllib.parse import parse_qsl, urlsplit
 import pytest
 import trustme
 from harness import PATIENCE, Peer, Running, ScriptedUpstream, environment, random_key, running
+from nginx import listening, serving
 
 from proxy import checkup, cli
 from proxy.findings import Finding
@@ -219,42 +219,15 @@ class Port:
 
 
 @contextlib.contextmanager
-def listening(mistakes: dict[str, Mistake]) -> Iterator[dict[str, Port]]:
-    with contextlib.ExitStack() as stack:
-        ports = {}
-        for label, mistake in mistakes.items():
-            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=64))
-            listener.setblocking(False)  # as nginx expects of those that it inherits
-            ports[label] = Port(listener, mistake)
-        yield ports
-
-
-@contextlib.contextmanager
 def nginx(folder: Path, ports: dict[str, Port], upstreams: list[int]) -> Iterator[None]:
     """nginx with these server blocks in front of servers on these ports."""
-    temporary = "".join(
-        f"{module}_temp_path {folder}/{module};\n" for module in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
-    (folder / "nginx.conf").write_text(
-        f"daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log;\n"
-        f"{'user root;' if os.geteuid() == 0 else ''} worker_processes 1;\n"
-        "events { worker_connections 256; }\n"
-        f"http {{ access_log off; {temporary} proxy_cache_path {folder}/cache keys_zone=chats:1m;\n"
+    http = (
+        f"proxy_cache_path {folder}/cache keys_zone=chats:1m;\n"
         f"upstream chat {{ {' '.join(f'server 127.0.0.1:{port};' for port in upstreams)} keepalive 8; }}\n"
-        f"{''.join(port.block(folder) for port in ports.values())} }}\n"
+        f"{''.join(port.block(folder) for port in ports.values())}"
     )
-    numbers = [port.listener.fileno() for port in ports.values()]
-    running = subprocess.Popen(
-        ["/usr/sbin/nginx", "-c", str(folder / "nginx.conf"), "-p", str(folder)],
-        env={**os.environ, "NGINX": "".join(f"{number};" for number in numbers)},
-        pass_fds=numbers,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
+    with serving(folder, http, [port.listener for port in ports.values()]):
         yield
-    finally:
-        running.terminate()
-        running.wait(PATIENCE)
 
 
 def write_certificates(folder: Path) -> None:
@@ -340,7 +313,8 @@ class Site:
 def site(folder: Path, mistakes: dict[str, Mistake], *, servers: int = 1, **overrides: str) -> Iterator[Site]:
     """A server behind nginx, which answers to the names of all the server blocks unless told otherwise."""
     write_certificates(folder)
-    with listening(mistakes) as ports:
+    with listening(len(mistakes)) as listeners:
+        ports = {label: Port(listener, mistakes[label]) for label, listener in zip(mistakes, listeners, strict=True)}
         urls = [port.url for port in ports.values()]
         names = {"SERVER_PUBLIC_URL": urls[0], "SERVER_EXTRA_ORIGINS": ",".join(urls)}
         given = {**names, **TIMEOUTS, "SESSION_SECRET": SECRET, **overrides}

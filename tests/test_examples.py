@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import httpx
+import nginx
 import pytest
 from browser import Visit
 from harness import DONE, PATIENCE, Peer, Running, delta, environment, eventually, finish, free_port, running, send
@@ -90,9 +91,16 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ports() -> dict[str, int]:
+def listener() -> Iterator[socket.socket]:
+    """nginx's."""
+    with nginx.listening(1) as (listener,):
+        yield listener
+
+
+@pytest.fixture(scope="module")
+def ports(listener: socket.socket) -> dict[str, int]:
     """Of the servers in front of ours: it has to know them, and they it."""
-    return {"nginx": free_port(), "vite": free_port()}
+    return {"nginx": listener.getsockname()[1], "vite": free_port()}
 
 
 @pytest.fixture(scope="module")
@@ -106,43 +114,35 @@ def stage(bundles: Path, ports: dict[str, int]) -> Iterator[Stage]:
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src 'self'; img-src 'self' data:"
 )
-NGINX = """
-daemon off; master_process off; worker_processes 1; pid {folder}/pid; error_log stderr crit;
-events {{ worker_connections 64; }}
-http {{
-  access_log off; client_body_temp_path {folder}; proxy_temp_path {folder}; fastcgi_temp_path {folder};
-  uwsgi_temp_path {folder}; scgi_temp_path {folder};
-  types {{ text/html html; text/javascript js; }}
-  server {{
-    listen 127.0.0.1:{port};
-    root {pages};
-    add_header Content-Security-Policy "{policy}";
-    location /api/ {{
-      proxy_pass http://127.0.0.1:{server};
-      proxy_http_version 1.1; proxy_set_header Host $http_host; proxy_buffering off;
+NGINX = """\
+    types {{ text/html html; text/javascript js; }}
+    server {{
+        listen 127.0.0.1:{port};
+        root {pages};
+        add_header Content-Security-Policy "{policy}";
+        location /api/ {{
+            proxy_pass http://127.0.0.1:{server};
+            proxy_http_version 1.1; proxy_set_header Host $http_host; proxy_buffering off;
+        }}
     }}
-  }}
-}}
 """
 
 
 @pytest.fixture(scope="module")
-def nginx(bundles: Path, ports: dict[str, int], stage: Stage) -> Iterator[str]:
+def nginx_url(
+    tmp_path_factory: pytest.TempPathFactory, bundles: Path, listener: socket.socket, stage: Stage
+) -> Iterator[str]:
     """The URL of a web server that has the pages, with a policy of its own, and passes /api on."""
-    folder = bundles.parent
-    port = ports["nginx"]
-    configuration = folder / "nginx.conf"
-    configuration.write_text(
-        NGINX.format(folder=folder, pages=bundles, port=port, server=stage.proxy.port, policy=POLICY)
-    )
-    with serving("/usr/sbin/nginx", "-c", str(configuration), "-p", str(folder), port=port):
+    port = listener.getsockname()[1]
+    http = NGINX.format(pages=bundles, port=port, server=stage.proxy.port, policy=POLICY)
+    with nginx.serving(tmp_path_factory.mktemp("nginx"), http, [listener]):
         yield f"http://localhost:{port}"
 
 
 @pytest.fixture(scope="module")
-def fronts(stage: Stage, nginx: str) -> dict[str, str]:
+def fronts(stage: Stage, nginx_url: str) -> dict[str, str]:
     """Where pages are served: by our server under its own policy, or by one in front of it."""
-    return {"ours": stage.proxy.url, "nginx": nginx}
+    return {"ours": stage.proxy.url, "nginx": nginx_url}
 
 
 @contextmanager

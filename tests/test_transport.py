@@ -16,11 +16,11 @@ from typing import Any, cast
 
 import httpx
 import pytest
+from harness import LOOPS
 from transport_servers import (
     CHUNKED,
     EMPTY,
     LIVENESS,
-    LOOPS,
     OK,
     Certificates,
     Peer,

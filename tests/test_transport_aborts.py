@@ -16,10 +16,10 @@ from typing import Any
 
 import httpx
 import pytest
+from harness import LOOPS
 from transport_servers import (
     CHUNKED,
     EMPTY,
-    LOOPS,
     Certificates,
     Handler,
     Peer,

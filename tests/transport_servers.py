@@ -18,18 +18,17 @@ import ssl
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
+import nginx
 import pytest
 import trustme
-import uvloop
+from harness import LOOPS
 
-LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 LIVENESS = 10.0  # seconds; nothing here should take one, and what hangs should fail
 OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -172,7 +171,6 @@ class Upstream:
     accepted: int = 0
     open: int = 0
     requests: list[Received] = field(default_factory=list)
-    server_names: list[str | None] = field(default_factory=list)
 
 
 @contextlib.asynccontextmanager
@@ -423,25 +421,19 @@ const server = require('http').createServer(async (request, response) => {
 server.listen(0, '127.0.0.1', () => console.log(server.address().port))
 """
 
-NGINX = """
-daemon off; master_process off; worker_processes 1; pid {folder}/pid; error_log stderr crit;
-events {{ worker_connections 64; }}
-http {{
-  access_log off; client_body_temp_path {folder}; proxy_temp_path {folder}; fastcgi_temp_path {folder};
-  uwsgi_temp_path {folder}; scgi_temp_path {folder};
-  server {{
-    listen 127.0.0.1:{port}; listen 127.0.0.1:{tls_port} ssl;
-    ssl_certificate {folder}/chain.pem; ssl_certificate_key {folder}/key.pem;
-    root {folder}/tree; client_max_body_size 100k;
-    error_page 405 =200 $uri;
-    location = /parts {{ ssi on; ssi_types *; }}
-    location = /none {{ return 204; }}
-    location = /unmodified {{ return 304; }}
-    location = /close {{ keepalive_timeout 0; return 200 bye; }}
-    location = /repeated {{ add_header Set-Cookie a=1; add_header Set-Cookie b=2; return 200 x; }}
-    location = /echo {{ proxy_pass http://127.0.0.1:{port}/fixed; proxy_method GET; }}
-  }}
-}}
+NGINX = """\
+    server {{
+        listen {plain}; listen {tls} ssl;
+        ssl_certificate {folder}/chain.pem; ssl_certificate_key {folder}/key.pem;
+        root {folder}/tree; client_max_body_size 100k;
+        error_page 405 =200 $uri;
+        location = /parts {{ ssi on; ssi_types *; }}
+        location = /none {{ return 204; }}
+        location = /unmodified {{ return 304; }}
+        location = /close {{ keepalive_timeout 0; return 200 bye; }}
+        location = /repeated {{ add_header Set-Cookie a=1; add_header Set-Cookie b=2; return 200 x; }}
+        location = /echo {{ proxy_pass http://{plain}/fixed; proxy_method GET; }}
+    }}
 """
 
 
@@ -459,8 +451,8 @@ def process(*command: str) -> Iterator[subprocess.Popen[str]]:
 def real_server(kind: str, folder: Path, certificates: Certificates) -> Iterator[str]:
     """The URL of a running server of this kind."""
     if kind.startswith("nginx"):
-        with nginx(folder, certificates) as ports:
-            yield f"http://127.0.0.1:{ports[0]}" if kind == "nginx" else f"https://127.0.0.1:{ports[1]}"
+        with serving_nginx(folder, certificates) as (plain, tls):
+            yield f"http://{plain}" if kind == "nginx" else f"https://{tls}"
         return
     command = ["node", "-e", NODE] if kind == "node" else [sys.executable, __file__, kind]
     with process(*command) as running:
@@ -469,7 +461,8 @@ def real_server(kind: str, folder: Path, certificates: Certificates) -> Iterator
 
 
 @contextlib.contextmanager
-def nginx(folder: Path, certificates: Certificates) -> Iterator[list[int]]:
+def serving_nginx(folder: Path, certificates: Certificates) -> Iterator[list[str]]:
+    """Where it listens: plainly, and with TLS."""
     tree = folder / "tree"
     tree.mkdir()
     for path, content in {**TREE, "/parts": b"".join(PARTS)}.items():
@@ -478,21 +471,11 @@ def nginx(folder: Path, certificates: Certificates) -> Iterator[list[int]]:
     certificate.private_key_pem.write_to_path(folder / "key.pem")
     for blob in certificate.cert_chain_pems:
         blob.write_to_path(folder / "chain.pem", append=True)
-    from harness import free_port
-
-    ports = [free_port(), free_port()]
-    configuration = folder / "nginx.conf"
-    configuration.write_text(NGINX.format(folder=folder, port=ports[0], tls_port=ports[1]))
-    with process("/usr/sbin/nginx", "-c", str(configuration), "-p", str(folder)):
-        deadline = time.monotonic() + LIVENESS
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", ports[0])).close()
-                break
-            except ConnectionRefusedError:
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-        yield ports
+    with nginx.listening(2) as listeners:
+        places = ["{}:{}".format(*listener.getsockname()) for listener in listeners]
+        http = NGINX.format(folder=folder, plain=places[0], tls=places[1])
+        with nginx.serving(folder, http, listeners):
+            yield places
 
 
 REAL = {
