@@ -41,7 +41,7 @@ from proxy.observed import (
     Report,
     Streamed,
 )
-from proxy.settings import Settings, is_loopback
+from proxy.settings import USUAL_PORTS, Settings, is_loopback
 from proxy.ticket import Tickets
 
 DEADLINE = 10.0  # seconds for each thing that is waited for
@@ -143,7 +143,7 @@ def greet(url: str, context: ssl.SSLContext) -> tuple[Certificate | None, bool |
     """The certificate, and whether HTTP/2 is offered; None for both without TLS. Raises OSError."""
     parts = urlsplit(url)
     host = parts.hostname or ""
-    address = (host, parts.port or {"http": 80, "https": 443}[parts.scheme])
+    address = (host, parts.port or USUAL_PORTS[parts.scheme])
     with socket.create_connection(address, DEADLINE) as raw:
         if parts.scheme == "http":
             return None, None

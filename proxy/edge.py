@@ -18,7 +18,7 @@ from functools import lru_cache
 from urllib.parse import urlsplit
 
 from proxy.errors import BodyTooLarge, CrossOrigin, InvalidRequest, LengthRequired, UnsupportedMediaType
-from proxy.settings import Network, Server
+from proxy.settings import Network, Server, hosts_of
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Found = dict[bytes, bytes]
@@ -179,14 +179,6 @@ def loopback_twins(public_url: str) -> set[str]:
     url = urlsplit(public_url)
     port = f":{url.port}" if url.port else ""
     return {f"{url.scheme}://{host}{port}" for host in ("localhost", "127.0.0.1", "[::1]")}
-
-
-def hosts_of(origin: str) -> set[str]:
-    """What a client may send as Host for an origin: the usual port may stand or be left out."""
-    url = urlsplit(origin)
-    usual = {"http": 80, "https": 443}[url.scheme]
-    host = url.netloc.lower()
-    return {host, f"{host}:{usual}"} if url.port is None else {host}
 
 
 # ---- cookies -------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 from proxy.observed import CHAT, HEADER, LOOK, SPOOF, Answer, Observed, Report, Streamed
+from proxy.settings import hosts_of
 
 LUMPED = 0.5  # of the time over which events were sent: when they arrive within less, they were held back
 LEAST_SPREAD = 0.2  # seconds of sending, below which an observer's own scheduling is taken for a lump
@@ -170,9 +171,7 @@ def about_names(case: Case) -> Iterator[Finding]:
 
 
 def same_host(host: str | None, url: str) -> bool:
-    parts = urlsplit(url)
-    usual = {"http": 80, "https": 443}[parts.scheme]
-    return (host or "").lower() in {parts.netloc, parts.netloc if parts.port else f"{parts.netloc}:{usual}"}
+    return (host or "").lower() in hosts_of(url)
 
 
 def about_the_certificate(case: Case) -> Iterator[Finding]:

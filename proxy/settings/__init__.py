@@ -17,9 +17,11 @@ from proxy.settings.loading import DEFAULT_FILE, PREFIX, from_variables, load, o
 from proxy.settings.tables import SECTIONS, Limits, Log, Oidc, Policy, Server, Session, Settings, Traces, Upstream
 from proxy.settings.values import (
     REQUIRED,
+    USUAL_PORTS,
     Network,
     Rate,
     Secret,
+    hosts_of,
     is_loopback,
     origin,
     peer,
@@ -32,6 +34,7 @@ __all__ = [
     "PREFIX",
     "REQUIRED",
     "SECTIONS",
+    "USUAL_PORTS",
     "Fault",
     "Limits",
     "Log",
@@ -48,6 +51,7 @@ __all__ = [
     "Upstream",
     "from_variables",
     "holds_certificates",
+    "hosts_of",
     "is_loopback",
     "load",
     "on_port",

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import limits
 
+USUAL_PORTS = {"http": 80, "https": 443}
 SHORTEST_SECRET = 16  # characters; `new-secret` makes 43
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -182,8 +183,14 @@ def origin(written: str) -> str:
         or "@" in url.netloc
     ):
         raise Wrong("wants an origin like https://chat.example.org: no path, no user")
-    usual = {"http": 80, "https": 443}[url.scheme]
-    return f"{url.scheme}://{host}" + ("" if port in (None, usual) else f":{port}")
+    return f"{url.scheme}://{host}" + ("" if port in (None, USUAL_PORTS[url.scheme]) else f":{port}")
+
+
+def hosts_of(origin: str) -> set[str]:
+    """What a client may send as Host for an origin: the usual port may stand or be left out."""
+    url = urlsplit(origin)
+    host = url.netloc.lower()
+    return {host, f"{host}:{USUAL_PORTS[url.scheme]}"} if url.port is None else {host}
 
 
 def is_loopback(host: str) -> bool:
