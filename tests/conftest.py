@@ -1,6 +1,7 @@
 """Holds the tests to the fault table: when the whole suite is collected, each fault must have a test on each loop.
 
-And gives those of the page their browser, and each test its place among those that run beside it.
+And gives those of the page their browser, those of the store their Redis, and each test its place among those that run
+beside it.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from crowd import is_quiet, place
 from faults import FAULTS
 from harness import LOOPS
 from hypothesis import HealthCheck, settings
+from redis_server import redis_folder, store
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
-__all__ = ["browser", "context"]
+__all__ = ["browser", "context", "redis_folder", "store"]
 
 
 @pytest.hookimpl(tryfirst=True)  # before -k and -m take some away

@@ -30,11 +30,12 @@ from proxy import settings
 from proxy.guard import GuardedProtocol
 from proxy.logs import Logs
 from proxy.server import Service, as_bound, listen
-from proxy.settings import from_variables
+from proxy.settings import PREFIX, from_variables
 
 T = TypeVar("T")
 
 PATIENCE = 10.0  # seconds: ten times what anything here should take, so that only a hang fails
+FULL = os.environ.get("CHAT_PROXY_FULL") == "1"  # the large tests at their full size; else at a tenth, or as each says
 STARTING = 60.0  # seconds for a process to come up, or for a command to do its work: on a busy machine a second or two
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "uvloop": uvloop.new_event_loop,
@@ -53,9 +54,15 @@ def pieces(key: str) -> list[str]:
     return [secret_part[i : i + 8] for i in range(len(secret_part) - 7)]
 
 
-def environment() -> dict[str, str]:
-    """This process's, without what would be settings to a server; the tests have variables of that name, too."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("CHAT_PROXY_")}
+def environment(**given: str) -> dict[str, str]:
+    """This process's, without what would be settings to a server, and with those given: SERVER_PORT="0".
+
+    The tests have variables of that name, too.
+    """
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+    ours.pop("CREDENTIALS_DIRECTORY", None)
+    ours.pop("PYTHONUNBUFFERED", None)  # as most people have it, or a pipe that is full would do no harm at exit
+    return ours | {f"{PREFIX}{name}": value for name, value in given.items()}
 
 
 def free_port() -> int:
@@ -66,6 +73,25 @@ def free_port() -> int:
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     reserved.bind(("127.0.0.1", 0))
     return int(reserved.getsockname()[1])
+
+
+def is_open(port: int, host: str = "127.0.0.1") -> bool:
+    """Does somebody listen there?"""
+    try:
+        socket.create_connection((host, port), PATIENCE).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+@dataclass
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    now: float = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def eventually(condition: Callable[[], T], patience: float = PATIENCE) -> T:
@@ -351,6 +377,11 @@ class Running:
         """The newest request's line, once there are `count` of them."""
         return eventually(lambda: self.lines()[count - 1 :])[-1]
 
+    def line_of(self, reply: Reply, event: str = "request") -> dict[str, Any]:
+        """The log's line of one request, by the id that its answer carries."""
+        id_ = reply.headers["x-request-id"]
+        return eventually(lambda: [line for line in self.lines(event) if line["request_id"] == id_])[0]
+
     def tokens_used(self) -> dict[str, int]:
         """What the token windows hold, by the name of the limit; summed over subjects."""
         tokens = self.service.app.limits.tokens
@@ -387,7 +418,7 @@ def running(upstream: str, *, key: str | None = None, loop: str = "uvloop", **ov
         "SERVER_CONNECTIONS_PER_ADDRESS": "100000",
         **overrides,
     }
-    chosen = from_variables({f"CHAT_PROXY_{name}": value for name, value in variables.items()})
+    chosen = from_variables({f"{PREFIX}{name}": value for name, value in variables.items()})
     listener = listen(chosen.server)
     metrics = listen(settings.Server(port=chosen.metrics.port)) if chosen.metrics.port else None
     chosen = as_bound(chosen, listener)

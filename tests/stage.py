@@ -35,11 +35,13 @@ def prompt_tokens(proxy: Running, **fields: Any) -> int:
 
 
 class Steps:
-    """A script that sends one part of its stream each time the test says so."""
+    """A script that sends one part of its stream each time the test says so. One that does not end waits to be left."""
 
-    def __init__(self, *parts: bytes) -> None:
+    def __init__(self, *parts: bytes, ends: bool = True) -> None:
         self.parts = parts
+        self.ends = ends
         self.allowed = threading.Semaphore(0)
+        self.left = threading.Event()
 
     async def __call__(self, peer: Peer) -> None:
         await peer.request()
@@ -47,8 +49,10 @@ class Steps:
         for part in self.parts:
             await asyncio.to_thread(self.allowed.acquire, timeout=PATIENCE)
             await peer.chunk(part)
-        await peer.end()
+        if self.ends:
+            await peer.end()
         await peer.gone()
+        self.left.set()
 
 
 class Stage:

@@ -14,7 +14,6 @@ import re
 import secrets
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +27,8 @@ from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 import trustme
-from harness import PATIENCE, Peer, Running, ScriptedUpstream, environment, random_key, running
+from commands import run
+from harness import FULL, PATIENCE, Peer, Running, ScriptedUpstream, environment, random_key, running
 from nginx import listening, serving
 
 from proxy import checkup, cli
@@ -38,9 +38,7 @@ from proxy.settings import Rate, Secret, Settings
 from proxy.ticket import Tickets
 
 NOWHERE = "http://127.0.0.1:9/v1"  # no check with --url calls the model
-COMMAND = [sys.executable, "-W", "error", "-m", "proxy"]
 SECRET = secrets.token_urlsafe(32)
-FULL = os.environ.get("CHAT_PROXY_FULL") == "1"
 TIMEOUT = 60.0 if FULL else 1.2  # seconds for which the model may be silent; --slow takes a quarter more
 SHORT, LONG = ("60s", "90s") if FULL else ("1s", "5s")  # what nginx bears
 TIMEOUTS = {f"UPSTREAM_{name}_TIMEOUT": str(TIMEOUT) for name in ("IDLE", "FIRST_BYTE")}
@@ -547,8 +545,8 @@ def model() -> Iterator[ScriptedUpstream]:
         yield upstream
 
 
-def variables(base_url: str, **given: str) -> dict[str, str]:
-    """The settings of a server at an https address, as environment variables; an empty one is none."""
+def settings_of(base_url: str, **given: str) -> dict[str, str]:
+    """The settings of a server at an https address; an empty one is none."""
     settings = {
         "UPSTREAM_BASE_URL": base_url,
         "UPSTREAM_API_KEY": random_key(),
@@ -559,22 +557,13 @@ def variables(base_url: str, **given: str) -> dict[str, str]:
         **TIMEOUTS,
         **given,
     }
-    return {f"CHAT_PROXY_{name}": value for name, value in settings.items() if value}
+    return {name: value for name, value in settings.items() if value}
 
 
 def check(folder: Path, model: ScriptedUpstream, *arguments: str, **given: str) -> subprocess.CompletedProcess[str]:
     """One run of the command."""
-    environ = {**environment(), **variables(model.base_url, **given)}
-    done = subprocess.run(
-        [*COMMAND, "check", *arguments],
-        cwd=folder,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=3 * PATIENCE + 2 * TIMEOUT,
-    )
+    done = run(folder, "check", *arguments, **settings_of(model.base_url, **given))
     assert SECRET not in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
     return done
 
 
@@ -646,14 +635,11 @@ def test_command_wants_sense(
     """What cannot be done is told before anything is, and exits 2."""
     arguments, given, named = USAGE[label]
     monkeypatch.chdir(tmp_path)
-    for name in os.environ.keys() - environment().keys():
-        monkeypatch.delenv(name)
-    for name, value in variables(NOWHERE, **given).items():
-        monkeypatch.setenv(name, value)
-    try:
-        code: Any = cli.main(["check", *arguments])
-    except SystemExit as ended:  # argparse's way
-        code = ended.code
+    with patch.dict(os.environ, environment(**settings_of(NOWHERE, **given)), clear=True):
+        try:
+            code: Any = cli.main(["check", *arguments])
+        except SystemExit as ended:  # argparse's way
+            code = ended.code
     told = capsys.readouterr()
     assert told.out == ""
     assert named in told.err

@@ -15,12 +15,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
-from typing import IO, Any
 
 import pytest
+from commands import (
+    HELLO,
+    begun,
+    chat,
+    exchange,
+    run,
+    serving,
+    settings_for,
+    started,
+    url_printed,
+)
 from harness import (
     DONE,
     GOOD,
@@ -30,151 +39,19 @@ from harness import (
     Script,
     ScriptedUpstream,
     delta,
+    environment,
     eventually,
     free_port,
     pieces,
     random_key,
     streaming,
 )
+from stage import Steps
 
 from proxy import __version__, cli, demo, settings
 
-COMMAND = [sys.executable, "-W", "error", "-m", "proxy"]
 PIPE = 4096  # bytes, the smallest that Linux gives
-HELLO = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
 MODELS_LIST = b'{"object":"list","data":[]}'
-
-
-# ---- processes ----------------------------------------------------------------------------------------------------
-
-
-def environment(given: dict[str, str]) -> dict[str, str]:
-    """Ours, without what changes the commands, and `given` as settings."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(settings.PREFIX)}
-    ours.pop("CREDENTIALS_DIRECTORY", None)
-    ours.pop("PYTHONUNBUFFERED", None)  # as most people have it, or a pipe that is full would do no harm at exit
-    return {**ours, **{f"{settings.PREFIX}{name}": value for name, value in given.items()}}
-
-
-def run(folder: Path, *arguments: str, **given: str) -> subprocess.CompletedProcess[str]:
-    """One command to its end, in `folder`. Whatever it does, it shows no traceback and no warning of Python's."""
-    done = subprocess.run(
-        [*COMMAND, *arguments], cwd=folder, env=environment(given), capture_output=True, text=True, timeout=STARTING
-    )
-    assert_calm(done.stderr)
-    return done
-
-
-def assert_calm(stderr: str) -> None:
-    for sign in ("Traceback", "Warning", "Exception ignored", "Fatal Python error", "was never"):
-        assert sign not in stderr, stderr
-
-
-class Process:
-    """A command that runs until it is told to end; its output goes to files, so it never waits for a reader."""
-
-    def __init__(self, folder: Path, command: list[str], given: dict[str, str], stdout: IO[bytes]) -> None:
-        self.stdout = folder / "stdout"
-        self.stderr = folder / "stderr"
-        self.port = 0  # set by whoever knows it
-        with self.stderr.open("wb") as stderr:
-            self.process = subprocess.Popen(
-                command, cwd=folder, env=environment(given), stdout=stdout, stderr=stderr, process_group=0
-            )
-
-    def printed(self) -> str:
-        return self.stdout.read_text(encoding="utf-8")
-
-    def logged(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.printed().splitlines()]
-
-    def tell(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
-
-    def exit_code(self) -> int:
-        return self.process.wait(PATIENCE)
-
-    def connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=STARTING)
-
-    def get(self, path: str, port: int | None = None) -> tuple[int, bytes]:
-        with closing(http.client.HTTPConnection("127.0.0.1", port or self.port, timeout=STARTING)) as connection:
-            return exchange(connection, path)
-
-    def answers(self) -> bool:
-        assert self.process.poll() is None, self.stderr.read_text(encoding="utf-8")
-        try:
-            return self.get("/healthz")[0] == 200
-        except ConnectionRefusedError:
-            return False
-
-
-@contextmanager
-def started(
-    folder: Path,
-    *arguments: str,
-    given: dict[str, str],
-    stdout: IO[bytes] | None = None,
-    command: list[str] = COMMAND,
-) -> Iterator[Process]:
-    """The process while it runs. It must end by itself, without a word of Python's on stderr."""
-    with stdout or (folder / "stdout").open("wb") as output:
-        process = Process(folder, [*command, *arguments], given, output)
-    try:
-        yield process
-    finally:
-        process.process.kill()  # nothing to one that has ended, as it should have
-        process.process.wait()
-    assert_calm(process.stderr.read_text(encoding="utf-8"))
-
-
-@contextmanager
-def serving(
-    folder: Path,
-    upstream: str,
-    *arguments: str,
-    stdout: IO[bytes] | None = None,
-    command: list[str] = COMMAND,
-    **given: str,
-) -> Iterator[Process]:
-    """`chat-proxy serve` on a free port, ready."""
-    given = {**settings_for(upstream), "SERVER_PORT": str(free_port()), **given}
-    with started(folder, "serve", *arguments, given=given, stdout=stdout, command=command) as process:
-        process.port = int(given["SERVER_PORT"])
-        eventually(process.answers, STARTING)
-        yield process
-
-
-def settings_for(upstream: str) -> dict[str, str]:
-    return {"UPSTREAM_BASE_URL": upstream, "UPSTREAM_API_KEY": random_key(), "POLICY_MODELS": "m"}
-
-
-def exchange(connection: http.client.HTTPConnection, path: str, **body: Any) -> tuple[int, bytes]:
-    """Status and body of one request: a GET, or a POST of `body`."""
-    ask(connection, path, **body)
-    answer = connection.getresponse()
-    return answer.status, answer.read()
-
-
-def ask(connection: http.client.HTTPConnection, path: str, **body: Any) -> None:
-    headers = {"content-type": "application/json"} if body else {}
-    connection.request("POST" if body else "GET", path, json.dumps(body) if body else None, headers)
-
-
-def chat(process: Process) -> bytes:
-    """One streamed answer, whole."""
-    with closing(process.connect()) as connection:
-        status, body = exchange(connection, "/api/chat", **HELLO)
-    assert status == 200, body
-    return body
-
-
-def begun(connection: http.client.HTTPConnection) -> http.client.HTTPResponse:
-    """A streamed answer that has its head."""
-    ask(connection, "/api/chat", **HELLO)
-    answer = connection.getresponse()
-    assert answer.status == 200
-    return answer
 
 
 def answering(status: str, body: bytes) -> Script:
@@ -183,23 +60,6 @@ def answering(status: str, body: bytes) -> Script:
         await peer.whole(body, status)
 
     return script
-
-
-class InSteps:
-    """A script that streams "a", "b" when the test says so, and then waits for the proxy to leave."""
-
-    def __init__(self) -> None:
-        self.go_on = threading.Event()
-        self.left = threading.Event()
-
-    async def __call__(self, peer: Peer) -> None:
-        await peer.request()
-        await peer.head()
-        await peer.chunk(delta("a"))
-        await asyncio.to_thread(self.go_on.wait, PATIENCE)
-        await peer.chunk(delta("b"))
-        await peer.gone()
-        self.left.set()
 
 
 # ---- usage --------------------------------------------------------------------------------------------------------
@@ -265,7 +125,7 @@ def test_init_writes_a_file_that_works(tmp_path: Path) -> None:
         checked = run(tmp_path, "check", UPSTREAM_API_KEY=random_key(), UPSTREAM_BASE_URL=upstream.base_url)
         assert (checked.returncode, checked.stderr) == (0, "")
     assert run(tmp_path, "check").returncode == 2  # the key, and only the key, is missing
-    chosen = settings.load(str(tmp_path / "chat-proxy.toml"), environment({"UPSTREAM_API_KEY": random_key()}))
+    chosen = settings.load(str(tmp_path / "chat-proxy.toml"), environment(UPSTREAM_API_KEY=random_key()))
     assert chosen.upstream.base_url == "https://api.selamgpt.com/v1"
 
 
@@ -273,12 +133,12 @@ def test_init_names_only_real_settings(tmp_path: Path) -> None:
     """What init's file holds in comments is accepted when it is uncommented, and its active lines are the defaults."""
     file = tmp_path / "all.toml"
     file.write_text(re.sub(r"(?m)^# (\w+ = )", r"\1", cli.TEMPLATE), encoding="utf-8")
-    given = environment({"UPSTREAM_API_KEY": random_key(), "SESSION_SECRET": "s" * 43})
+    given = environment(UPSTREAM_API_KEY=random_key(), SESSION_SECRET="s" * 43)
     chosen = settings.load(str(file), given)
     assert chosen.server.public_url == "https://chat.example.org"
     assert chosen.limits.tokens_total
     file.write_text(cli.TEMPLATE, encoding="utf-8")
-    plain = settings.from_variables(environment({**settings_for("https://x"), "SESSION_SECRET": "s" * 43}))
+    plain = settings.from_variables(environment(**settings_for("https://x"), SESSION_SECRET="s" * 43))
     chosen = settings.load(str(file), given)
     assert (chosen.server, chosen.limits) == (plain.server, plain.limits)
     assert chosen.policy.max_output_tokens == plain.policy.max_output_tokens
@@ -447,7 +307,8 @@ def test_signal_ends_an_idle_server(number: signal.Signals, tmp_path: Path) -> N
 def test_stream_goes_on_after_the_first_signal(tmp_path: Path) -> None:
     """After the first Ctrl-C a live stream goes on, new work is refused and /readyz says so; the second ends the stream
     with the `draining` event, closes the upstream, and the server exits 0."""
-    steps = InSteps()
+    steps = Steps(delta("a"), delta("b"), ends=False)
+    steps.allowed.release()
     with ScriptedUpstream(steps) as upstream, serving(tmp_path, upstream.base_url) as process:
         with closing(process.connect()) as connection, closing(begun(connection)) as answer:
             assert answer.read1() == delta("a")
@@ -455,7 +316,7 @@ def test_stream_goes_on_after_the_first_signal(tmp_path: Path) -> None:
             eventually(lambda: process.get("/readyz")[0] == 503)
             status, body = process.get("/api/v1/models")
             assert (status, json.loads(body)["error"]["code"]) == (503, "draining")
-            steps.go_on.set()
+            steps.allowed.release()
             assert answer.read1() == delta("b")
             process.tell(signal.SIGINT)
             last = answer.read()
@@ -495,7 +356,8 @@ def test_drain_ends_with_the_last_stream(tmp_path: Path) -> None:
 
 def test_drain_has_an_end(tmp_path: Path) -> None:
     """When drain_seconds are over, what still streams is ended with the event, and the server exits 0."""
-    steps = InSteps()
+    steps = Steps(delta("a"), delta("b"), ends=False)
+    steps.allowed.release()
     with (
         ScriptedUpstream(steps) as upstream,
         serving(tmp_path, upstream.base_url, SERVER_DRAIN_SECONDS="0.2") as process,
@@ -506,7 +368,7 @@ def test_drain_has_an_end(tmp_path: Path) -> None:
         process.tell(signal.SIGTERM)
         assert json.loads(answer.read().removeprefix(b"data: "))["error"]["code"] == "draining"
         assert process.exit_code() == 0
-        steps.go_on.set()
+        steps.allowed.release()
 
 
 class UnixConnection(http.client.HTTPConnection):
@@ -615,7 +477,8 @@ def test_sighup_reads_the_key_again(tmp_path: Path) -> None:
 
 def test_metrics_listener(tmp_path: Path) -> None:
     """With metrics.port set, /metrics is served there, and goes on while the last streams do."""
-    steps = InSteps()
+    steps = Steps(delta("a"), delta("b"), ends=False)
+    steps.allowed.release()
     port = free_port()
     with (
         ScriptedUpstream(steps) as upstream,
@@ -631,7 +494,7 @@ def test_metrics_listener(tmp_path: Path) -> None:
         assert b"\nchat_proxy_streams_active 1.0\n" in body
         process.tell(signal.SIGTERM)
         assert process.exit_code() == 0
-        steps.go_on.set()
+        steps.allowed.release()
 
 
 def test_metrics_port_that_is_busy(tmp_path: Path) -> None:
@@ -678,14 +541,6 @@ def test_log_whose_reader_left(tmp_path: Path) -> None:
 
 
 # ---- demo and upstream --------------------------------------------------------------------------------------------
-
-
-def url_printed(process: Process) -> str:
-    """The URL in what the process printed, once it has."""
-    found = eventually(lambda: re.findall(r"http://127\.0\.0\.1:(\d+)(\S*)", process.printed()), STARTING)
-    port, path = found[0]
-    process.port = int(port)
-    return f"http://127.0.0.1:{port}{path}"
 
 
 def test_demo(tmp_path: Path) -> None:

@@ -6,30 +6,25 @@ openai-js comes from the npm registry into a folder that is kept between runs; p
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import pytest
+from commands import serving, started, url_printed
 from harness import (
     DONE,
-    PATIENCE,
-    STARTING,
     Peer,
     Running,
     ScriptedUpstream,
     delta,
-    eventually,
+    environment,
     finish,
-    free_port,
     random_key,
     running,
     streaming,
@@ -57,29 +52,12 @@ class Model:
     key: str
 
 
-@contextmanager
-def command(*arguments: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
-    """`chat-proxy` with these arguments and settings, until the end of the `with`; then SIGTERM, and it must exit 0."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("CHAT_PROXY_")}
-    environment |= {f"CHAT_PROXY_{name}": value for name, value in variables.items()}
-    with subprocess.Popen(
-        [sys.executable, "-m", "proxy", *arguments], env=environment, stdout=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            yield process
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(PATIENCE) == 0
-        finally:
-            process.kill()
-
-
 @pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
-    key = random_key()
-    with command("upstream", "--port", "0", "--delay-ms", str(DELAY * 1000), UPSTREAM_API_KEY=key) as process:
-        assert process.stdout is not None
-        url = next(word for word in process.stdout.readline().split() if word.startswith("http://"))
-        yield Model(url, key)
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    key, delay = random_key(), str(DELAY * 1000)
+    command = ["upstream", "--port", "0", "--delay-ms", delay]
+    with started(tmp_path_factory.mktemp("model"), *command, given={"UPSTREAM_API_KEY": key}) as process:
+        yield Model(url_printed(process), key)
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +79,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ran(program: str, proxy_url: str, folder: Path, prompt: str = HELLO) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "CHAT_PROXY_"))}
+    ours = {name: value for name, value in environment().items() if not name.startswith("OPENAI_")}
     return subprocess.run(
         [*COMMANDS[Path(program).suffix], program, proxy_url, prompt],
         cwd=folder,
-        env=environment | {"PYTHONUTF8": "1"},
+        env=ours | {"PYTHONUTF8": "1"},
         capture_output=True,
         encoding="utf-8",
         timeout=LONGEST,
@@ -230,25 +208,20 @@ def test_a_model_that_is_not_offered(program: str, folder: Path) -> None:
 # ---- curl, and both ends as processes -------------------------------------------------------------------------------
 
 
-def test_curl_shows_events_as_they_come(model: Model, folder: Path) -> None:
+def test_curl_shows_events_as_they_come(model: Model, folder: Path, tmp_path: Path) -> None:
     """`curl -N` on /api/chat, the server a process of its own: the first event is there long before the last."""
-    variables = {"UPSTREAM_BASE_URL": model.base_url, "UPSTREAM_API_KEY": model.key, "POLICY_MODELS": "demo"}
-    port = free_port()
-    with command("serve", SERVER_PORT=str(port), **variables) as serving:
-        url = f"http://127.0.0.1:{port}"
-        eventually(lambda: is_ready(url), STARTING)
-        with subprocess.Popen(
-            ["sh", folder / "stream.sh", url, HELLO], stdout=subprocess.PIPE, encoding="utf-8"
-        ) as curl:
+    with serving(tmp_path, model.base_url, UPSTREAM_API_KEY=model.key, POLICY_MODELS="demo") as process:
+        command = ["sh", str(folder / "stream.sh"), f"http://127.0.0.1:{process.port}", HELLO]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as curl:
             assert curl.stdout is not None
             lines, times = [], []
             for line in curl.stdout:
                 lines.append(line)
                 times.append(time.monotonic())
         assert curl.returncode == 0
-        serving.send_signal(signal.SIGTERM)
-        assert serving.stdout is not None
-        log = serving.stdout.read()
+        process.tell(signal.SIGTERM)
+        assert process.exit_code() == 0
+        log = process.printed()
     events = [line.removeprefix("data: ") for line in lines if line != "\n"]
     assert events[-1] == "[DONE]\n"
     chunks = [json.loads(event) for event in events[:-1]]
@@ -256,13 +229,6 @@ def test_curl_shows_events_as_they_come(model: Model, folder: Path) -> None:
     assert times[-1] - times[0] > len(ANSWER.pieces) * DELAY / 2
     assert model.key not in log
     assert [json.loads(line)["ending"] for line in log.splitlines() if '"POST /api/chat"' in line] == ["complete"]
-
-
-def is_ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
-    except httpx.ConnectError:
-        return False
 
 
 # ---- what is committed ----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ import httpx
 import openai
 import pytest
 import uvicorn
+from harness import eventually
 from httpx import Response
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,7 +72,7 @@ def serving(api_key: str | None = KEY, delay_seconds: float = 0.0) -> Iterator[R
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    wait_until(lambda: server.started)
+    eventually(lambda: server.started)
     try:
         yield Running(server.servers[0].sockets[0].getsockname()[1], thread.ident or 0)
     finally:
@@ -85,13 +86,6 @@ def model() -> Iterator[Running]:
     """A demo model without delay, which wants `KEY`."""
     with serving() as running:
         yield running
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    give_up = time.monotonic() + DEADLINE
-    while not true():
-        assert time.monotonic() < give_up
-        time.sleep(0.005)
 
 
 def asking(message: object, **fields: object) -> dict[str, object]:
@@ -451,7 +445,7 @@ def test_the_model_stops_when_the_client_leaves(
         def said() -> list[str]:
             return [record.message for record in caplog.records if record.thread == paced.thread]
 
-        wait_until(lambda: "demo answer: the client left" in said())
+        eventually(lambda: "demo answer: the client left" in said())
     assert "demo answer: complete" not in said()
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
@@ -472,7 +466,7 @@ def test_the_log_is_silent_about_words_and_keys(model: Running, caplog: pytest.L
     """What the log says about a request is how it ended."""
     caplog.set_level(logging.DEBUG, "proxy.demo")
     model.post(asking("hello, my secret word is heliotrope"))
-    wait_until(lambda: "demo answer: complete" in caplog.messages)
+    eventually(lambda: "demo answer: complete" in caplog.messages)
     assert "heliotrope" not in caplog.text
     assert KEY not in caplog.text
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import yaml
+from commands import settings_for
 from harness import (
     GOOD,
     PATIENCE,
@@ -32,7 +33,6 @@ from harness import (
     streaming,
 )
 from nginx import DEPLOY
-from test_cli import settings_for
 
 from proxy import settings
 from proxy.metrics import Metrics

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import os
 import signal
 import socket
 import subprocess
@@ -22,8 +21,10 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from commands import COMMAND
 from harness import (
     DONE,
+    FULL,
     PATIENCE,
     Peer,
     ScriptedUpstream,
@@ -36,10 +37,8 @@ from harness import (
 )
 from nginx import HOST, Front, Site, front
 from nginx_clients import QUESTION
-from test_cli import COMMAND
 from test_deploy_nginx import moved
 
-FULL = os.environ.get("CHAT_PROXY_FULL") == "1"
 RATE = 200 if FULL else 20  # questions a second
 RESTARTS = 20 if FULL else 2
 ANSWER = [delta(f"{number} ") for number in range(5)]

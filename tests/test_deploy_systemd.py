@@ -14,15 +14,13 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from harness import GOOD, PATIENCE, ScriptedUpstream, environment, eventually, free_port, random_key, streaming
+from commands import COMMAND, assert_calm, children, exchange, settings_for
+from harness import GOOD, PATIENCE, ScriptedUpstream, environment, eventually, free_port, is_open, random_key, streaming
 from nginx import DEPLOY
-from test_cli import COMMAND, assert_calm, exchange, settings_for
-from test_store import Redis, folder, store
+from redis_server import Redis
 
 from proxy import settings
 from proxy.server import FLUSH, LAST_WORDS, WRITE_DEADLINE, listen
-
-__all__ = ["folder", "store"]
 
 UNITS = DEPLOY / "systemd"
 PROGRAM = Path(sys.executable).with_name("chat-proxy")
@@ -140,14 +138,14 @@ def test_serve_on_what_systemd_opened(tmp_path: Path) -> None:
         given = settings_for(upstream.base_url) | {"SERVER_PORT": str(port), "METRICS_PORT": str(unused)}
         places = [f"127.0.0.1:{port}", f"127.0.0.1:{metrics}"]
         with activated(tmp_path, places, "server:metrics", **given) as process:
-            eventually(lambda: can_connect(port))
+            eventually(lambda: is_open(port))
             with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)) as client:
                 body = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
                 assert exchange(client, "/api/chat", **body) == (200, b"".join(GOOD))
             with closing(http.client.HTTPConnection("127.0.0.1", metrics, timeout=PATIENCE)) as client:
                 status, text = exchange(client, "/metrics")
                 assert (status, b"chat_proxy_streams_active" in text) == (200, True)
-            assert not can_connect(unused)
+            assert not is_open(unused)
             assert_calm(ended(process, tmp_path))
 
 
@@ -177,10 +175,6 @@ def test_workers_share_what_systemd_opened(tmp_path: Path, store: Redis) -> None
         assert_calm(ended(process, tmp_path))
 
 
-def children(pid: int) -> set[int]:
-    return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
-
-
 def test_two_sockets_for_one_listener(tmp_path: Path) -> None:
     """What cannot be meant ends the start: exit 2, and one line that says so."""
     ports = [free_port(), free_port()]
@@ -191,7 +185,7 @@ def test_two_sockets_for_one_listener(tmp_path: Path) -> None:
         **settings_for("http://x.invalid/v1"),
         UPSTREAM_ALLOW_HTTP="1",
     ) as process:
-        eventually(lambda: can_connect(ports[0]))
+        eventually(lambda: is_open(ports[0]))
         assert process.wait(PATIENCE) == 2
     assert "2 sockets were handed over for server" in (tmp_path / "stderr").read_text(encoding="utf-8")
 
@@ -202,14 +196,6 @@ def assert_ready(path: Path) -> None:
         client.connect(str(path))
         client.sendall(b"GET /readyz HTTP/1.1\r\nhost: x\r\n\r\n")
         assert client.recv(99).startswith(b"HTTP/1.1 200 ")
-
-
-def can_connect(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), PATIENCE).close()
-    except ConnectionRefusedError:
-        return False
-    return True
 
 
 def test_options_are_those_of_our_own_listeners() -> None:

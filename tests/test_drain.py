@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
-import os
 import signal
 import socket
 import time
@@ -21,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import serving
 from faults import fault
 from harness import (
     DONE,
+    FULL,
     LOOPS,
     PATIENCE,
     Peer,
@@ -41,7 +42,6 @@ from harness import (
     running,
     send,
 )
-from test_cli import serving
 
 from proxy import policy, server
 
@@ -50,7 +50,6 @@ USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":4}}
 LONG = "30"  # seconds of drain that no test here waits for
 SMALL = 16384  # bytes of socket buffers where a client is to block early
 
-FULL = os.environ.get("CHAT_PROXY_FULL") == "1"
 CROWD = 1000 if FULL else 100  # live streams; the default max_streams is as many
 PACE = CROWD / 1000  # seconds between two events of one stream of a crowd, which makes 1,000 a second in all
 ON_THE_WAY = 3  # events written that a cut stream need not have: one just then, one into the cut, one of patience

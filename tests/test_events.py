@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from harness import DONE, delta, finish, random_key
+from harness import DONE, FULL, delta, finish, random_key
 from hypothesis import example, given
 from hypothesis import settings as tuned
 from hypothesis import strategies as st
@@ -20,7 +19,6 @@ from hypothesis import strategies as st
 from proxy import events as module
 from proxy.events import BOM, HOLD, Ending, Events, KeyEcho, Usage, data_of, is_plain, usage_of
 
-FULL = bool(os.environ.get("CHAT_PROXY_FULL"))
 tuning = tuned(max_examples=3000 if FULL else 200, deadline=None)
 
 KEY = random_key().encode()

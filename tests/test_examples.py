@@ -22,11 +22,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import httpx
 import nginx
 import pytest
 from browser import Visit
-from harness import DONE, PATIENCE, Peer, Running, delta, environment, eventually, finish, free_port, running, send
+from commands import COMMAND, started, url_printed
+from harness import DONE, PATIENCE, Peer, Running, delta, eventually, finish, free_port, is_open, running, send
 from npm import installed
 from playwright.sync_api import BrowserContext, Locator, expect
 from stage import Act, Stage
@@ -149,18 +149,10 @@ def fronts(stage: Stage, nginx_url: str) -> dict[str, str]:
 def serving(*command: str, port: int, folder: Path | None = None) -> Iterator[None]:
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL) as process:
         try:
-            eventually(lambda: is_open(port), BUNDLING)
+            eventually(lambda: is_open(port, "localhost"), BUNDLING)
             yield
         finally:
             process.terminate()
-
-
-def is_open(port: int) -> bool:
-    try:
-        socket.create_connection(("localhost", port)).close()
-    except ConnectionRefusedError:
-        return False
-    return True
 
 
 HIDE = """(hidden) => {
@@ -536,18 +528,11 @@ def test_an_installed_package_serves_the_page_without_them(tmp_path: Path) -> No
     assert built.returncode == 0, built.stderr
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         wheel.extractall(tmp_path)
-    command = [sys.executable, "-m", "proxy", "demo", "--port", "0"]
-    variables = environment() | {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
-    with subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            printed = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline())
-            assert printed is not None
-            expected = {"/": 200, "/chat/client.js": 200, "/chat/client.d.ts": 200, "/examples/hook.jsx": 404}
-            found = {path: httpx.get(printed[0] + path, trust_env=False).status_code for path in expected}
-            assert found == expected
-        finally:
-            server.terminate()
+    command = ["env", f"PYTHONPATH={tmp_path}", "PYTHONSAFEPATH=1", *COMMAND]
+    with started(tmp_path, "demo", "--port", "0", given={}, command=command) as process:
+        url_printed(process)
+        expected = {"/": 200, "/chat/client.js": 200, "/chat/client.d.ts": 200, "/examples/hook.jsx": 404}
+        assert {path: process.get(path)[0] for path in expected} == expected
 
 
 # ---- what is committed ----------------------------------------------------------------------------------------------

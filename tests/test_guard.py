@@ -27,6 +27,7 @@ import pytest
 from faults import fault
 from harness import (
     DONE,
+    FULL,
     GOOD,
     LOOPS,
     PATIENCE,
@@ -56,7 +57,6 @@ from proxy.errors import HeadersTooLarge, InvalidRequest, Refusal
 from proxy.guard import MAX_FIELDS, MAX_HEAD_BYTES, check_head
 from proxy.server import listen_on_path
 
-FULL = bool(os.environ.get("CHAT_PROXY_FULL"))
 SHORT = 0.6  # seconds: a deadline that a test waits for
 SOON = 6.0  # seconds: ten times that
 

@@ -27,8 +27,10 @@ from typing import BinaryIO
 
 import history_hits
 import pytest
+from commands import Process, serving, settings_for
 from harness import (
     DONE,
+    FULL,
     PATIENCE,
     Peer,
     Script,
@@ -44,9 +46,9 @@ from harness import (
 from history import STORE, Grant, Violation, apart, fixed, moving, together
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cli import Process, serving, settings_for
-from test_store import Redis, leases, used
-from test_workers import HELD, START, WIDE, children, ends, lines
+from redis_server import Redis
+from test_store import leases, used
+from test_workers import HELD, START, WIDE, ends, lines
 
 from proxy.errors import TokensExhausted, TooMany, TooManyStreams
 from proxy.limits import Subject, shared
@@ -55,7 +57,6 @@ from proxy.limits.requests import ask
 from proxy.policy import apply
 from proxy.settings import from_variables
 
-FULL = bool(os.environ.get("CHAT_PROXY_FULL"))
 HITS = 1_000_000 if FULL else 100_000
 ROUND = 7_500  # hits between the first fault and the last
 PROCESSES = 8
@@ -528,7 +529,7 @@ def test_the_limits_hold_over_http(store: Redis, tmp_path: Path) -> None:
         visitors = Visitors(process, hits)
         asking = [threads.submit(visitors.ask_on) for _ in range(8)]
         eventually(lambda: len(visitors.asked) > 0.3 * hits, PATIENCE + hits / 10)
-        os.kill(min(children(process)), signal.SIGKILL)
+        os.kill(min(process.children()), signal.SIGKILL)
         eventually(lambda: len(visitors.asked) > 0.7 * hits, PATIENCE + hits / 10)
         frozen_at = time.monotonic()
         was_lost = bool(lines(process, "limits_unavailable"))  # by a machine too busy to answer for a second

@@ -5,7 +5,6 @@ Times are multiples of 1/64 second, which floats hold exactly: so "exactly then"
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import slowapi
+from harness import FULL, Clock
 from hypothesis import given
 from hypothesis import strategies as st
 from slowapi.errors import RateLimitExceeded
@@ -32,14 +32,6 @@ from proxy.settings import Limits, rates
 TICK = 1 / 64
 ANN, BEN = Subject("ann", "203.0.113.1"), Subject("ben", "203.0.113.2")
 ANN_ELSEWHERE, ANNS_GUEST = Subject("ann", "203.0.113.2"), Subject("guest", "203.0.113.1")
-
-
-@dataclass
-class Clock:
-    now: float = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def limited(
@@ -881,7 +873,7 @@ def test_a_rate_has_one_name() -> None:
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
-CALLERS = 1_000_000 if os.environ.get("CHAT_PROXY_FULL") else 100_000
+CALLERS = 1_000_000 if FULL else 100_000
 CROWD = """
 import sys
 from proxy.limits import Subject

@@ -16,15 +16,16 @@ from unittest.mock import patch
 
 import pytest
 from argon2 import PasswordHasher
+from commands import run, settings_for
 from harness import (
     GOOD,
     LOOPS,
     STARTING,
+    Clock,
     Reply,
     Running,
     ScriptedUpstream,
     chat,
-    environment,
     eventually,
     running,
     send,
@@ -91,12 +92,6 @@ def asked(proxy: Running, cookie: str = "", **headers: str) -> tuple[int, str | 
     return reply.status, None if reply.status == 200 else reply.error["code"]
 
 
-def logged(proxy: Running, event: str, reply: Reply) -> dict[str, Any]:
-    """The line that audits the request of this answer."""
-    id_ = reply.headers["x-request-id"]
-    return eventually(lambda: [line for line in proxy.lines(event) if line["request_id"] == id_])[0]
-
-
 # ---- a password -----------------------------------------------------------------------------------------------------
 
 
@@ -124,7 +119,7 @@ def test_who_knows_the_password_may_ask(proxy: Running) -> None:
     assert "SameSite=Strict" in flags
     assert asked(proxy, reply.cookie) == (200, None)
     assert account(proxy, reply.cookie)["session"] == reply.json["session"]
-    line = logged(proxy, "login", reply)
+    line = proxy.line_of(reply, "login")
     assert (line["mode"], line["user"]) == ("password", "alice")
     assert line["session"] not in reply.cookie
 
@@ -145,7 +140,7 @@ def test_who_does_not_may_not(proxy: Running, user: str | None, password: str) -
     reply = login(proxy, user, password)
     assert (reply.status, reply.error["code"]) == (401, "invalid_credentials")
     assert reply.headers["set-cookie"] is None
-    line = logged(proxy, "login_failed", reply)
+    line = proxy.line_of(reply, "login_failed")
     assert line["user"] == (user if user in ("alice", "bob") else None)  # a password may stand in the wrong field
     assert RIGHT.encode() not in proxy.output.getvalue()
 
@@ -182,7 +177,7 @@ def test_leaving_ends_it(proxy: Running) -> None:
     reply = send(proxy, "DELETE", "/api/session", None, {"cookie": cookie, **new_address()})
     assert reply.json == {"logout_url": None}
     assert asked(proxy, cookie) == (401, "session_required")
-    assert logged(proxy, "logout", reply)["user"] == "alice"
+    assert proxy.line_of(reply, "logout")["user"] == "alice"
 
 
 def test_a_user_has_one_allowance() -> None:
@@ -281,13 +276,6 @@ def test_argon2_is_bounded() -> None:
     with pytest.raises(Busy):
         asyncio.run(passwords.check("alice", RIGHT, "here"))
     passwords.close()
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 A, B = ("a", "here"), ("b", "here")
@@ -440,16 +428,8 @@ def test_no_bytes_make_vouched_fail(written: bytes) -> None:
 
 
 def revoke(*arguments: str, control: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    variables = {
-        **environment(),
-        "CHAT_PROXY_UPSTREAM_BASE_URL": "https://api.example.com/v1",
-        "CHAT_PROXY_UPSTREAM_API_KEY": "sk-test-0123456789abcdef",
-        "CHAT_PROXY_POLICY_MODELS": "m",
-        "CHAT_PROXY_SESSION_CONTROL_FILE": str(control),
-        **more,
-    }
-    command = [sys.executable, "-m", "proxy", "sessions", "revoke", *arguments]
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=STARTING, check=False)
+    given = {**settings_for("https://api.example.com/v1"), "SESSION_CONTROL_FILE": str(control), **more}
+    return run(control.parent, "sessions", "revoke", *arguments, **given)
 
 
 @pytest.mark.parametrize("loop", LOOPS)

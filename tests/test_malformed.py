@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import random
 import re
 import selectors
@@ -28,6 +27,7 @@ import pytest
 from faults import fault
 from harness import (
     DONE,
+    FULL,
     GOOD,
     LOOPS,
     PATIENCE,
@@ -54,7 +54,6 @@ from proxy.errors import Headers, HeadersTooLarge, InvalidRequest
 from proxy.guard import MAX_FIELDS, check_head
 from proxy.logs import Bridge
 
-FULL = os.environ.get("CHAT_PROXY_FULL") == "1"
 REQUESTS = 100_000 if FULL else 10_000
 EXAMPLES = 5000 if FULL else 500
 AT_ONCE = 96

@@ -29,7 +29,7 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote_plus, urlencode, urlsplit
 
 import pytest
-from harness import LOOPS, PATIENCE, Peer, ScriptedUpstream, Seen, eventually
+from harness import LOOPS, PATIENCE, Clock, Peer, ScriptedUpstream, Seen, eventually
 from hypothesis import example, given
 from hypothesis import strategies as st
 from itsdangerous import Signer
@@ -213,16 +213,6 @@ def serving(faulty: Faulty) -> Iterator[Faulty]:
     with ScriptedUpstream(always(faulty.act)) as server:
         faulty.origin = f"http://127.0.0.1:{server.port}"
         yield faulty
-
-
-@dataclass
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    now: float = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def provider_at(

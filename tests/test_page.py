@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from browser import PATIENCE, Visit
+from commands import started, url_printed
 from harness import eventually
 from playwright.sync_api import Browser, BrowserContext, Locator, Request, Route, expect
 
@@ -27,18 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The real server with its demo model, as `chat-proxy demo` starts it."""
-    command = [sys.executable, "-m", "proxy", "demo", "--port", "0"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
-        assert server.stdout is not None
-        printed = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline())
-        try:
-            assert printed is not None
-            yield printed[0]
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait(PATIENCE)
+    with started(tmp_path_factory.mktemp("demo"), "demo", "--port", "0", given={}) as process:
+        yield url_printed(process)
 
 
 @pytest.fixture

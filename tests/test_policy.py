@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import random
 import re
 import time
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from harness import FULL
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as tuned
 from hypothesis import strategies as st
@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 from proxy import errors, policy
 from proxy.settings import Policy
 
-FULL = bool(os.environ.get("CHAT_PROXY_FULL"))
 EXAMPLES = 2000 if FULL else 120
 MUTANTS = 500 if FULL else 200  # of one body in one example
 SLOWEST = 2.0  # seconds for the dearest megabyte: ten times what it takes

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import random
 import re
 import secrets
@@ -15,6 +14,7 @@ from dataclasses import replace
 from http.cookies import SimpleCookie
 
 import pytest
+from harness import FULL
 from hypothesis import given
 from hypothesis import strategies as st
 from itsdangerous import Signer
@@ -32,7 +32,6 @@ from proxy.session import (
     set_cookie,
 )
 
-FULL = bool(os.environ.get("CHAT_PROXY_FULL"))
 MUTANTS = 100_000 if FULL else 10_000
 
 HOUR, DAY = 3600, 86_400

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import random
-import shutil
-import signal
 import socket
 import subprocess
-import sys
-import tempfile
 import threading
 import time
 from bisect import bisect_right
@@ -23,30 +18,29 @@ from typing import Any
 
 import pytest
 import redis
+from commands import run, settings_for
 from faults import fault
 from harness import (
     DONE,
+    FULL,
     GOOD,
     LOOPS,
     PATIENCE,
-    STARTING,
     Peer,
     Running,
     ScriptedUpstream,
     chat,
     delta,
-    environment,
     eventually,
     finish,
-    free_port,
     raw_chat,
     read_until,
     running,
     send,
     streaming,
 )
+from redis_server import Redis
 from stage import always
-from test_cli import run, settings_for
 
 from proxy.bulletin import MOST_SENT, PAGE, Bulletin, Notice
 from proxy.errors import Busy, TokensExhausted, TooMany
@@ -60,45 +54,9 @@ from proxy.logs import Logs
 from proxy.revoked import Revoked
 from proxy.settings import from_variables
 
-FULL = bool(os.environ.get("CHAT_PROXY_FULL"))
 both_loops = pytest.mark.parametrize("loop", LOOPS)
 DEADLINE = shared.DEADLINE  # the product's own
 numbers = itertools.count(1)
-
-
-class Redis:
-    """A server of our own, that faults can be done to."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.port = free_port()
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self.start()
-
-    def start(self) -> None:
-        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-        command = ["redis-server", *options, "--dir", str(self.folder), "--unixsocket", str(self.folder / "redis.sock")]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        eventually(self.answers, STARTING)
-
-    def answers(self) -> bool:
-        with suppress(redis.RedisError), self.client() as client:
-            return bool(client.ping())
-        return False
-
-    def client(self) -> redis.Redis:
-        return redis.Redis(port=self.port, socket_timeout=PATIENCE)
-
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
-        self.process.kill()
-        self.process.wait()
-
-    def freeze(self) -> None:
-        self.process.send_signal(signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
 
 
 class Link(ScriptedUpstream):
@@ -134,22 +92,6 @@ class Link(ScriptedUpstream):
             while data := await answers.read(65536):
                 peer.writer.write(data)
             peer.writer.close()
-
-
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    made = Path(tempfile.mkdtemp(prefix="chat-proxy-"))
-    yield made
-    shutil.rmtree(made)
-
-
-@pytest.fixture
-def store(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Redis]:
-    """A store that counts as gone when it is, and not when this machine is busy."""
-    monkeypatch.setattr(shared, "DEADLINE", PATIENCE)
-    server = Redis(folder)
-    yield server
-    server.stop()
 
 
 def new_address() -> dict[str, str]:
@@ -351,16 +293,8 @@ def test_revoking_by_hand_is_known_to_all(store: Redis, tmp_path: Path) -> None:
 
 
 def revoke(*arguments: str, store: Redis, control: Path) -> subprocess.CompletedProcess[str]:
-    given = {
-        "UPSTREAM_BASE_URL": "https://api.example.com/v1",
-        "UPSTREAM_API_KEY": "sk-test-0123456789abcdef",
-        "POLICY_MODELS": "m",
-        "LIMITS_STORE": store.url,
-        "SESSION_CONTROL_FILE": str(control),
-    }
-    variables = {**environment(), **{f"CHAT_PROXY_{name}": value for name, value in given.items()}}
-    command = [sys.executable, "-m", "proxy", "sessions", "revoke", *arguments]
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=STARTING, check=False)
+    given = {**settings_for("https://api.example.com/v1"), "LIMITS_STORE": store.url}
+    return run(control.parent, "sessions", "revoke", *arguments, SESSION_CONTROL_FILE=str(control), **given)
 
 
 # ---- the store is gone ----------------------------------------------------------------------------------------------

@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import chat as chat_with
+from commands import run, serving, settings_for
 from harness import (
     DONE,
     GOOD,
     Peer,
     Reply,
     Running,
-    Script,
     ScriptedUpstream,
     chat,
     delta,
@@ -47,8 +48,7 @@ from harness import (
 )
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
-from test_cli import chat as chat_with
-from test_cli import run, serving, settings_for
+from stage import always
 
 from proxy import __version__, traces
 
@@ -140,15 +140,6 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
     with Collector() as collector:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
         yield collector
-
-
-def always(answer: Callable[[Peer], Any]) -> Script:
-    async def script(peer: Peer) -> None:
-        while True:
-            await peer.request()
-            await answer(peer)
-
-    return script
 
 
 def ask(proxy: Running, **headers: str) -> Reply:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import random
 import ssl
 from collections import Counter
@@ -16,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from harness import LOOPS
+from harness import FULL, LOOPS
 from transport_servers import (
     CHUNKED,
     EMPTY,
@@ -37,7 +36,6 @@ from transport_servers import (
 
 from proxy.transport import ResponseStream, Transport
 
-FULL = os.environ.get("CHAT_PROXY_FULL") == "1"
 STREAMS = 20_000 if FULL else 2_000
 TLS_STREAMS = 4_000 if FULL else 400
 AT_ONCE = 60

@@ -28,6 +28,7 @@ from harness import (
     DONE,
     GOOD,
     LOOPS,
+    Clock,
     Peer,
     Reply,
     Running,
@@ -798,17 +799,9 @@ def test_key_rotation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- the key's guard ------------------------------------------------------------------------------------------------
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def test_the_key_file_is_looked_at_once_a_second(tmp_path: Path) -> None:
     """Not for every request; a reload (SIGHUP) looks at once."""
-    file, clock = tmp_path / "key", Clock()
+    file, clock = tmp_path / "key", Clock(0.0)
     keys = [random_key() for _ in range(3)]
     key = ApiKey(Secret(keys[0], file), clock)
     file.write_text(keys[1])
@@ -825,7 +818,7 @@ def test_the_key_file_is_looked_at_once_a_second(tmp_path: Path) -> None:
 
 def test_a_key_that_is_no_file_stays(tmp_path: Path) -> None:
     """A key from the environment has nothing to be read again."""
-    clock = Clock()
+    clock = Clock(0.0)
     key = ApiKey(Secret("sk-one"), clock)
     clock.now = 10.0
     assert key.value() == "sk-one"

@@ -168,12 +168,6 @@ def wait_told(reply: Reply) -> int:
     return int(reply.headers["retry-after"])
 
 
-def logged(proxy: Running, reply: Reply) -> dict[str, Any]:
-    """The log's line of a request, by the id that its answer carries."""
-    id_ = reply.headers["x-request-id"]
-    return eventually(lambda: [line for line in proxy.lines() if line["request_id"] == id_])[0]
-
-
 def sealed(proxy: Running, session: Session) -> str:
     access = proxy.service.app.access
     return f"{access.cookie}={access.sessions.seal(session)}"
@@ -678,7 +672,7 @@ def test_the_upstream_cannot_tell_who_asks(wide: Running, upstream: ScriptedUpst
 def test_the_log_keeps_no_cookie_and_no_whole_address(wide: Running) -> None:
     """A request's line names the session by a keyed hash and the address by its network."""
     page, other = Browser(wide), Browser(wide)
-    first, second, third = (logged(wide, reply) for reply in (page.session(), page.chat(), other.chat()))
+    first, second, third = (wide.line_of(reply) for reply in (page.session(), page.chat(), other.chat()))
     assert first["session"] == second["session"] != third["session"]
     assert first["address"] == page.address.rpartition(".")[0] + ".0/24"
     written = wide.output.getvalue().decode()
@@ -857,7 +851,7 @@ def test_the_first_fault_is_told(wide: Running, upstream: ScriptedUpstream, pair
 def test_host_comes_before_origin(wide: Running) -> None:
     """Of a foreign Host and a foreign Origin, which share a code, the log names the Host."""
     host, origin = (next(fault for fault in FAULTS if fault.name == f"foreign {name}") for name in ("host", "origin"))
-    assert logged(wide, asked_with(wide, (host, origin)))["reason"] == "foreign Host"
+    assert wide.line_of(asked_with(wide, (host, origin)))["reason"] == "foreign Host"
 
 
 def test_draining_is_for_new_work(wide: Running) -> None:

@@ -20,19 +20,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import HELLO, Process, begun, exchange, run, serving, settings_for, started
 from faults import fault
-from harness import GOOD, LOOPS, PATIENCE, STARTING, Peer, ScriptedUpstream, delta, eventually, free_port, streaming
-from test_cli import HELLO, InSteps, Process, begun, exchange, run, serving, settings_for, started
+from harness import (
+    FULL,
+    GOOD,
+    LOOPS,
+    PATIENCE,
+    STARTING,
+    Peer,
+    ScriptedUpstream,
+    delta,
+    eventually,
+    free_port,
+    streaming,
+)
+from redis_server import Redis
+from stage import Steps
 from test_metrics import series
-from test_store import Redis, folder, store
 
 from proxy.limits.shared import PREFIX
 from proxy.metrics import Family, Total, added_up, lasting
 from proxy.workers import PAUSE
 
-__all__ = ["folder", "store"]
-
-FULL = bool(os.environ.get("CHAT_PROXY_FULL"))
 HELD = 3  # seconds that a dead worker's leases stay, in place of 30
 START = """
 import sys
@@ -74,11 +84,6 @@ def workers(
     with serving(tmp_path, upstream, stdout=None, command=command, **given) as process:
         eventually(lambda: len(seen_serving(process)) == count, STARTING)
         yield process
-
-
-def children(process: Process) -> set[int]:
-    pid = process.process.pid
-    return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
 
 
 def is_running(pid: int) -> bool:
@@ -171,7 +176,7 @@ def test_a_killed_worker_takes_only_its_streams_along(loop: str, tmp_path: Path,
         assert len(by_worker) == 2, "the listener gave all to one"
         with store.client() as counted:
             assert leases(counted) == 2 * count  # the sessions' and the address's
-            victim = min(children(process))
+            victim = min(process.children())
             os.kill(victim, signal.SIGKILL)
             eventually(lambda: lines(process, "worker_died"))
             died = lines(process, "worker_died")[0]
@@ -260,7 +265,7 @@ def test_a_worker_that_cannot_be_started_ends_nobody(tmp_path: Path, store: Redi
         process.tell(signal.SIGHUP)
         eventually(lambda: lines(process, "worker_not_started"))
         assert seen_serving(process) <= first
-        os.kill(min(children(process)), signal.SIGKILL)
+        os.kill(min(process.children()), signal.SIGKILL)
         eventually(lambda: len(lines(process, "worker_not_started")) >= 3)
         away.rename(program)
         eventually(lambda: both(process), STARTING)
@@ -272,13 +277,14 @@ def test_a_worker_that_cannot_be_started_ends_nobody(tmp_path: Path, store: Redi
 
 def test_workers_without_their_supervisor_end(tmp_path: Path, store: Redis) -> None:
     """When the supervisor is killed its workers drain and end: nothing keeps the port, no stream is cut."""
-    steps = InSteps()
+    steps = Steps(delta("a"), delta("b"), ends=False)
+    steps.allowed.release()
     with ScriptedUpstream(steps) as upstream, workers(tmp_path, upstream.base_url, store) as process:
-        pids = children(process)
+        pids = process.children()
         with closing(process.connect()) as connection, closing(begun(connection)) as answer:
             assert answer.read1() == delta("a")
             os.kill(process.process.pid, signal.SIGKILL)
-            steps.go_on.set()
+            steps.allowed.release()
             assert answer.read1() == delta("b")
         eventually(lambda: not any(map(is_running, pids)))
 
@@ -357,7 +363,7 @@ def test_replacing_all_cuts_nobody(tmp_path: Path, store: Redis) -> None:
         body = {"messages": [{"role": "user", "content": "wait"}], "stream": True}
         waiting.request("POST", "/api/chat", json.dumps(body), {"content-type": "application/json"})
         live = waiting.getresponse()
-        before, first = children(process), seen_serving(process)
+        before, first = process.children(), seen_serving(process)
         scraper = Scraper(process, metrics_port)
         askers = [Asker(process) for _ in range(8)]
         for rounds in range(1, 3):
@@ -442,7 +448,7 @@ def test_what_workers_share_cannot_be_taken_from_them(tmp_path: Path, store: Red
             eventually(lambda: lines(process, "settings_refused") or lines(process, "workers_replaced"), STARTING)
             assert [line["settings"] for line in lines(process, "settings_refused")] == [["server.workers"]]
             assert seen_serving(process) <= first
-            os.kill(min(children(process)), signal.SIGKILL)
+            os.kill(min(process.children()), signal.SIGKILL)
             eventually(lambda: len(lines(process, "worker_died")) >= 2, STARTING)
             assert lines(process, "worker_died")[1]["status"] == 2
             assert seen_serving(process) < first
@@ -460,14 +466,15 @@ def models(process: Process) -> set[str]:
 def test_ctrl_c_begins_one_drain(tmp_path: Path, store: Redis) -> None:
     """Ctrl-C reaches everybody in the terminal, and yet is one signal: live streams go on. The second ends them with
     the `draining` event. Exit 0, and no process is left."""
-    steps = InSteps()
+    steps = Steps(delta("a"), delta("b"), ends=False)
+    steps.allowed.release()
     with ScriptedUpstream(steps) as upstream, workers(tmp_path, upstream.base_url, store) as process:
-        pids = children(process)
+        pids = process.children()
         with closing(process.connect()) as connection, closing(begun(connection)) as answer:
             assert answer.read1() == delta("a")
             os.killpg(process.process.pid, signal.SIGINT)
             eventually(lambda: len(lines(process, "draining")) == 2)
-            steps.go_on.set()
+            steps.allowed.release()
             assert answer.read1() == delta("b")
             os.killpg(process.process.pid, signal.SIGINT)
             last = answer.read()
@@ -485,7 +492,7 @@ def test_a_worker_that_hangs_is_ended_by_the_second_signal(tmp_path: Path, store
         workers(tmp_path, upstream.base_url, store, before=code) as process,
     ):
         eventually(lambda: both(process), STARTING)
-        hanging, other = children(process)
+        hanging, other = process.children()
         os.kill(hanging, signal.SIGSTOP)
         process.tell(signal.SIGTERM)
         eventually(lambda: not is_running(other))
@@ -496,14 +503,15 @@ def test_a_worker_that_hangs_is_ended_by_the_second_signal(tmp_path: Path, store
 
 def test_a_signal_to_everybody_is_one(tmp_path: Path, store: Redis) -> None:
     """Whoever stops all processes of a service at once, as systemd may, does not cut what the drain lets go on."""
-    steps = InSteps()
+    steps = Steps(delta("a"), delta("b"), ends=False)
+    steps.allowed.release()
     with ScriptedUpstream(steps) as upstream, workers(tmp_path, upstream.base_url, store) as process:
         with closing(process.connect()) as connection, closing(begun(connection)) as answer:
             assert answer.read1() == delta("a")
-            for pid in [*children(process), process.process.pid]:
+            for pid in [*process.children(), process.process.pid]:
                 os.kill(pid, signal.SIGTERM)
             eventually(lambda: len(lines(process, "draining")) == 2)
-            steps.go_on.set()
+            steps.allowed.release()
             assert answer.read1() == delta("b")
             process.tell(signal.SIGTERM)
             assert b'"draining"' in answer.read()
@@ -518,10 +526,10 @@ def test_a_drain_while_workers_are_replaced(tmp_path: Path, store: Redis) -> Non
         closing(process.connect()) as idle,
     ):
         exchange(idle, "/healthz")
-        pids = children(process)
+        pids = process.children()
         process.tell(signal.SIGHUP)
         eventually(lambda: lines(process, "retiring"))
-        pids |= children(process)
+        pids |= process.children()
         ends(process)
         assert not any(map(is_running, pids))
     assert not lines(process, "worker_died")

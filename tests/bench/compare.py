@@ -24,10 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from harness import environment, free_port
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 PATIENCE = 15.0  # seconds for a target to begin or to end
-ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("CHAT_PROXY_")}
 PLENTY = "1000000000000/day"
 MANY = "20000"
 PROXY_SETTINGS = {
@@ -79,13 +81,6 @@ class Target:
     headers: list[str]
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
 def cpus() -> tuple[int, int] | None:
     """One CPU for the target and one for the load, where there are two."""
     usable = sorted(os.sched_getaffinity(0))
@@ -93,10 +88,10 @@ def cpus() -> tuple[int, int] | None:
 
 
 @contextlib.contextmanager
-def running(name: str, command: list[str], port: int, upstream_port: int, **variables: str) -> Iterator[Target]:
-    process = subprocess.Popen(
-        command, cwd=ROOT, env={**ENVIRONMENT, **variables}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+def running(
+    name: str, command: list[str], port: int, upstream_port: int, variables: Mapping[str, str]
+) -> Iterator[Target]:
+    process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         if pair := cpus():
             os.sched_setaffinity(process.pid, {pair[0]})
@@ -126,14 +121,15 @@ def chat_proxy(**settings: str) -> contextlib.AbstractContextManager[Target]:
         **PROXY_SETTINGS,
         **settings,
     }
-    prefixed = {f"CHAT_PROXY_{name}": value for name, value in variables.items()}
-    return running("chat-proxy", [sys.executable, "-m", "proxy", "serve"], port, upstream_port, **prefixed)
+    command = [sys.executable, "-m", "proxy", "serve"]
+    return running("chat-proxy", command, port, upstream_port, environment(**variables))
 
 
 def naive() -> contextlib.AbstractContextManager[Target]:
     port, upstream_port = free_port(), free_port()
     command = [sys.executable, str(HERE / "naive.py"), str(port)]
-    return running("naive", command, port, upstream_port, NAIVE_UPSTREAM=f"http://127.0.0.1:{upstream_port}/v1")
+    variables = environment() | {"NAIVE_UPSTREAM": f"http://127.0.0.1:{upstream_port}/v1"}
+    return running("naive", command, port, upstream_port, variables)
 
 
 def browser_headers(port: int) -> list[str]:

@@ -12,10 +12,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -24,7 +22,8 @@ from typing import Any
 import redis
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from bench.compare import PATIENCE, STREAMS, Target, cell, chat_proxy, cpus, faults_of, free_port, measure
+from bench.compare import STREAMS, Target, cell, chat_proxy, cpus, faults_of, measure
+from redis_server import Redis
 
 QUESTIONS = 3  # of one request: may it, may it hold tokens and a stream, and what it has used
 
@@ -32,30 +31,15 @@ QUESTIONS = 3  # of one request: may it, may it hold tokens and a stream, and wh
 @contextlib.contextmanager
 def a_store() -> Iterator[redis.Redis]:
     """A Redis of our own, that keeps nothing."""
-    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
-        options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", folder]
-        process = subprocess.Popen(["redis-server", *options], stdout=subprocess.DEVNULL)
+        server = Redis(Path(folder))
         try:
             if pair := cpus():
-                os.sched_setaffinity(process.pid, {pair[1]})
-            with redis.Redis(port=port) as client:
-                wait_for(client)
+                os.sched_setaffinity(server.process.pid, {pair[1]})
+            with server.client() as client:
                 yield client
         finally:
-            process.terminate()
-            process.wait(PATIENCE)
-
-
-def wait_for(client: redis.Redis) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        with contextlib.suppress(redis.ConnectionError):
-            client.ping()
-            return
-        if time.monotonic() > deadline:
-            sys.exit("redis-server does not run")
-        time.sleep(0.05)
+            server.stop()
 
 
 def calls(client: redis.Redis) -> int:

@@ -28,10 +28,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.compare import ROOT, free_port
-from harness import ScriptedUpstream, random_key
+from bench.compare import ROOT
+from commands import COMMAND
+from harness import ScriptedUpstream, environment, free_port, random_key
 
-from proxy.settings import PREFIX
 from soak.crowd import FAULTS, GOOD, PATIENCE, Load, Model, read_answer
 
 SAMPLE_EVERY = 5.0  # seconds; in short runs a twentieth of them
@@ -126,13 +126,12 @@ def serving(upstream: str) -> Iterator[Server]:
         "UPSTREAM_BASE_URL": upstream,
         "UPSTREAM_API_KEY": key,
     }
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-    environment = ours | {f"{PREFIX}{name}": value for name, value in variables.items()}
-    command = [sys.executable, "-W", "error", "-m", "proxy", "serve"]
     with tempfile.TemporaryDirectory() as folder:
         log, errors = Path(folder, "log"), Path(folder, "errors")
         with log.open("wb") as stdout, errors.open("wb") as stderr:
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stdout, stderr=stderr)
+            process = subprocess.Popen(
+                [*COMMAND, "serve"], cwd=ROOT, env=environment(**variables), stdout=stdout, stderr=stderr
+            )
         try:
             yield Server(process, port, metrics_port, log, errors, key, time.monotonic())
         finally:
