@@ -14,8 +14,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"chat-proxy {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("demo", help="everything on this machine, with no key and no settings")
-    command.add_argument("--port", type=port, default=8000)
+    command.add_argument("--port", type=port, default=8000, help="default: 8000")
     command.set_defaults(run=run_demo)
     command = commands.add_parser("serve", help="the proxy")
     command.add_argument("--config", metavar="FILE", help="default: chat-proxy.toml, if there is one")
@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=run_serve)
     command = commands.add_parser("check", help="validates the settings and tries the upstream")
     command.add_argument("--config", metavar="FILE", help="default: chat-proxy.toml, if there is one")
-    command.add_argument("--url", type=settings.origin, help="plays a browser through this public address, too")
+    command.add_argument("--url", type=public_url, help="plays a browser through this public address, too")
     command.add_argument("--ca-file", metavar="FILE", help="with --url: a further trust root")
     command.add_argument(
         "--slow", action="store_true", help="with --url: tries the longest silence, which takes as long"
@@ -99,8 +99,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="one JSON object, for machines")
     command.set_defaults(run=run_check)
     command = commands.add_parser("upstream", help="the demo model alone, an OpenAI-compatible server")
-    command.add_argument("--port", type=port, default=9000)
-    command.add_argument("--delay-ms", type=milliseconds, default=20.0)
+    command.add_argument("--port", type=port, default=9000, help="default: 9000")
+    command.add_argument("--delay-ms", type=milliseconds, default=20.0, help="for one token; default: 20")
     command.set_defaults(run=run_upstream)
     command = commands.add_parser("new-secret", help="prints a fresh session secret")
     command.set_defaults(run=run_new_secret)
@@ -123,9 +123,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def port(written: str) -> int:
-    if not 0 <= (number := int(written)) <= 65535:
-        raise ValueError
-    return number
+    with wanting("a port, from 0 to 65535"):
+        if not 0 <= (number := int(written)) <= 65535:
+            raise ValueError
+        return number
 
 
 def descriptors(written: str) -> list[socket.socket]:
@@ -135,18 +136,34 @@ def descriptors(written: str) -> list[socket.socket]:
 
 
 def milliseconds(written: str) -> float:
-    if not 0 <= (number := float(written)) < 3_600_000:
-        raise ValueError
-    return number
+    with wanting("milliseconds, up to an hour"):
+        if not 0 <= (number := float(written)) < 3_600_000:
+            raise ValueError
+        return number
+
+
+def public_url(written: str) -> str:
+    with wanting("an origin like https://chat.example.org: no path, no user"):
+        return settings.origin(written)
 
 
 def moment(written: str) -> int:
     """Unix seconds; a time without a zone is this machine's."""
     now = time.time()
-    seconds = int(written) if written.isdecimal() else int(datetime.fromisoformat(written).timestamp())
-    if not 0 <= seconds <= now:
-        raise ValueError  # a time to come would end sessions that do not exist yet
-    return seconds
+    with wanting("a time that is past, like 2026-01-31T12:00, or Unix seconds"):
+        seconds = int(written) if written.isdecimal() else int(datetime.fromisoformat(written).timestamp())
+        if not 0 <= seconds <= now:
+            raise ValueError  # a time to come would end sessions that do not exist yet
+        return seconds
+
+
+@contextmanager
+def wanting(what: str) -> Iterator[None]:
+    """Tells of a value what would be right; argparse by itself would name our function."""
+    try:
+        yield
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"wants {what}") from None
 
 
 # ---- serving ---------------------------------------------------------------------------------------------------------

@@ -86,6 +86,26 @@ def test_usage_error(label: str, tmp_path: Path) -> None:
     assert done.stderr.startswith("usage: chat-proxy")
 
 
+VALUES = {
+    "word for a port": (["demo", "--port", "http"], "--port: wants a port, from 0 to 65535"),
+    "port out of range": (["upstream", "--port", "65536"], "--port: wants a port, from 0 to 65535"),
+    "no number for a delay": (["upstream", "--delay-ms", "soon"], "--delay-ms: wants milliseconds, up to an hour"),
+    "address without a scheme": (["check", "--url", "chat.example.org"], "--url: wants an origin like https://"),
+    "word for a time": (["sessions", "revoke", "--before", "noon"], "--before: wants a time that is past, like 2026-"),
+    "time to come": (["sessions", "revoke", "--before", "9999-12-31"], "--before: wants a time that is past"),
+    "time before times": (["sessions", "revoke", "--before", "0001-01-01"], "--before: wants a time that is past"),
+}
+
+
+@pytest.mark.parametrize("label", VALUES)
+def test_value_that_an_option_cannot_have(label: str, tmp_path: Path) -> None:
+    """It is told what would be right, in the user's words and not in those of our code."""
+    arguments, wanted = VALUES[label]
+    done = run(tmp_path, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert wanted in done.stderr
+
+
 def test_version(tmp_path: Path) -> None:
     """--version prints the version and exits 0."""
     done = run(tmp_path, "--version")
