@@ -63,17 +63,43 @@ tokens_per_address = "1000000/day"
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = parser().parse_args(argv)
+    replace_closed_streams()
     try:
-        return int(options.run(options))
+        options = parser().parse_args(argv)
+        code = int(options.run(options))
+        sys.stdout.flush()
+        return code
     except settings.SettingsError as error:
         print(f"chat-proxy: {len(error.faults)} fault(s) in the settings:", file=sys.stderr)
         for fault in error.faults:
             print(f"  {fault}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head -1`: who reads has enough
+        return 2
     except OSError as error:
         print(f"chat-proxy: {error.strerror or error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # as a shell expects it: by the signal, so that its loops end, too
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
+        raise
+    finally:
+        drop_unwritten()
+
+
+def replace_closed_streams() -> None:
+    """What we were started without becomes /dev/null, or the first socket would be descriptor 1 and get the log."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, closefd=False))
+
+
+def drop_unwritten() -> None:
+    """What standard output did not take, or the interpreter would try once more at exit, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parser() -> argparse.ArgumentParser:

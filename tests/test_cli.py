@@ -124,6 +124,61 @@ def test_installed_command(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, f"chat-proxy {__version__}\n")
 
 
+# ---- whoever asked has gone ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("command", "code"), [("new-secret", 2), ("--help", 0)])
+def test_reader_who_has_left(command: str, code: int, tmp_path: Path) -> None:
+    """Who needed no more of the output (`| head -1`) is not told about it."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as output:
+        done = subprocess.run(
+            [*COMMAND, command], stdout=output, stderr=subprocess.PIPE, env=environment({}), timeout=STARTING
+        )
+    assert (done.returncode, done.stderr) == (code, b"")
+
+
+def test_output_that_does_not_fit(tmp_path: Path) -> None:
+    """A secret that could not be written is told, and is no success."""
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*COMMAND, "new-secret"], stdout=full, stderr=subprocess.PIPE, env=environment({}), timeout=STARTING
+        )
+    assert (done.returncode, done.stderr) == (2, b"chat-proxy: No space left on device\n")
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_serving_without_standard_streams(closed: str, tmp_path: Path) -> None:
+    """What a server was started without, it does without: it serves, and no visitor's socket takes the log."""
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", *COMMAND]
+    with (
+        ScriptedUpstream(streaming(*GOOD)) as upstream,
+        serving(tmp_path, upstream.base_url, command=command) as process,
+    ):
+        for _ in range(3):
+            assert chat(process) == b"".join(GOOD)
+        process.tell(signal.SIGTERM)
+        assert process.exit_code() == 0
+
+
+def test_interrupted_check(tmp_path: Path) -> None:
+    """Ctrl-C ends a command that waits at once, without a word of Python's."""
+    waiting = threading.Event()
+
+    async def silent(peer: Peer) -> None:
+        await peer.request()
+        waiting.set()
+        await peer.gone()
+
+    with ScriptedUpstream(silent) as upstream:
+        given = settings_for(upstream.base_url)
+        with started(tmp_path, "check", given=given) as process:
+            assert waiting.wait(STARTING)
+            process.tell(signal.SIGINT)
+            assert process.exit_code() == -signal.SIGINT
+
+
 # ---- making -------------------------------------------------------------------------------------------------------
 
 
