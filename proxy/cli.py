@@ -77,14 +77,19 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `| head -1`: who reads has enough
         return 2
     except OSError as error:
-        print(f"chat-proxy: {error.strerror or error}", file=sys.stderr)
-        return 2
+        return complain(error.strerror or str(error))
     except KeyboardInterrupt:  # as a shell expects it: by the signal, so that its loops end, too
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
         raise
     finally:
         drop_unwritten()
+
+
+def complain(what: str) -> int:
+    """The exit code."""
+    print(f"chat-proxy: {what}", file=sys.stderr)
+    return 2
 
 
 def replace_closed_streams() -> None:
@@ -422,20 +427,35 @@ def new_secret() -> str:
 
 
 def run_hash_password(options: argparse.Namespace) -> int:
-    from proxy.login.password import hashed  # argon2 is needed here and in its mode only
+    try:
+        from proxy.login.password import hashed  # argon2 is needed here and in its mode only
+    except ModuleNotFoundError:
+        return complain("hash-password needs packages that are not installed: pip install 'chat-proxy[login]'")
+    user = options.user or ""
+    try:
+        password = password_given()
+        (user + password).encode()
+    except UnicodeError:
+        password = ""
+    except ValueError as error:
+        return complain(str(error))
+    if not password or not re.fullmatch(r"[^:\s]{0,128}", user):
+        return complain("wants a password that is not empty, and a user without colons and blanks, both in UTF-8")
+    print(f"{user}:{hashed(password)}" if user else hashed(password))
+    return 0
 
-    if sys.stdin.isatty():
+
+def password_given() -> str:
+    """What is typed, twice, or the first line of standard input. Raises ValueError, UnicodeError."""
+    if not sys.stdin.isatty():
+        return sys.stdin.readline().rstrip("\n")
+    try:
         password = getpass.getpass("Password: ")
         if password != getpass.getpass("Once more: "):
-            print("chat-proxy: that was another one", file=sys.stderr)
-            return 2
-    else:
-        password = sys.stdin.readline().rstrip("\n")
-    if not password or (options.user is not None and not re.fullmatch(r"[^:\s]{1,128}", options.user)):
-        print("chat-proxy: wants a password that is not empty, and a user without colons and blanks", file=sys.stderr)
-        return 2
-    print(f"{options.user}:{hashed(password)}" if options.user else hashed(password))
-    return 0
+            raise ValueError("the two are not the same")
+    except EOFError:  # Ctrl-D
+        return ""
+    return password
 
 
 def run_revoke(options: argparse.Namespace) -> int:
@@ -448,8 +468,7 @@ def run_revoke(options: argparse.Namespace) -> int:
         print("It was not there before. Does the server use another one? (session.control_file)", file=sys.stderr)
     if chosen.limits.is_shared:
         if not uvloop.run(revoke_in_store(chosen, change)):
-            print("chat-proxy: limits.store does not answer; servers that share it do not know yet", file=sys.stderr)
-            return 2
+            return complain("limits.store does not answer; servers that share it do not know yet")
         print("So do servers that share limits.store.")
     return 0
 
@@ -478,7 +497,8 @@ def run_init(options: argparse.Namespace) -> int:
         with path.open("x", encoding="utf-8") as file:
             file.write(TEMPLATE)
     except FileExistsError:
-        print(f"chat-proxy: {path} is there already; it was left as it is", file=sys.stderr)
-        return 2
+        return complain(f"{path} is there already; it was left as it is")
+    except OSError as error:
+        return complain(f"{path} cannot be written: {error.strerror}")
     print(f"Wrote {path}. Next: put the key into CHAT_PROXY_UPSTREAM_API_KEY, then `chat-proxy check`.")
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -34,7 +35,7 @@ from harness import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy import revoked
+from proxy import cli, revoked
 from proxy.control import ControlFile
 from proxy.edge import Caller
 from proxy.errors import Busy, Forbidden, InvalidCredentials, LoginRequired, Refusal, TooMany
@@ -551,6 +552,57 @@ def test_hash_password() -> None:
     assert hash_password(given="x\n").stdout.startswith("$argon2id$")
     assert hash_password("a:b", given="x\n").returncode == 2
     assert hash_password(given="\n").returncode == 2
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_hash_password_that_is_no_text(locale: str) -> None:
+    """Bytes that are not UTF-8, in the password or the name, cannot be what somebody types later: said, and exit 2."""
+    command = [sys.executable, "-m", "proxy", "hash-password"]
+    for user, password in ((b"alice", b"p\xff\n"), (b"al\xffce", b"p\n")):
+        done = subprocess.run(
+            [*command, user], input=password, capture_output=True, env={"LC_ALL": locale}, timeout=STARTING
+        )
+        assert (done.returncode, done.stdout) == (2, b"")
+        assert done.stderr.startswith(b"chat-proxy: wants a password that is not empty")
+        assert done.stderr.count(b"\n") == 1
+
+
+def test_hash_password_without_its_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Who has not installed it is told what to install."""
+    monkeypatch.delitem(sys.modules, "proxy.login.password")
+    monkeypatch.setitem(sys.modules, "argon2", None)
+    assert cli.main(["hash-password", "alice"]) == 2
+    assert "chat-proxy[login]" in capsys.readouterr().err
+
+
+def test_hash_password_at_a_terminal() -> None:
+    """It is asked for twice, unseen. Who types two different ones, or none (Ctrl-D), is told so."""
+
+    def typed(*keys: bytes) -> tuple[int, str]:
+        ours, theirs = os.openpty()
+        command = [sys.executable, "-m", "proxy", "hash-password", "alice"]
+        with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as process:
+            seen = b""
+            for prompt, key in zip((b"Password: ", b"Once more: "), keys, strict=False):
+                while not seen.endswith(prompt):
+                    seen += os.read(ours, 4096)
+                os.write(ours, key)
+            code = process.wait(STARTING)
+            os.set_blocking(ours, False)
+            with suppress(BlockingIOError):
+                seen += os.read(ours, 4096)
+        os.close(theirs)
+        os.close(ours)
+        return code, seen.decode()
+
+    code, said = typed(b"pass word\n", b"pass word\n")
+    assert code == 0
+    assert "pass word" not in said
+    assert PasswordHasher().verify(said.splitlines()[-1].removeprefix("alice:"), "pass word")
+    code, said = typed(b"one\n", b"other\n")
+    assert (code, said.splitlines()[-1]) == (2, "chat-proxy: the two are not the same")
+    code, said = typed(b"\x04")
+    assert (code, "Traceback" in said, "that is not empty" in said) == (2, False, True)
 
 
 def test_an_unknown_user_costs_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
