@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import errno
 import getpass
 import json
 import os
@@ -257,7 +258,7 @@ def run_demo(options: argparse.Namespace) -> int:
             "LOG_FORMAT": "text",
         }
         chosen = settings.from_variables({f"{settings.PREFIX}{name}": value for name, value in variables.items()})
-        with listener_for(chosen.server) as listener:
+        with listener_for(chosen.server, option="--port") as listener:
             uvloop.run(serve_demo(as_bound(chosen, listener), listener, upstream))
     return 0
 
@@ -273,7 +274,7 @@ async def serve_demo(chosen: settings.Settings, listener: socket.socket, upstrea
 
 def run_upstream(options: argparse.Namespace) -> int:
     key = os.environ.get(f"{settings.PREFIX}UPSTREAM_API_KEY", "").strip() or None
-    with listener_for(settings.Server(port=options.port)) as listener:
+    with listener_for(settings.Server(port=options.port), option="--port") as listener:
         uvloop.run(serve_model(listener, key, options.delay_ms / 1000))
     return 0
 
@@ -288,14 +289,19 @@ async def serve_model(listener: socket.socket, key: str | None, delay_seconds: f
     await model.serve(sockets=[listener])
 
 
-def listener_for(server: settings.Server, section: str = "server", *, may_be_handed: bool = False) -> socket.socket:
-    """The listening socket. Raises SettingsError in words that say which one could not be had."""
+def listener_for(
+    server: settings.Server, section: str = "server", *, may_be_handed: bool = False, option: str = ""
+) -> socket.socket:
+    """The listening socket. Raises SettingsError in words that say which one could not be had, and who asked for it:
+    a setting, or an option of the command line."""
     try:
         passed = handed(os.environ, os.getpid(), section, WRITE_DEADLINE) if may_be_handed else None
         return passed or listen(server)
     except OSError as error:
-        name, place = ("socket", "there") if server.socket else ("port", f"on port {server.port}")
-        fault = settings.Fault(f"{section}.{name}", "", f"cannot listen {place}: {error.strerror or error}")
+        is_no_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        name = "socket" if server.socket else "host" if is_no_host else "port"
+        place = "there" if server.socket else f"on port {server.port}"
+        fault = settings.Fault(option or f"{section}.{name}", "", f"cannot listen {place}: {error.strerror or error}")
         raise settings.SettingsError([fault]) from None
 
 

@@ -229,6 +229,13 @@ def test_init_overwrites_nothing(tmp_path: Path) -> None:
     assert file.read_text(encoding="utf-8") == "mine"
 
 
+def test_init_where_nothing_can_be_written() -> None:
+    """init says what could not be written, not only that something could not."""
+    done = run(Path("/proc"), "init")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "chat-proxy: chat-proxy.toml cannot be written: No such file or directory\n"
+
+
 # ---- check --------------------------------------------------------------------------------------------------------
 
 
@@ -492,6 +499,7 @@ def test_busy_port(command: str, tmp_path: Path) -> None:
             done = run(tmp_path, command, "--port", port)
     assert (done.returncode, done.stdout) == (2, "")
     assert f"cannot listen on port {port}: Address already in use" in done.stderr
+    assert ("server.port:" if command == "serve" else "--port:") in done.stderr
 
 
 def test_socket_that_somebody_listens_on(tmp_path: Path) -> None:
@@ -524,11 +532,12 @@ def test_socket_that_cannot_be(label: str, tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
 
-def test_host_that_is_not_ours(tmp_path: Path) -> None:
-    """An address that is not this machine's is told in plain words; exit 2."""
-    done = run(tmp_path, "serve", **settings_for("https://api.example.com"), SERVER_HOST="192.0.2.1")
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
+def test_host_that_is_not_ours(host: str, tmp_path: Path) -> None:
+    """An address that is not this machine's, or none, is told in plain words, with the setting; exit 2."""
+    done = run(tmp_path, "serve", **settings_for("https://api.example.com"), SERVER_HOST=host)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "cannot listen on port 8000" in done.stderr
+    assert "server.host: cannot listen on port 8000" in done.stderr
 
 
 def test_sighup_reads_the_key_again(tmp_path: Path) -> None:
