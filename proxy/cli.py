@@ -212,10 +212,20 @@ def run_serve(options: argparse.Namespace) -> int:
         if chosen.metrics.port:
             configured = settings.Server(host=chosen.metrics.host, port=chosen.metrics.port)
             metrics = listeners.enter_context(listener_for(configured, "metrics", may_be_handed=True))
+        bound, logs = as_bound(chosen, listener), Logs(chosen.log)
+        logs.line("listening", version=__version__, at=place_of(listener), public_url=bound.server.public_url)
         if chosen.server.workers > 1:
-            return uvloop.run(supervise(chosen, options.config, listener, metrics))
-        uvloop.run(Service(as_bound(chosen, listener), listener, Logs(chosen.log), metrics).run())
+            return uvloop.run(supervise(chosen, options.config, listener, metrics, logs))
+        uvloop.run(Service(bound, listener, logs, metrics).run())
     return 0
+
+
+def place_of(listener: socket.socket) -> str:
+    name = listener.getsockname()
+    if listener.family == socket.AF_UNIX:
+        return os.fsdecode(name)  # bytes, where it is no path
+    host, port = name[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def run_worker(options: argparse.Namespace) -> int:
@@ -227,7 +237,7 @@ def run_worker(options: argparse.Namespace) -> int:
 
 
 async def supervise(
-    chosen: settings.Settings, config: str | None, listener: socket.socket, metrics: socket.socket | None
+    chosen: settings.Settings, config: str | None, listener: socket.socket, metrics: socket.socket | None, logs: Logs
 ) -> int:
     """The exit code."""
     environ = dict(os.environ)
@@ -239,7 +249,7 @@ async def supervise(
         environ,
         chosen.server.workers,
         listener,
-        Logs(chosen.log),
+        logs,
         validate=lambda: settings.load(config, environ),
         metrics_listener=metrics,
     )

@@ -359,7 +359,8 @@ def test_missing_config(command: str, tmp_path: Path) -> None:
 
 
 def test_serve_reads_its_config(tmp_path: Path) -> None:
-    """serve takes its settings from --config, secrets from the environment, and logs JSON lines to stdout."""
+    """serve takes its settings from --config, secrets from the environment, and logs JSON lines to stdout: first where
+    it listens, so that nobody waits before a screen that stays empty."""
     with ScriptedUpstream(streaming(*GOOD)) as upstream:
         port = free_port()
         written = f'[server]\nport = {port}\n[upstream]\nbase_url = "{upstream.base_url}"\n[policy]\nmodels = ["m"]\n'
@@ -371,7 +372,10 @@ def test_serve_reads_its_config(tmp_path: Path) -> None:
             assert chat(process) == b"".join(GOOD)
             process.tell(signal.SIGTERM)
             assert process.exit_code() == 0
-    assert [line["event"] for line in process.logged()] == ["request", "draining"]
+    assert [line["event"] for line in process.logged()] == ["listening", "request", "draining"]
+    first = process.logged()[0]
+    assert (first["version"], first["at"]) == (__version__, f"127.0.0.1:{port}")
+    assert first["public_url"] == f"http://127.0.0.1:{port}"
     assert process.stderr.read_bytes() == b""
 
 
@@ -486,6 +490,7 @@ def test_serve_on_a_unix_socket(tmp_path: Path) -> None:
             assert stat.S_IMODE(path.stat().st_mode) == 0o660
             process.tell(signal.SIGTERM)
             assert process.exit_code() == 0
+        assert process.logged()[0]["at"] == str(path)
 
 
 @pytest.mark.parametrize("command", ["serve", "demo", "upstream"])
