@@ -28,7 +28,7 @@ from proxy.control import ControlFile
 from proxy.errors import Refusal
 from proxy.findings import Finding
 from proxy.handed import handed
-from proxy.limits.shared import open_store
+from proxy.limits.shared import DEADLINE, open_store
 from proxy.logs import Descriptor, Logs
 from proxy.server import WRITE_DEADLINE, Service, allow_all_descriptors, as_bound, listen, ssl_context, uvicorn_for
 from proxy.session import Decree
@@ -427,7 +427,8 @@ async def check_store(chosen: settings.Settings) -> Finding:
     await store.aclose()
     if answers:
         return Finding("ok", "store", "limits.store: it answers")
-    return Finding("fault", "store", "limits.store: it does not answer")
+    what = f"limits.store: no answer within {DEADLINE:g} s; check its address, its password, and that it is near"
+    return Finding("fault", "store", what)
 
 
 # ---- making ----------------------------------------------------------------------------------------------------------
