@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from bench import compare, store
+from bench import compare, sizing, store
 
 
 @pytest.mark.quiet
@@ -28,6 +28,22 @@ def test_benchmark_compares_and_finds_no_fault(tmp_path: Path) -> None:
     assert "faults of chat-proxy: 0" in done.stdout
     results = json.loads((tmp_path / "all.json").read_text())
     assert [result["faults"] for target in results.values() for result in target.values()] == [{}] * 12
+
+
+@pytest.mark.quiet
+def test_benchmark_of_the_sizes_finds_no_fault() -> None:
+    """A line for each step, with its cores and memory; on a machine so busy that the load lags behind, it says so."""
+    command = [sys.executable, sizing.__file__, "--seconds", "0.3", "--streams", "10"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    print(done.stdout, done.stderr)
+    assert done.stderr == ""
+    header, *lines = done.stdout.partition("faults: ")[0].splitlines()
+    assert header.split() == ["streams", "cores", "us", "per", "event", "MiB"]
+    assert [line.split()[0] for line in lines] == ["1", "2", "5", "10"]
+    assert all(float(line.split()[-1]) > 10 for line in lines)
+    faults = done.stdout.partition("faults: ")[2].splitlines()[1:]
+    assert all("could not keep its pace" in fault for fault in faults)
+    assert done.returncode == bool(faults)
 
 
 @pytest.mark.parametrize(

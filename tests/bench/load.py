@@ -18,7 +18,7 @@ import zlib
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, cycle
 from math import inf
 from pathlib import Path
 from statistics import median
@@ -29,7 +29,7 @@ import uvloop
 NEVER = 2.0  # seconds after which a call that was not closed counts as never closed
 PATIENCE = 15.0  # seconds for anything that does not depend on the plan
 WARM_UP = 0.3  # seconds that are not measured
-PACE = 0.05  # seconds between two events of a stream that is left while it talks
+PACE = 0.05  # seconds between two events of a stream that is left while it talks, or read at a reader's pace
 EVENT = (
     'data: {"id":"chatcmpl-bench","object":"chat.completion.chunk","created":1760000000,"model":"bench",'
     '"choices":[{"index":0,"delta":{"content":" tok%d"},"logprobs":null,"finish_reason":null}]}\n\n'
@@ -295,6 +295,40 @@ async def saturated(bench: Bench) -> dict[str, float]:
     return {"cpu_us_per_event": cpu * 1e6 / max(1, measured), "events_per_second": measured / seconds}
 
 
+async def paced(bench: Bench) -> dict[str, float]:
+    """Streams of 20 events a second, no two at the same moment: what a crowd of readers costs."""
+    bench.arrived = lambda stream: stream.say(begin=True, event=True)
+    streams = await bench.ask(bench.plan.streams)
+    await bench.until(lambda: all(stream.received_bytes for stream in streams), "not begun")
+    speaking = asyncio.ensure_future(speak_in_turn(streams))
+    await asyncio.sleep(WARM_UP)
+    cpu, before, began = bench.cpu_seconds(), sum(stream.spoken for stream in streams), time.perf_counter()
+    await asyncio.sleep(bench.plan.seconds)
+    cpu, seconds = bench.cpu_seconds() - cpu, time.perf_counter() - began
+    measured = sum(stream.spoken for stream in streams) - before
+    speaking.cancel()
+    mib = bench.resident_kib() / 1024
+    for stream in streams:
+        stream.say(end=True)
+    await bench.until(lambda: all(stream.has_ended for stream in streams), "incomplete")
+    return {
+        "cpu_us_per_event": cpu * 1e6 / max(1, measured),
+        "events_per_second": measured / seconds,
+        "cores": cpu / seconds,
+        "mib": mib,
+    }
+
+
+async def speak_in_turn(streams: list[Stream]) -> None:
+    """Spins, for a timer's milliseconds would bundle what different models say at different moments."""
+    turns, due = cycle(streams), time.perf_counter()
+    while True:
+        await asyncio.sleep(0)
+        if time.perf_counter() >= due:
+            next(turns).say(event=True)
+            due += PACE / len(streams)
+
+
 async def requests(bench: Bench) -> dict[str, float]:
     """Answers of one event, one after the other on each connection."""
     talking = True
@@ -385,6 +419,7 @@ async def abort_while_streaming(bench: Bench) -> dict[str, float]:
 SCENARIOS: dict[str, Callable[[Bench], Awaitable[dict[str, float]]]] = {
     "idle": idle,
     "saturated": saturated,
+    "paced": paced,
     "requests": requests,
     "abort_before_headers": abort_before_headers,
     "abort_in_silence": abort_in_silence,
