@@ -145,7 +145,7 @@ def parser() -> argparse.ArgumentParser:
     command = command.add_subparsers(required=True, metavar="COMMAND").add_parser("revoke", help="logs users out")
     command.add_argument("--config", metavar="FILE", help="default: chat-proxy.toml, if there is one")
     which = command.add_mutually_exclusive_group(required=True)
-    which.add_argument("--user", help="all sessions of one user")
+    which.add_argument("--user", type=name_of_user, help="all sessions of one user")
     which.add_argument("--all", action="store_true", help="every session")
     which.add_argument("--before", type=moment, metavar="TIME", help="begun before: 2026-01-31T12:00, or Unix seconds")
     command.set_defaults(run=run_revoke)
@@ -187,6 +187,14 @@ def moment(written: str) -> int:
         if not 0 <= seconds <= now:
             raise ValueError  # a time to come would end sessions that do not exist yet
         return seconds
+
+
+def name_of_user(written: str) -> str:
+    with wanting("a name, in UTF-8"):
+        written.encode()
+        if not written.strip():
+            raise ValueError  # an empty variable of a shell would end nobody's sessions
+        return written
 
 
 @contextmanager
@@ -483,6 +491,8 @@ def run_revoke(options: argparse.Namespace) -> int:
     print(f"Revoked, in {control.path}. Servers that use this file know it within a second.")
     if is_new and not chosen.limits.is_shared:
         print("It was not there before. Does the server use another one? (session.control_file)", file=sys.stderr)
+    if options.user and chosen.session.mode == "anonymous":
+        print("Nobody has a name in this session.mode, anonymous. Does the server have another one?", file=sys.stderr)
     if chosen.limits.is_shared:
         if not uvloop.run(revoke_in_store(chosen, change)):
             return complain("limits.store does not answer; servers that share it do not know yet")

@@ -67,5 +67,7 @@ class ControlFile:
             fresh.chmod(0o644)
 
     def fault(self, error: Exception) -> SettingsError:
-        what = (error.strerror or "cannot be used") if isinstance(error, OSError) else "holds something else"
+        what = "is not what `sessions revoke` writes; mend it, or remove it: a restart then forgets what it said"
+        if isinstance(error, OSError):
+            what = error.strerror or "cannot be used"
         return SettingsError([Fault("session.control_file", str(self.path), what)])

@@ -93,6 +93,8 @@ VALUES = {
     "address without a scheme": (["check", "--url", "chat.example.org"], "--url: wants an origin like https://"),
     "word for a time": (["sessions", "revoke", "--before", "noon"], "--before: wants a time that is past, like 2026-"),
     "time to come": (["sessions", "revoke", "--before", "9999-12-31"], "--before: wants a time that is past"),
+    "nobody": (["sessions", "revoke", "--user", ""], "--user: wants a name, in UTF-8"),
+    "a name that is no text": (["sessions", "revoke", "--user", "a\udcff"], "--user: wants a name, in UTF-8"),
     "time before times": (["sessions", "revoke", "--before", "0001-01-01"], "--before: wants a time that is past"),
 }
 
