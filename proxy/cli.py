@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import getpass
 import json
+import logging
 import os
 import re
 import secrets
@@ -21,6 +22,7 @@ from datetime import datetime
 from pathlib import Path
 
 import uvloop
+from starlette.types import ASGIApp
 
 from proxy import __version__, checkup, demo, settings
 from proxy.bulletin import Bulletin
@@ -30,7 +32,16 @@ from proxy.findings import Finding
 from proxy.handed import handed
 from proxy.limits.shared import DEADLINE, open_store
 from proxy.logs import Descriptor, Logs
-from proxy.server import WRITE_DEADLINE, Service, allow_all_descriptors, as_bound, listen, ssl_context, uvicorn_for
+from proxy.server import (
+    WRITE_DEADLINE,
+    Service,
+    Uvicorn,
+    allow_all_descriptors,
+    as_bound,
+    listen,
+    ssl_context,
+    uvicorn_for,
+)
 from proxy.session import Decree
 from proxy.transport import Transport
 from proxy.upstream import Upstream
@@ -282,12 +293,17 @@ def run_demo(options: argparse.Namespace) -> int:
 
 
 async def serve_demo(chosen: settings.Settings, listener: socket.socket, upstream: socket.socket) -> None:
-    model = uvicorn_for(demo.build(api_key=chosen.upstream.api_key.value), 75, lifespan="off")
+    model = server_of(demo.build(api_key=chosen.upstream.api_key.value))
     serving = asyncio.create_task(model.serve(sockets=[upstream]))
     print(f"Open {chosen.server.public_url} - the chat page, answered by a demo model. Ctrl-C ends it.", flush=True)
     await Service(chosen, listener, Logs(chosen.log, Descriptor(sys.stderr.fileno()))).run()
     model.end()
     await serving
+
+
+def server_of(model: ASGIApp) -> Uvicorn:
+    logging.getLogger("uvicorn.error").addFilter(demo.is_no_staged_cut)
+    return uvicorn_for(model, 75, lifespan="off")
 
 
 def run_upstream(options: argparse.Namespace) -> int:
@@ -298,7 +314,7 @@ def run_upstream(options: argparse.Namespace) -> int:
 
 
 async def serve_model(listener: socket.socket, key: str | None, delay_seconds: float) -> None:
-    model = uvicorn_for(demo.build(api_key=key, delay_seconds=delay_seconds), 75, lifespan="off")
+    model = server_of(demo.build(api_key=key, delay_seconds=delay_seconds))
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, model.end)
     port = listener.getsockname()[1]

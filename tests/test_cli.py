@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -666,6 +666,23 @@ def test_upstream(tmp_path: Path) -> None:
             assert body.endswith(DONE)
         process.tell(signal.SIGTERM)
         assert process.exit_code() == 0
+
+
+@pytest.mark.parametrize("command", ["demo", "upstream"])
+def test_a_cut_that_was_asked_for(command: str, tmp_path: Path) -> None:
+    """An answer that is cut because its question said so is no fault of the demo model, and not told as one."""
+    path = "/api/chat" if command == "demo" else "/v1/chat/completions"
+    with started(tmp_path, command, "--port", "0", given={}) as process:
+        url_printed(process)
+        if command == "demo":
+            eventually(process.answers, STARTING)
+        with closing(process.connect()) as connection:
+            asked = {"messages": [{"role": "user", "content": "/cut"}], "model": demo.MODELS[0], "stream": True}
+            with suppress(http.client.IncompleteRead):
+                assert not exchange(connection, path, **asked)[1].endswith(DONE)
+        process.tell(signal.SIGTERM)
+        assert process.exit_code() == 0
+    assert "ASGI" not in process.stderr.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("key", ["sk-mine", " "], ids=["a key", "a blank one"])
