@@ -183,6 +183,18 @@ def test_the_health_check_of_a_socket(tmp_path: Path) -> None:
     assert subprocess.run(check, env=told, capture_output=True, timeout=PATIENCE).returncode != 0
 
 
+def test_sessions_can_be_ended_in_a_container() -> None:
+    """`sessions revoke` has a folder to write its file to, in a file system that is read-only but for that one; and the
+    command that the guide gives is the image's own."""
+    state = dict(word.split("=", 1) for word in shlex.split(instruction("ENV")))["STATE_DIRECTORY"]
+    for name in ("chat-1", "chat-2"):
+        assert state in {mount.partition(":")[0] for mount in compose()["services"][name]["tmpfs"]}
+    volumes = {mount["mountPath"]: mount["name"] for mount in pod()["spec"]["containers"][0]["volumeMounts"]}
+    assert volumes[state] in {volume["name"] for volume in pod()["spec"]["volumes"] if "emptyDir" in volume}
+    guide = (DEPLOY / "README.md").read_text(encoding="utf-8")
+    assert f"docker compose exec chat-1 {' '.join(json.loads(instruction('ENTRYPOINT')))} sessions revoke " in guide
+
+
 # ---- compose --------------------------------------------------------------------------------------------------------
 
 
