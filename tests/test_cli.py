@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from commands import (
+    COMMAND,
     HELLO,
     begun,
     chat,
@@ -136,7 +137,7 @@ def test_reader_who_has_left(command: str, code: int, tmp_path: Path) -> None:
     os.close(reading)
     with os.fdopen(writing, "wb") as output:
         done = subprocess.run(
-            [*COMMAND, command], stdout=output, stderr=subprocess.PIPE, env=environment({}), timeout=STARTING
+            [*COMMAND, command], stdout=output, stderr=subprocess.PIPE, env=environment(), timeout=STARTING
         )
     assert (done.returncode, done.stderr) == (code, b"")
 
@@ -145,7 +146,7 @@ def test_output_that_does_not_fit(tmp_path: Path) -> None:
     """A secret that could not be written is told, and is no success."""
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
-            [*COMMAND, "new-secret"], stdout=full, stderr=subprocess.PIPE, env=environment({}), timeout=STARTING
+            [*COMMAND, "new-secret"], stdout=full, stderr=subprocess.PIPE, env=environment(), timeout=STARTING
         )
     assert (done.returncode, done.stderr) == (2, b"chat-proxy: No space left on device\n")
 

@@ -470,10 +470,11 @@ def test_what_was_revoked_stays_so_after_a_restart(tmp_path: Path) -> None:
         assert asked(proxy, **hosts) == (200, None)
 
 
-def test_the_control_file_that_nobody_named(tmp_path: Path) -> None:
+def test_the_control_file_that_nobody_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is in the first state directory that systemd, or an image, names."""
     name = "chat-proxy.revoked.json"
-    done = revoke("--all", control=Path(), CHAT_PROXY_SESSION_CONTROL_FILE="", STATE_DIRECTORY=f"{tmp_path}:/nowhere")
+    monkeypatch.setenv("STATE_DIRECTORY", f"{tmp_path}:/nowhere")
+    done = revoke("--all", control=Path(), SESSION_CONTROL_FILE="")
     assert (done.returncode, str(tmp_path / name) in done.stdout) == (0, True)
     assert (tmp_path / name).exists()
 
