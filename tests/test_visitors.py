@@ -769,8 +769,8 @@ def spent(proxy: Running, event: Event, address: str) -> Iterator[None]:
     """No more room for the event at the address; the sessions that used it up are other ones."""
     limits = proxy.service.app.limits.requests
     subject = Subject("other", address)
-    full = [limit.limit for limit in limits.registered(event) if limit.scope != "per_session"]
-    with setting(full[0], "amount", 1):
+    counted = next(counted for counted in limits.count(event, subject) if counted.limit.scope != "per_session")
+    with setting(counted.limit.limit, "amount", counted.used + 1):
         limits.charge(event, subject)
         yield
 
@@ -1047,7 +1047,7 @@ def test_a_bug_is_an_answer_in_our_shape(upstream: ScriptedUpstream, monkeypatch
 
     with running(upstream.base_url) as proxy:
         app = proxy.service.app
-        for place, name in ((app.edge, "caller"), (app.edge, "check_origin"), (app.limits.tokens, "reserve")):
+        for place, name in ((app.edge, "caller"), (app.edge, "check_origin"), (app.limits.tokens, "hold")):
             with monkeypatch.context() as patched:
                 patched.setattr(place, name, bug)
                 reply = Program(proxy).chat()

@@ -182,10 +182,10 @@ class Allowance:
 
     def hold_here(self, subject: Subject, amount: int, claims: list[Claim], holder: str) -> Hold:
         """By the counters of this process. Who gets no place begins no window of tokens."""
-        self.tokens.check(subject, amount)
+        windows = self.tokens.check(subject, amount)
         lease = self.leases.acquire(subject)
         try:
-            return Hold(self, lease, claims, holder, self.tokens.reserve(subject, amount))
+            return Hold(self, lease, claims, holder, self.tokens.hold(windows, amount))
         except BaseException as error:
             lease.__exit__(type(error), error, None)
             raise

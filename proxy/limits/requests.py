@@ -124,10 +124,10 @@ class RequestLimits(Limiter):
         windows = self.count(event, subject)
         full = [counted for counted in windows if counted.used >= counted.limit.limit.amount]
         if full:
-            refusal = too_many(event, [self.standing(counted, taken=0) for counted in full])
-            raise refusal from RateLimitExceeded(full[0].limit)
+            standings = [self.standing(counted, taken=0) for counted in full]
+            raise too_many(event, standings) from RateLimitExceeded(full[0].limit)
         for limit, key, _, _ in windows:
-            self.storage.acquire_entry(key, limit.limit.amount, limit.limit.get_expiry())
+            self.storage.enter(key, limit.limit.get_expiry())
         return [self.standing(counted, taken=1) for counted in windows]
 
     def claims(self, event: Event, subject: Subject) -> list[Claim]:
@@ -143,8 +143,9 @@ class RequestLimits(Limiter):
     def count(self, event: Event, subject: Subject) -> list[Counted]:
         counted = []
         for limit in self.registered(event):
-            key = limit.limit.key_for(*key_of(limit, subject))
-            counted.append(Counted(limit, key, *self.storage.get_moving_window(key, 0, limit.limit.get_expiry())))
+            whose, scope = key_of(limit, subject)
+            key = f"{scope} {limit.error_message} {whose}"
+            counted.append(Counted(limit, key, *self.storage.window(key, limit.limit.get_expiry())))
         return counted
 
     @property
@@ -199,18 +200,26 @@ class MovingWindows(Storage, MovingWindowSupport):
             del times[: bisect_right(times, horizon)]
         return times
 
-    def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
-        if len(self.alive(key, expiry)) + amount > limit:
-            return False
+    def enter(self, key: str, expiry: int, amount: int = 1) -> None:
+        """Makes so many entries now, whatever the limit."""
         if key not in self.entries:
             self.make_room()
             self.entries[key] = (expiry, array("d"))
         self.entries[key][1].extend([self.clock()] * amount)
+
+    def window(self, key: str, expiry: int) -> tuple[float, int]:
+        """When the oldest entry that counts was made, and how many there are."""
+        times = self.alive(key, expiry)
+        return (times[0], len(times)) if times else (self.clock(), 0)
+
+    def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
+        if len(self.alive(key, expiry)) + amount > limit:
+            return False
+        self.enter(key, expiry, amount)
         return True
 
     def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
-        times = self.alive(key, expiry)
-        return (times[0], len(times)) if times else (self.clock(), 0)
+        return self.window(key, expiry)
 
     def make_room(self) -> None:
         if len(self.entries) < self.sweep_at:

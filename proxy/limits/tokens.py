@@ -72,12 +72,15 @@ class Tokens:
 
     def reserve(self, subject: Subject, amount: int) -> Reservation:
         """Holds `amount` tokens in every window, or in none. Raises TokensExhausted with a true Retry-After."""
-        held = self.check(subject, amount)
+        return self.hold(self.check(subject, amount), amount)
+
+    def hold(self, windows: dict[tuple[int, str], Window], amount: int) -> Reservation:
+        """Holds them in windows that `check` has just found to have room."""
         self.make_room()
-        for key, window in held.items():
+        for key, window in windows.items():
             window.used += amount
             self.windows[key] = window
-        return Reservation(list(held.values()), amount)
+        return Reservation(list(windows.values()), amount)
 
     def check(self, subject: Subject, amount: int) -> dict[tuple[int, str], Window]:
         """The windows that have room for it; nothing is held. Raises TokensExhausted."""
