@@ -239,8 +239,8 @@ class ChatProxy:
         page = page_folder(self.settings.server.static_dir)
         return Router(
             [
-                *(Route(path, Resource(self, path, **methods)) for path, methods in api.items()),
                 *(Route(path, Examined(self, path, show, POST=self.chat)) for path in CHAT),
+                *(Route(path, Resource(self, path, **methods)) for path, methods in api.items()),
                 Route(LOOK, Examined(self, LOOK, show)),
                 Route("/healthz", Probe(lambda: True)),
                 Route("/readyz", Probe(lambda: not self.draining)),
@@ -321,7 +321,7 @@ class ChatProxy:
                 raise
             exchange.on(Event.COMPLETE if relay.has_ended_well else Event.LEAVE)
         except Interruption as interruption:
-            broke = interruption
+            broke = interruption.alone()
             if relay is None:
                 raise refusal_before_start(broke, attempts) from None
         except Exception as error:
@@ -499,7 +499,7 @@ class ChatProxy:
         """The request's one log line, its place in the metrics, the end of its span."""
         self.metrics.requests.labels(str(visit.status)).inc()
         if visit.ending is not None:
-            self.metrics.endings.labels(visit.ending).inc()
+            self.metrics.ending[visit.ending].inc()
         if visit.code is not None:
             by_upstream = visit.code.startswith("upstream")
             (self.metrics.upstream_errors if by_upstream else self.metrics.refusals).labels(visit.code).inc()

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import json
 from math import ceil
-from typing import ClassVar
+from typing import ClassVar, Self
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -43,7 +43,8 @@ class Refusal(Exception):
 
     `retry_after` is in seconds from now; it becomes an integer Retry-After of at least 1.
     `should_retry` false tells OpenAI's clients to leave retrying be (x-should-retry).
-    `billed`: the upstream may have done paid work. `leaked`: it tried to hand out our key, an alarm.
+    `billed`: the upstream may have done paid work. `leaked`: it tried to hand out our key, an alarm. `retriable`: the
+    upstream may be asked again.
     """
 
     status: ClassVar[int] = 500
@@ -63,6 +64,7 @@ class Refusal(Exception):
         headers: Headers | None = None,
         billed: bool = False,
         leaked: bool = False,
+        retriable: bool = False,
     ) -> None:
         self.message = message or self.message
         self.param = param
@@ -71,6 +73,7 @@ class Refusal(Exception):
         self.reason = reason
         self.billed = billed
         self.leaked = leaked
+        self.retriable = retriable
         self.extra_headers = headers or []
         super().__init__(self.message)
 
@@ -285,6 +288,11 @@ class Interruption(Exception):
     def __init__(self, reason: str | None = None) -> None:
         self.reason = reason
         super().__init__(self.message)
+
+    def alone(self) -> Self:
+        """Without the frames it came through: whoever of them keeps it, would be kept by it with all that it knows."""
+        self.__traceback__ = self.__context__ = None
+        return self
 
     def event(self) -> bytes:
         return b"data: " + error_body(self.message, self.type, self.code) + b"\n\n"

@@ -83,17 +83,22 @@ class Leash:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         task, self._task = self._task, None
+        watcher, self._watcher = self._watcher, None
+        cause, self._cause = self._cause, None
         assert task is not None
-        assert self._watcher is not None
-        self._watcher.cancel()
+        assert watcher is not None
+        watcher.cancel()
         self._live.discard(self)
-        if self._cause is None:
-            return
-        if not self._cancelled:  # pulled by the body itself, which then waited for nothing more
-            if kind is None:
-                raise self._cause
-        elif task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
-            raise self._cause from None
+        try:
+            if cause is None:
+                return
+            if not self._cancelled:  # pulled by the body itself, which then waited for nothing more
+                if kind is None:
+                    raise cause
+            elif task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+                raise cause from None
+        finally:
+            del cause  # it holds the frames it comes through; held by one of them, it would keep all they know
 
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

@@ -372,7 +372,7 @@ class ResponseStream(httpx.AsyncByteStream):
     async def __anext__(self) -> bytes:
         while not self._held:
             if self._error is not None:
-                raise self._error
+                raise self._failure(self._error)
             if self._ended:
                 raise StopAsyncIteration
             await self._wait("read")
@@ -427,6 +427,11 @@ class ResponseStream(httpx.AsyncByteStream):
         if not self._paused:
             self._flow()
 
+    def _failure(self, error: httpx.TransportError) -> httpx.TransportError:
+        """The error that it ended with, to be raised, and not kept: an error keeps the frames it comes through."""
+        self._error = httpx.ReadError("the stream has failed already")
+        return error
+
     async def _exchange(self, request: httpx.Request, outgoing: _Outgoing) -> httpx.Response:
         """Sends the request and returns when the headers of the response are in."""
         answer = self._answer
@@ -434,7 +439,7 @@ class ResponseStream(httpx.AsyncByteStream):
             await self._send(request, outgoing)
             while not answer.status:
                 if self._error is not None:
-                    raise self._error
+                    raise self._failure(self._error)
                 await self._wait("read")
         except BaseException:
             self.abort()

@@ -42,7 +42,7 @@ from proxy.errors import (
 from proxy.transport import ResponseStream
 
 REJECTED = frozenset({400, 404, 413, 422})
-RETRIED = frozenset({429, 502, 503, 529})
+RETRIED = frozenset({502, 503, 529})  # and 429
 FIRST_PAUSE = 0.5  # seconds before the first retry; doubled each time (the guide's 2 ** attempt, begun earlier)
 LONGEST_PAUSE = 8.0  # seconds; a browser waits meanwhile
 LONGEST_WAIT = 86400.0  # seconds: whoever asks for more than a day has not meant it
@@ -141,6 +141,8 @@ class Upstream:
         self.url = httpx.URL(configured.base_url + "/chat/completions")
         self.models_url = httpx.URL(configured.base_url + "/models")
         self.user_agent = user_agent.encode()
+        # None for reading: all of it here stands under an asyncio.timeout, and each read would set one more timer
+        self.timeouts = {"connect": configured.connect_timeout, "read": None, "write": WRITE_TIMEOUT, "pool": None}
         self.random = random
         self.wall = wall
 
@@ -180,7 +182,7 @@ class Upstream:
         """Asks for the list of models, which costs nothing. Raises a Refusal."""
         headers = self.headers(self.key.value(), "check", b"application/json")
         request = httpx.Request("GET", self.models_url, headers=headers)
-        request.extensions = self.timeouts(self.configured.first_byte_timeout)
+        request.extensions = {"timeout": self.timeouts}
         try:
             async with asyncio.timeout(self.configured.first_byte_timeout):
                 response = await self.transport.handle_async_request(request)
@@ -216,16 +218,19 @@ class Upstream:
             *([(b"traceparent", traceparent)] if traceparent else []),
         ]
         request = httpx.Request("POST", self.url, headers=headers, stream=httpx.ByteStream(body))
-        request.extensions = {**self.timeouts(patience), "sent": attempts.mark_sent}
+        request.extensions = {"timeout": self.timeouts, "sent": attempts.mark_sent}
         try:
             async with asyncio.timeout(patience) as deadline:
                 while True:
-                    refusal, response = await self.attempt(request, wanted)
-                    if response is not None:
-                        return response
-                    assert refusal is not None
+                    try:
+                        return await self.attempt(request, wanted)
+                    except Refusal as refusal:
+                        pause = self.pause_after(refusal, attempts)
+                        if pause is None or asyncio.get_running_loop().time() + pause >= (deadline.when() or 0):
+                            raise
                     attempts.sent = False
-                    await self.pause_before_retry(refusal, attempts, deadline.when() or 0)
+                    attempts.retries += 1
+                    await asyncio.sleep(pause)
         except TimeoutError:
             raise GatewayTimeout(should_retry=False, reason="no answer in time", billed=attempts.sent) from None
         except Refusal as refusal:
@@ -233,15 +238,15 @@ class Upstream:
                 refusal.should_retry = False
             raise
 
-    async def attempt(self, request: httpx.Request, wanted: bytes) -> tuple[Refusal | None, httpx.Response | None]:
-        """A good response, or a refusal that may be retried. Raises a Refusal that may not."""
+    async def attempt(self, request: httpx.Request, wanted: bytes) -> httpx.Response:
+        """A good response. Raises a Refusal, which says whether it may be retried."""
         try:
             response = await self.transport.handle_async_request(request)
         except httpx.ConnectError as error:
             if isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.EMFILE, errno.ENFILE):
                 raise Busy(reason=describe(error)) from error
             if not isinstance(error.__cause__, ssl.SSLError):
-                return UpstreamUnreachable(reason=describe(error)), None
+                raise UpstreamUnreachable(reason=describe(error), retriable=True) from error
             refuse_transport(error)
         except httpx.TransportError as error:
             refuse_transport(error)
@@ -251,31 +256,21 @@ class Upstream:
             except Exception:  # a bug, too, must not leave the model talking
                 await response.aclose()
                 raise
-            return None, response
+            return response
         try:
             await self.refuse_status(response)
-        except Refusal as refusal:
-            if response.status_code not in RETRIED:
-                raise
-            return refusal, None
         finally:
             await response.aclose()
 
-    async def pause_before_retry(self, refusal: Refusal, attempts: Attempts, deadline: float) -> None:
-        """Waits, or raises the refusal when there is no retry left or no time for one."""
-        pause = refusal.retry_after
-        if pause is None:
-            pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempts.retries) * (0.5 + self.random() / 2)
-        if attempts.retries >= self.configured.retries or asyncio.get_running_loop().time() + pause >= deadline:
-            raise refusal
-        attempts.retries += 1
-        await asyncio.sleep(pause)
+    def pause_after(self, refusal: Refusal, attempts: Attempts) -> float | None:
+        """Seconds to wait before the next attempt; None when there is to be none."""
+        if not refusal.retriable or attempts.retries >= self.configured.retries:
+            return None
+        if refusal.retry_after is not None:
+            return refusal.retry_after
+        return min(LONGEST_PAUSE, FIRST_PAUSE * 2.0**attempts.retries) * (0.5 + self.random() / 2)
 
     # ---- requests -------------------------------------------------------------------------------------------------
-
-    def timeouts(self, read: float) -> dict[str, object]:
-        connect = self.configured.connect_timeout
-        return {"timeout": {"connect": connect, "read": read, "write": WRITE_TIMEOUT, "pool": None}}
 
     def headers(self, key: str, request_id: str, wanted: bytes) -> list[tuple[bytes, bytes]]:
         scheme = f"{self.configured.auth_scheme} " if self.configured.auth_scheme else ""
@@ -311,10 +306,10 @@ class Upstream:
         if status in (401, 403):
             raise UpstreamAuth(reason=reason)
         if status == 429:
-            raise UpstreamRateLimited(retry_after=wait, reason=reason)
+            raise UpstreamRateLimited(retry_after=wait, reason=reason, retriable=True)
         if status < 400:
             raise UpstreamProtocol(reason=reason, billed=status < 300)
-        raise BadGateway(retry_after=wait, reason=reason, billed=status == 504)
+        raise BadGateway(retry_after=wait, reason=reason, billed=status == 504, retriable=status in RETRIED)
 
     def shown(self, value: object, shape: re.Pattern[str]) -> str | None:
         """What the upstream sent, where it has a harmless shape and holds nothing of our key."""

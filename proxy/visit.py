@@ -40,8 +40,9 @@ class Visit:
     """One request: what is known about it so far, and how it is answered."""
 
     __slots__ = (
-        *("_base_headers", "began", "caller", "code", "cookies", "ending", "found", "log", "method", "query"),
-        *("reason", "receive", "request_id", "scope", "send", "standings", "started", "status", "trace", "used"),
+        *("__weakref__", "_base_headers", "began", "caller", "code", "cookies", "ending", "found", "log", "method"),
+        *("query", "reason", "receive", "request_id", "scope", "send", "standings", "started", "status", "trace"),
+        "used",
     )
 
     def __init__(

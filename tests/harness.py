@@ -18,6 +18,7 @@ import string
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -27,10 +28,12 @@ from typing import Any, TypeVar, cast
 import uvloop
 
 from proxy import settings
+from proxy.app import ChatProxy
 from proxy.guard import GuardedProtocol
 from proxy.logs import Logs
 from proxy.server import Service, as_bound, listen
 from proxy.settings import PREFIX, from_variables
+from proxy.visit import Visit
 
 T = TypeVar("T")
 
@@ -321,6 +324,7 @@ class Running:
     key: str
     output: io.BytesIO
     sent: bytearray = field(default_factory=bytearray)
+    visits: weakref.WeakSet[Visit] = field(default_factory=weakref.WeakSet)
     baseline: int = 0
 
     @property
@@ -359,6 +363,7 @@ class Running:
             "busy": app.busy,
             "leases": app.limits.leases.live + len(app.limits.leases.held),
             "sockets": self.on_loop(lambda: transport.open_sockets - len(transport._idle)),
+            "visits": len(self.visits),  # what only the cycle collector would find may hold a megabyte each
         }
         return {name: count for name, count in counts.items() if count}
 
@@ -434,7 +439,13 @@ def running(upstream: str, *, key: str | None = None, loop: str = "uvloop", **ov
             def connection_made(self, transport: Any) -> None:
                 super().connection_made(cast(asyncio.Transport, Recorded(transport, proxy.sent)))
 
+        def visit(*arguments: Any) -> Visit:
+            begun = ChatProxy.visit(service.app, *arguments)
+            proxy.visits.add(begun)
+            return begun
+
         service.server.config.http = Recording
+        service.app.visit = visit  # type: ignore[assignment]
         serving = asyncio.create_task(service.serve())
         await service.server.began.wait()
         if chosen.limits.is_shared:
