@@ -81,7 +81,7 @@ export function streamChat({
     controller.abort(fault("client_timeout", "Nothing arrived for too long.", status === 200 ? "truncated" : "error"));
   const idle = alarm(late);
   const first = alarm(late);
-  /** @type {Map<number, string | null>} finish_reason by choice */
+  /** @type {Map<number, string | null | undefined>} finish_reason by choice */
   const choices = new Map();
   let isRead = false;
   let status = 0; // of the response; 200: the answer has begun
@@ -220,16 +220,16 @@ export function streamChat({
     const chunk = readChunk(event);
     for (const { index = 0, delta, finish_reason: reason } of listOf(chunk.choices).map(Object)) {
       const known = choices.get(index);
-      choices.set(index, reason ?? known ?? null);
-      if (index !== 0) continue;
-      for (const found of piecesOf(Object(delta))) {
+      choices.set(index, known); // its end counts from its last piece on
+      for (const found of index === 0 ? piecesOf(Object(delta)) : []) {
         tokens += 1;
         lastAt = performance.now();
         firstAt ||= lastAt;
         if (found.type === "text") answer.text += found.text;
         yield found;
       }
-      if (reason && !known) yield { type: "finish", reason: (answer.finishReason = reason) };
+      choices.set(index, known || reason);
+      if (index === 0 && reason && !known) yield { type: "finish", reason: (answer.finishReason = reason) };
     }
     const { usage } = chunk;
     if (usage && typeof usage === "object") yield { type: "usage", usage: (answer.usage = usage) };

@@ -313,6 +313,20 @@ test("a stop after the finish, but before [DONE], leaves the answer whole", asyn
   assert.deepEqual(seen, ["text", "finish"]);
 });
 
+test("a stop on the piece that comes with the finish is a stop: what is still in hand would be missing", async () => {
+  const controller = new AbortController();
+  const last = chunk({ reasoning: "r", content: "a" }).replace('"delta"', '"finish_reason":"stop","delta"');
+  const { fetch } = stub(sse(last, DONE));
+  const answer = streamChat({ messages, fetch, signal: controller.signal });
+  await assert.rejects(
+    async () => {
+      for await (const { type } of answer) if (type === "reasoning") controller.abort();
+    },
+    (error) => error.ending === "aborted",
+  );
+  assert.deepEqual([answer.text, answer.finishReason], ["", null]);
+});
+
 test("a stop in onRetry does not wait for the repetition", async () => {
   const controller = new AbortController();
   const began = performance.now();
