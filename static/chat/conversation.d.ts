@@ -39,7 +39,7 @@ export class Conversation {
   subscribe: (listener: () => void) => () => void;
   /** Whether there is a complete answer; never throws: see `error`. While an answer is under way it does nothing. */
   send: (content: Message["content"]) => Promise<boolean>;
-  /** Asks the last question again. */
+  /** Asks the last question again; its answer stays until the first word of the new one. */
   regenerate: () => Promise<boolean>;
   /** Ends the answer, and the model's work on it. */
   stop: () => void;

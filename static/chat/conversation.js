@@ -11,7 +11,8 @@
  * 1. One answer at a time. A snapshot is never changed: each flush makes a new one, and tells it once.
  * 2. An answer that broke is `interrupted`, one that was stopped is `stopped`; only a whole one is `complete`.
  * 3. What was refused before its first word is not sent along again: it would be refused for ever.
- * 4. After stop() nothing of that answer changes any more, and the model has been told.
+ * 4. A retry that is refused takes nothing away: the answer of before stays until the first word of the next.
+ * 5. After stop() nothing of that answer changes any more, and the model has been told.
  */
 
 import { streamChat } from "./client.js";
@@ -60,28 +61,30 @@ export class Conversation {
   /** @param {Message["content"]} content */
   send = async (content) => {
     if (this.#live) return false;
-    return this.#answer([...this.#now.messages, this.#message("user", content)]);
+    const messages = [...this.#now.messages, this.#message("user", content)];
+    return this.#answer(messages, messages);
   };
 
   regenerate = async () => {
     const { messages } = this.#now;
     const last = messages.findLastIndex(({ role }) => role === "user");
     if (this.#live || last < 0) return false;
-    return this.#answer(messages.slice(0, last + 1));
+    return this.#answer(messages.slice(0, last + 1), messages);
   };
 
   stop = () => this.#live?.abort();
 
   /**
    * @param {ShownMessage[]} messages the last one is the question
+   * @param {ShownMessage[]} before what stands there until the first word, and for good if none comes
    * @returns {Promise<boolean>} whether there is a complete answer now
    */
-  async #answer(messages) {
+  async #answer(messages, before) {
     const { initialMessages: _, ...options } = this.#options;
     const controller = (this.#live = new AbortController());
     const answer = streamChat({ ...options, messages: toSend(messages), signal: controller.signal });
     let message = this.#message("assistant", "", "streaming");
-    this.#tell({ messages, status: "submitted", error: null, metrics: null });
+    this.#tell({ messages: before, status: "submitted", error: null, metrics: null });
     try {
       for await (const deltas of batched(answer, FLUSH)) {
         message = deltas.reduce(withDelta, message);
@@ -93,7 +96,7 @@ export class Conversation {
       const error = /** @type {ChatError} */ (caught);
       const stopped = error.ending === "aborted";
       const state = stopped ? "stopped" : "interrupted";
-      const shown = isEmpty(message) ? messages : [...messages, /** @type {const} */ ({ ...message, state })];
+      const shown = isEmpty(message) ? before : [...messages, /** @type {const} */ ({ ...message, state })];
       this.#end(shown, stopped ? "ready" : "error", stopped ? null : error, answer.metrics);
       return false;
     }

@@ -109,6 +109,25 @@ test("regenerate asks the last question again, without its answer", async () => 
   assert.equal(chat.snapshot().error, null);
 });
 
+test("a refused retry takes nothing away: the answer of before stays until the first word of the next", async () => {
+  const { fetch, sent } = serving([text("one"), DONE], refused(429, "rate_limited"), [null], [text("two"), DONE]);
+  const chat = new Conversation({ fetch });
+  const seen = [];
+  await chat.send("a");
+  chat.subscribe(() => seen.push(chat.snapshot()));
+  assert.equal(await chat.regenerate(), false);
+  const stopped = chat.regenerate();
+  chat.stop();
+  assert.equal(await stopped, false);
+  const answered = ["user a complete", "assistant one complete"];
+  assert.deepEqual(seen.map(brief), [
+    [answered, "submitted", null], [answered, "error", "rate_limited"], [answered, "submitted", null], [answered, "ready", null],
+  ]);
+  assert.equal(await chat.regenerate(), true);
+  assert.deepEqual(told(chat.snapshot()), ["user a", "assistant two"]);
+  assert.deepEqual(sent.map(told), [["user a"], ["user a"], ["user a"], ["user a"]]);
+});
+
 test("what was refused before its first word is not sent along again", async () => {
   const { fetch, sent } = serving(refused(400, "input_too_long"), [event({ reasoning: "r" }), CUT], [text("c"), DONE]);
   const chat = new Conversation({ fetch });
