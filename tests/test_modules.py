@@ -36,6 +36,7 @@ USE = """
 import { ChatError, streamChat } from "./chat/client.js";
 import { batched, textOf } from "./chat/deltas.js";
 import { useChatStream } from "./chat/react.js";
+import type { ReactNode } from "react";
 
 export async function use(signal: AbortSignal): Promise<string> {
   let text = "";
@@ -53,11 +54,14 @@ export async function use(signal: AbortSignal): Promise<string> {
   } catch (error) {
     if (error instanceof ChatError && error.ending === "truncated") return error.partial;
   }
+  const words: ReactNode = useChatStream().messages.map((message) => message.text);
+  // @ts-expect-error  a list of parts is nothing to show
+  const parts: ReactNode = useChatStream().messages[0].content;
   // @ts-expect-error  no such status
   if (useChatStream({ model: "m" }).status === "done") text += "?";
   // @ts-expect-error  the messages are the conversation's
   useChatStream({ messages: [] });
-  return text + String(answer.metrics.ttft_ms);
+  return text + String(words ?? parts) + String(answer.metrics.ttft_ms);
 }
 """
 

@@ -7,7 +7,10 @@ export interface ShownMessage {
   /** Unique in its conversation. */
   id: string;
   role: Message["role"];
+  /** As it was sent, or is sent along: text, or a list of parts. */
   content: Message["content"];
+  /** The words of it, to be shown. */
+  text: string;
   reasoning: string;
   toolCalls: ToolCall[];
   /** Of an answer: `interrupted` when it broke off, `stopped` when you did it; both are only a part of it. */

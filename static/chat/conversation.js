@@ -127,7 +127,7 @@ export class Conversation {
    */
   #message(role, content, state = "complete") {
     this.#made += 1;
-    return { id: `m${this.#made}`, role, content, reasoning: "", toolCalls: [], state };
+    return { id: `m${this.#made}`, role, content, text: textIn(content), reasoning: "", toolCalls: [], state };
   }
 }
 
@@ -137,15 +137,24 @@ export class Conversation {
  * @returns {ShownMessage}
  */
 function withDelta(message, delta) {
-  if (delta.type === "text") return { ...message, content: message.content + delta.text };
+  if (delta.type === "text") {
+    const text = message.text + delta.text;
+    return { ...message, text, content: text };
+  }
   if (delta.type === "reasoning") return { ...message, reasoning: message.reasoning + delta.text };
   if (delta.type === "tool_calls") return { ...message, toolCalls: withCalls(message.toolCalls, delta.calls) };
   return message;
 }
 
+/** @param {Message["content"]} content */
+function textIn(content) {
+  if (!Array.isArray(content)) return content ?? "";
+  return content.map((/** @type {any} */ part) => part.text ?? "").join("");
+}
+
 /** @param {ShownMessage} message */
-function isEmpty({ content, reasoning, toolCalls }) {
-  return content === "" && reasoning === "" && toolCalls.length === 0;
+function isEmpty({ text, reasoning, toolCalls }) {
+  return text === "" && reasoning === "" && toolCalls.length === 0;
 }
 
 /**

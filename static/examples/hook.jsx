@@ -19,7 +19,7 @@ export function Chat() {
 
   return (
     <form onSubmit={submit}>
-      {messages.map(({ id, role, content, state }) => <p key={id} data-role={role} data-state={state}>{content}</p>)}
+      {messages.map(({ id, role, text, state }) => <p key={id} data-role={role} data-state={state}>{text}</p>)}
       {error && <p role="alert">{error.partial ? "Interrupted: " : ""}{error.message}</p>}
       {metrics && <p className="figures">{metrics.tokens} tokens in {Math.round(metrics.total_ms)} ms</p>}
       <input aria-label="Message" ref={box} />

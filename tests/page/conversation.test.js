@@ -128,6 +128,14 @@ test("a refused retry takes nothing away: the answer of before stays until the f
   assert.deepEqual(sent.map(told), [["user a"], ["user a"], ["user a"], ["user a"]]);
 });
 
+test("a message has its words as text, whatever its content is made of", async () => {
+  const parts = [{ type: "text", text: "what is " }, { type: "image_url", image_url: { url: "data:," } }, { type: "text", text: "this" }];
+  const chat = new Conversation({ ...serving([text("a"), text("b"), DONE]), initialMessages: [{ role: "tool", content: null }] });
+  await chat.send(parts);
+  assert.deepEqual(chat.snapshot().messages.map(({ text }) => text), ["", "what is this", "ab"]);
+  assert.equal(chat.snapshot().messages[1].content, parts);
+});
+
 test("what was refused before its first word is not sent along again", async () => {
   const { fetch, sent } = serving(refused(400, "input_too_long"), [event({ reasoning: "r" }), CUT], [text("c"), DONE]);
   const chat = new Conversation({ fetch });
