@@ -36,7 +36,12 @@ USE = """
 import { ChatError, streamChat } from "./chat/client.js";
 import { batched, textOf } from "./chat/deltas.js";
 import { useChatStream } from "./chat/react.js";
+import type { ChatCompletionMessageParam } from "openai/resources";
 import type { ReactNode } from "react";
+
+interface Mine { role: "user" | "assistant"; content: string }
+export const accepted = (mine: readonly Mine[], theirs: ChatCompletionMessageParam[], loose: { role: string }[]) =>
+  [mine, theirs, loose, useChatStream().messages].map((messages) => streamChat({ messages }));
 
 export async function use(signal: AbortSignal): Promise<string> {
   let text = "";

@@ -2,10 +2,16 @@
 
 import type { SSEEvent } from "./sse.js";
 
+/** Text, or a list of parts. */
+export type Content = string | readonly object[] | null;
+
+/** As OpenAI has it, so that objects of your own and of its clients will do. */
 export interface Message {
-  role: "system" | "user" | "assistant" | "tool" | "developer";
-  content: string | object[] | null;
-  [field: string]: unknown;
+  role: "system" | "user" | "assistant" | "tool" | "developer" | (string & {});
+  content?: Content;
+  name?: string;
+  tool_calls?: readonly object[];
+  tool_call_id?: string;
 }
 
 /** A part of a tool call, as it came: parts of one `index` belong together. See `withCalls` in deltas.js. */
@@ -75,7 +81,7 @@ export interface SentRequest {
 
 export interface ChatOptions {
   /** The conversation, oldest first. */
-  messages: Message[];
+  messages: readonly Message[];
   /** One of the server's models; without it the server takes its first. */
   model?: string;
   /** Abort it to stop the answer, and the model. */

@@ -1,14 +1,14 @@
 /** A conversation for a page to show, whatever the page is made with. */
 
-import type { ChatError, ChatOptions, Message, Metrics } from "./client.js";
+import type { ChatError, ChatOptions, Content, Message, Metrics } from "./client.js";
 import type { ToolCall } from "./deltas.js";
 
 export interface ShownMessage {
   /** Unique in its conversation. */
   id: string;
   role: Message["role"];
-  /** As it was sent, or is sent along: text, or a list of parts. */
-  content: Message["content"];
+  /** As it was sent, or is sent along. */
+  content: Content;
   /** The words of it, to be shown. */
   text: string;
   reasoning: string;
@@ -30,7 +30,7 @@ export interface Snapshot {
 
 /** As for streamChat, but for the messages, which are here. */
 export interface ConversationOptions extends Omit<ChatOptions, "messages" | "signal"> {
-  initialMessages?: Pick<Message, "role" | "content">[];
+  initialMessages?: readonly Pick<Message, "role" | "content">[];
 }
 
 export class Conversation {
@@ -41,7 +41,7 @@ export class Conversation {
   /** Returns what ends it. */
   subscribe: (listener: () => void) => () => void;
   /** Whether there is a complete answer; never throws: see `error`. While an answer is under way it does nothing. */
-  send: (content: Message["content"]) => Promise<boolean>;
+  send: (content: Content) => Promise<boolean>;
   /** Asks the last question again; its answer stays until the first word of the new one. */
   regenerate: () => Promise<boolean>;
   /** Ends the answer, and the model's work on it. */

@@ -19,6 +19,7 @@ import { streamChat } from "./client.js";
 import { batched, withCalls } from "./deltas.js";
 
 /** @typedef {import("./client.js").ChatError} ChatError */
+/** @typedef {import("./client.js").Content} Content */
 /** @typedef {import("./client.js").Delta} Delta */
 /** @typedef {import("./client.js").Message} Message */
 /** @typedef {import("./conversation.js").ConversationOptions} ConversationOptions */
@@ -41,7 +42,7 @@ export class Conversation {
   /** @param {ConversationOptions} [options] */
   constructor(options = {}) {
     this.#options = options;
-    const messages = (options.initialMessages ?? []).map(({ role, content }) => this.#message(role, content));
+    const messages = (options.initialMessages ?? []).map(({ role, content = null }) => this.#message(role, content));
     this.#now = { messages, status: "ready", error: null, metrics: null };
   }
 
@@ -58,7 +59,7 @@ export class Conversation {
     return () => void this.#listeners.delete(listener);
   };
 
-  /** @param {Message["content"]} content */
+  /** @param {Content} content */
   send = async (content) => {
     if (this.#live) return false;
     const messages = [...this.#now.messages, this.#message("user", content)];
@@ -121,7 +122,7 @@ export class Conversation {
 
   /**
    * @param {Message["role"]} role
-   * @param {Message["content"]} content
+   * @param {Content} content
    * @param {ShownMessage["state"]} [state]
    * @returns {ShownMessage}
    */
@@ -146,10 +147,10 @@ function withDelta(message, delta) {
   return message;
 }
 
-/** @param {Message["content"]} content */
+/** @param {Content} content */
 function textIn(content) {
-  if (!Array.isArray(content)) return content ?? "";
-  return content.map((/** @type {any} */ part) => part.text ?? "").join("");
+  if (typeof content === "string") return content;
+  return (content ?? []).map((part) => /** @type {{text?: string}} */ (part).text ?? "").join("");
 }
 
 /** @param {ShownMessage} message */
