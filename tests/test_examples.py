@@ -378,7 +378,7 @@ def test_a_refusal_that_passes_is_waited_out(name: str, context: BrowserContext,
 
 @pytest.mark.parametrize("example", EVERY, ids=str)
 def test_a_refusal_is_shown(example: Example, context: BrowserContext, fronts: dict[str, str], stage: Stage) -> None:
-    """A 429 is on the page in the server's words; the next question is answered."""
+    """A 429 is on the page in the server's words; the next question is answered, and does not take that one along."""
 
     async def act(peer: Peer) -> None:
         await peer.whole(b"{}", "429 Too Many Requests", "application/json", "retry-after: 90")
@@ -391,6 +391,34 @@ def test_a_refusal_is_shown(example: Example, context: BrowserContext, fronts: d
         page.ask(answered("fine"))
         expect(page.answer).to_have_text("fine")
         expect(page.problem).to_be_hidden()
+        assert [message["role"] for message in stage.upstream.seen[-1].json["messages"]] == ["user"]
+
+
+@pytest.mark.parametrize("example", EVERY, ids=str)
+def test_enter_at_the_wrong_time(
+    example: Example, context: BrowserContext, fronts: dict[str, str], stage: Stage
+) -> None:
+    """Without a question it asks nothing; while an answer comes it leaves what is being written, and the answer."""
+
+    async def act(peer: Peer) -> None:
+        await peer.head()
+        await peer.chunk(delta("one two"))
+        await peer.gone()
+
+    with shown(example, context, fronts, stage) as page:
+        box = page.visit.page.locator(example.box)
+        before = len(stage.upstream.seen)
+        box.press("Enter")
+        page.ask(act)
+        expect(page.answer).to_have_text("one two")
+        box.press_sequentially("next")
+        box.press("Enter")
+        written = box.evaluate("(it) => it.value ?? it.textContent")
+        assert written.strip() == "next"
+        assert not stage.upstream.seen[-1].closed
+        page.visit.page.locator(example.stop).click()
+        page.is_ready()
+        assert len(stage.upstream.seen) == before + 1
 
 
 # ---- the hook -------------------------------------------------------------------------------------------------------

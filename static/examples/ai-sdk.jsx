@@ -19,10 +19,11 @@ const agent = new ToolLoopAgent({
 });
 
 class Transport extends DirectChatTransport {
-  /** An answer that was stopped before its first word is no message for a model. */
+  /** No answer without a word, and no question that got none: what was refused once would be refused again. */
   sendMessages({ messages, ...options }) {
     const spoken = messages.filter(({ parts }) => parts.some(({ type, text }) => type === "text" && text));
-    return super.sendMessages({ ...options, messages: spoken });
+    const answered = spoken.filter(({ role }, at) => role !== "user" || spoken[at + 1]?.role !== "user");
+    return super.sendMessages({ ...options, messages: answered });
   }
 }
 
@@ -35,7 +36,9 @@ export function Chat() {
 
   function submit(event) {
     event.preventDefault();
-    if (!busy) void sendMessage({ text: box.current.value });
+    const text = box.current.value.trim();
+    if (busy || !text) return;
+    void sendMessage({ text });
     box.current.value = "";
   }
 

@@ -12,7 +12,7 @@ import { batched } from "../chat/deltas.js";
 
 const model = {
   async *run({ messages, abortSignal }) {
-    const answer = streamChat({ messages: messages.map(asMessage), signal: abortSignal });
+    const answer = streamChat({ messages: answered(messages.map(asMessage)), signal: abortSignal });
     try {
       for await (const _ of batched(answer)) yield { content: [{ type: "text", text: answer.text }] };
     } catch (error) {
@@ -23,6 +23,12 @@ const model = {
 
 function asMessage({ role, content }) {
   return { role, content: content.map((part) => (part.type === "text" ? part.text : "")).join("") };
+}
+
+/** No answer without a word, and no question that got none: what was refused once would be refused again. */
+function answered(messages) {
+  const spoken = messages.filter(({ content }) => content !== "");
+  return spoken.filter(({ role }, at) => role !== "user" || spoken[at + 1]?.role !== "user");
 }
 
 function Question() {

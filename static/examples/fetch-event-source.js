@@ -62,19 +62,22 @@ export function mount(root) {
     return line;
   }
 
+  button.addEventListener("click", (event) => {
+    if (live) event.preventDefault(); // a stop sends nothing
+    live?.abort();
+  });
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
-    if (live) {
-      live.abort();
-      return;
-    }
+    const question = box.value.trim();
+    if (live || !question) return;
     live = new AbortController();
     const { signal } = live;
-    messages.push({ role: "user", content: box.value });
-    show("user", box.value);
+    messages.push({ role: "user", content: question });
+    show("user", question);
     box.value = "";
     problem.hidden = true;
     button.textContent = "Stop";
+    button.type = "button"; // Enter does not press it
     const line = show("assistant", "");
     try {
       await ask(messages, { signal, onText: (text) => line.append(text) });
@@ -86,5 +89,6 @@ export function mount(root) {
     else messages.pop(); // what was refused is not sent along with the next question
     live = null;
     button.textContent = "Send";
+    button.type = "submit";
   });
 }

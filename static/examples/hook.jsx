@@ -13,7 +13,9 @@ export function Chat() {
 
   function submit(event) {
     event.preventDefault();
-    if (!busy) void send(box.current.value);
+    const question = box.current.value.trim();
+    if (busy || !question) return;
+    void send(question);
     box.current.value = "";
   }
 

@@ -34,12 +34,15 @@ export function Chat() {
     } catch (caught) {
       if (!controller.signal.aborted) setError(text ? `Interrupted: ${caught.message}` : caught.message);
     }
+    if (!text) setMessages(messages); // what was refused is not sent along with the next question
     setLive(null);
   }
 
   function submit(event) {
     event.preventDefault();
-    if (!live) void ask(box.current.value);
+    const question = box.current.value.trim();
+    if (live || !question) return;
+    void ask(question);
     box.current.value = "";
   }
 
