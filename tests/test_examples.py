@@ -421,6 +421,24 @@ def test_enter_at_the_wrong_time(
         assert len(stage.upstream.seen) == before + 1
 
 
+@pytest.mark.parametrize("example", [each for each in EVERY if (EXAMPLES / f"{each}.jsx").exists()], ids=str)
+def test_a_component_that_goes_away_stops_its_answer(
+    example: Example, context: BrowserContext, fronts: dict[str, str], stage: Stage
+) -> None:
+    """Nobody reads on, so nobody pays on."""
+
+    async def act(peer: Peer) -> None:
+        await peer.head()
+        await peer.chunk(delta("one two"))
+        await peer.gone()
+
+    with shown(example, context, fronts, stage) as page:
+        page.ask(act)
+        expect(page.answer).to_have_text("one two")
+        page.visit.page.evaluate("leave()")
+        eventually(partial(getattr, stage.upstream.seen[-1], "closed"))
+
+
 # ---- the hook -------------------------------------------------------------------------------------------------------
 
 PROBES = ["probe", "probe-18"]

@@ -3,7 +3,7 @@
 // npm install openai react react-dom. Runs under the policy that chat-proxy sends with its own pages.
 
 import OpenAI from "openai";
-import { useRef, useState } from "react";
+import { useEffect, useRef, useState } from "react";
 
 const client = new OpenAI({
   apiKey: "held by the server",
@@ -16,6 +16,7 @@ export function Chat() {
   const [error, setError] = useState("");
   const [live, setLive] = useState(null);
   const box = useRef(null);
+  useEffect(() => () => live?.abort(), [live]); // who goes away stops the model
 
   async function ask(question) {
     const asked = [...messages, { role: "user", content: question }];
@@ -34,7 +35,10 @@ export function Chat() {
     } catch (caught) {
       if (!controller.signal.aborted) setError(text ? `Interrupted: ${caught.message}` : caught.message);
     }
-    if (!text) setMessages(messages); // what was refused is not sent along with the next question
+    if (!text && box.current) {
+      setMessages(messages); // what was refused is not sent along with the next question
+      box.current.value ||= question;
+    }
     setLive(null);
   }
 

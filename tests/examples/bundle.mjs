@@ -15,7 +15,9 @@ const entry = (file) =>
     ? `import { StrictMode } from "react";
        import { createRoot } from "react-dom/client";
        import { Chat } from ${JSON.stringify(file)};
-       createRoot(document.getElementById("root")).render(<StrictMode><Chat /></StrictMode>);`
+       const root = createRoot(document.getElementById("root"));
+       root.render(<StrictMode><Chat /></StrictMode>);
+       window.leave = () => root.unmount();`
     : `import { mount } from ${JSON.stringify(file)};
        mount(document.getElementById("root"));`;
 
