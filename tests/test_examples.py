@@ -22,11 +22,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import httpx
 import nginx
 import pytest
 from browser import Visit
 from commands import COMMAND, started, url_printed
-from harness import DONE, PATIENCE, Peer, Running, delta, eventually, finish, free_port, is_open, running, send
+from harness import (
+    DONE,
+    PATIENCE,
+    Peer,
+    Running,
+    delta,
+    environment,
+    eventually,
+    finish,
+    free_port,
+    is_open,
+    running,
+    send,
+)
 from npm import installed
 from playwright.sync_api import BrowserContext, Locator, expect
 from stage import Act, Stage
@@ -73,6 +87,9 @@ EVERY = [
         is_loud=True,
     ),
 ]
+
+
+COMPONENTS = [example for example in EVERY if (EXAMPLES / f"{example}.jsx").exists()]
 
 
 @pytest.fixture(scope="module")
@@ -421,7 +438,7 @@ def test_enter_at_the_wrong_time(
         assert len(stage.upstream.seen) == before + 1
 
 
-@pytest.mark.parametrize("example", [each for each in EVERY if (EXAMPLES / f"{each}.jsx").exists()], ids=str)
+@pytest.mark.parametrize("example", COMPONENTS, ids=str)
 def test_a_component_that_goes_away_stops_its_answer(
     example: Example, context: BrowserContext, fronts: dict[str, str], stage: Stage
 ) -> None:
@@ -437,6 +454,36 @@ def test_a_component_that_goes_away_stops_its_answer(
         expect(page.answer).to_have_text("one two")
         page.visit.page.evaluate("leave()")
         eventually(partial(getattr, stage.upstream.seen[-1], "closed"))
+
+
+RENDERING = """
+import { renderToString } from "react-dom/server"; import { Chat } from "%s"; console.log(renderToString(<Chat />));
+"""
+
+
+@pytest.mark.parametrize("example", COMPONENTS, ids=str)
+def test_a_server_may_render_it_first(example: Example, bundles: Path, tmp_path: Path) -> None:
+    """As Next.js does, where there is no page yet and no location."""
+    (tmp_path / "package.json").write_text('{"type": "commonjs"}')
+    bundler = [bundles.parent / "node_modules/.bin/esbuild", "--bundle", "--platform=node", "--jsx=automatic"]
+    subprocess.run(
+        [*bundler, "--loader=jsx", f"--outfile={tmp_path}/made.js"],
+        input=RENDERING % (EXAMPLES / f"{example}.jsx"),
+        env=environment() | {"NODE_PATH": str(bundles.parent / "node_modules")},
+        cwd=bundles.parent,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=BUNDLING,
+    )
+    made = subprocess.run(["node", tmp_path / "made.js"], capture_output=True, text=True, timeout=BUNDLING, check=False)
+    assert 'aria-label="Message"' in made.stdout, made.stderr
+
+
+def test_the_two_lines_of_the_readme_are_those_that_are_tested() -> None:
+    lines = re.findall(r"^\+(  \w+: .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(lines) == 2
+    assert "\n".join(lines) in (EXAMPLES / "openai.jsx").read_text()
 
 
 # ---- the hook -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import { useChat } from "@ai-sdk/react";
 import { DirectChatTransport, ToolLoopAgent } from "ai";
 import { useRef } from "react";
 
-const server = createOpenAICompatible({ name: "chat-proxy", baseURL: `${location.origin}/api/v1` });
+const server = createOpenAICompatible({ name: "chat-proxy", baseURL: `${globalThis.location?.origin}/api/v1` });
 const agent = new ToolLoopAgent({
   model: server("demo"),
   maxRetries: 0,

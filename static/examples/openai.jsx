@@ -1,4 +1,5 @@
 // openai-js in the browser, in a React component. Two lines differ from a page that holds a key: apiKey and baseURL.
+// (`globalThis` and `?.`: a framework may render it on a server first, where there is no location.)
 // An answer that broke ends in an error event, which openai-js throws; without it, half an answer would look whole.
 // npm install openai react react-dom. Runs under the policy that chat-proxy sends with its own pages.
 
@@ -7,7 +8,7 @@ import { useEffect, useRef, useState } from "react";
 
 const client = new OpenAI({
   apiKey: "held by the server",
-  baseURL: `${location.origin}/api/v1`,
+  baseURL: `${globalThis.location?.origin}/api/v1`,
   dangerouslyAllowBrowser: true,
 });
 
