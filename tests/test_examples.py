@@ -465,9 +465,9 @@ import { renderToString } from "react-dom/server"; import { Chat } from "%s"; co
 def test_a_server_may_render_it_first(example: Example, bundles: Path, tmp_path: Path) -> None:
     """As Next.js does, where there is no page yet and no location."""
     (tmp_path / "package.json").write_text('{"type": "commonjs"}')
-    bundler = [bundles.parent / "node_modules/.bin/esbuild", "--bundle", "--platform=node", "--jsx=automatic"]
+    bundler = bundles.parent / "node_modules/.bin/esbuild"
     subprocess.run(
-        [*bundler, "--loader=jsx", f"--outfile={tmp_path}/made.js"],
+        [bundler, "--bundle", "--platform=node", "--jsx=automatic", "--loader=jsx", f"--outfile={tmp_path}/made.js"],
         input=RENDERING % (EXAMPLES / f"{example}.jsx"),
         env=environment() | {"NODE_PATH": str(bundles.parent / "node_modules")},
         cwd=bundles.parent,

@@ -668,6 +668,31 @@ def account(mode: str, user: str | None) -> dict[str, Any]:
     return {"session": {"mode": mode, "user": user, "expires_at": 4e9 if user else None}, "models": ["m"], "limits": []}
 
 
+@pytest.mark.parametrize("mode", ["oidc", "header"])
+def test_everybody_can_use_each_door(context: BrowserContext, mode: str) -> None:
+    """No rule of accessibility is broken by the ways in without a form: at first, after the end, and signed out."""
+    with serving(**OIDC | {"SESSION_MODE": mode}) as proxy, watching(context, proxy) as visit:
+        page = visit.page
+        expect_closed(visit)
+        visit.assert_accessible()
+        page.route("**/api/session", lambda route: route.fulfill(json=account(mode, "alice")))
+        look_at(visit)
+        expect(page.locator("#welcome-state")).to_contain_text("Signed in as alice")
+        visit.stream("An answer.")
+        ask_and_wait(visit, "hello")
+        page.unroute_all()
+        look_at(visit)
+        expect(door(visit)).to_contain_text("Your session has ended.")
+        visit.assert_accessible()  # beside the conversation
+        page.route("**/api/session", lambda route: route.fulfill(json=account(mode, "alice")))
+        look_at(visit)
+        expect(visit.message).to_be_visible()
+        page.unroute_all()
+        sign_out(visit)
+        expect(page.get_by_role("heading", name="Signed out")).to_be_visible()
+        visit.assert_accessible()
+
+
 # ---- everywhere ---------------------------------------------------------------------------------------------------
 
 

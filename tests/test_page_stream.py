@@ -105,6 +105,16 @@ async def busy_once(peer: Peer) -> None:
         await peer.whole(b'{"error": {"message": "busy"}}', "429 Busy", "application/json", "retry-after: 30")
 
 
+async def cut(peer: Peer) -> None:
+    await peer.head()
+    await peer.chunk(delta("Half of an answer"))
+    peer.reset()
+
+
+async def always_busy(peer: Peer) -> None:
+    await peer.whole(b'{"error": {"message": "busy"}}', "429 Busy", "application/json", "retry-after: 30")
+
+
 PHASES: dict[str, Act] = {
     "before the headers": before_the_headers,
     "before the first token": before_the_first_token,
@@ -117,6 +127,8 @@ ACTS: dict[str, Act] = {
     "hostile": hostile,
     "ten thousand": ten_thousand,
     "busy once": busy_once,
+    "always busy": always_busy,
+    "cut": cut,
 }
 
 
@@ -262,6 +274,42 @@ def test_offline_and_back(visit: Visit, context: BrowserContext) -> None:
     visit.expect_state("complete")
     expect(visit.text).to_have_text("hello")
     visit.forgive("ERR_INTERNET_DISCONNECTED")
+
+
+def test_everybody_can_read_what_went_wrong(visit: Visit, context: BrowserContext) -> None:
+    """No rule of accessibility is broken by a countdown, a fault that lasts, half an answer, a stop, or no network."""
+    page, visit.staged = visit.page, {400, 429}
+    ask(visit, "always busy")
+    visit.expect_state("failed")
+    expect(visit.answer.get_by_role("button", name="Retry")).to_be_disabled()
+    visit.assert_accessible()
+    error = {"message": "No.", "type": "t", "param": None, "code": "input_too_long"}
+    page.route("**/api/chat", lambda route: route.fulfill(status=400, json={"error": error}))
+    ask(visit, "hello")
+    visit.expect_state("failed")
+    expect(visit.answer.locator("[data-tone=lasting]")).to_be_visible()
+    visit.assert_accessible()
+    page.unroute_all()
+    ask(visit, "cut")
+    visit.expect_state("failed")
+    expect(visit.answer.locator(".mark")).to_contain_text("Interrupted")
+    visit.assert_accessible()
+    ask(visit, "in a stall")
+    expect(visit.text).to_contain_text("came")
+    page.keyboard.press("Escape")
+    visit.expect_state("stopped")
+    visit.assert_accessible()
+    context.set_offline(True)
+    ask(visit, "hello")
+    visit.expect_state("failed")
+    visit.assert_accessible()
+    context.set_offline(False)
+    visit.forgive("ERR_INTERNET_DISCONNECTED")
+    page.route("**/api/session", lambda route: route.abort("connectionrefused"))
+    page.reload()
+    expect(page.locator("#notice").get_by_role("button", name="Retry")).to_be_visible()
+    visit.assert_accessible()
+    visit.forgive("ERR_CONNECTION_REFUSED")
 
 
 # ---- what the model may do to the page ----------------------------------------------------------------------------
