@@ -3,11 +3,15 @@
 
 /** Pixels from the end within which a reader counts as reading the end. */
 const AT_END = 40;
+/** Pixels that may be missing at the very end: heights are whole numbers, and where a zoomed view stands is none. */
+const ROUNDING = 2;
 
 export class Follower {
   #scroller;
   #latest;
   #following = true;
+  #top = 0; // where the view was last
+  #room = new ResizeObserver(() => this.grown()); // a keyboard on the screen leaves less of it
 
   /**
    * @param {HTMLElement} scroller
@@ -17,7 +21,11 @@ export class Follower {
     this.#scroller = scroller;
     this.#latest = latest;
     const scrolled = () => {
-      this.#following = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight <= AT_END;
+      const { scrollTop, scrollHeight, clientHeight } = scroller;
+      const left = scrollHeight - scrollTop - clientHeight;
+      // Whoever goes up means it, also by a line or a finger's breadth; nothing else is a reason to stay behind.
+      this.#following = scrollTop < this.#top ? left <= ROUNDING : this.#following || left <= AT_END;
+      this.#top = scrollTop;
       latest.hidden = this.#following;
     };
     scroller.addEventListener("scroll", scrolled, { passive: true });
@@ -25,18 +33,21 @@ export class Follower {
   }
 
   toEnd() {
+    this.#room.observe(this.#scroller);
     this.#following = true;
     this.grown();
   }
 
   /** There is nothing to be followed yet. */
   reset() {
+    this.#room.disconnect();
     this.#following = this.#latest.hidden = true;
   }
 
   /** Something has grown: stay at the end, or offer the way there. */
   grown() {
     if (this.#following) this.#scroller.scrollTop = this.#scroller.scrollHeight;
+    this.#top = this.#scroller.scrollTop;
     this.#latest.hidden = this.#following;
   }
 }

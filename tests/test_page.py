@@ -171,6 +171,43 @@ def test_the_view_follows_only_a_reader_at_the_end(visit: Visit) -> None:
     visit.expect_state("stopped")
 
 
+@pytest.mark.parametrize("way", ["key", "trackpad"])
+def test_a_small_step_up_is_not_taken_back(visit: Visit, way: str) -> None:
+    """One arrow key, or a slow finger, is enough to read where one likes while the answer grows."""
+    scroller = visit.page.locator("#scroller")
+    visit.ask("Write me a long essay", "demo-fast")
+    eventually(lambda: bool(scroller.evaluate("(it) => it.scrollHeight > it.clientHeight + 300")))
+    if way == "key":
+        scroller.focus()
+        visit.page.keyboard.press("ArrowUp")
+    else:
+        scroller.hover()
+        for _ in range(5):
+            visit.page.mouse.wheel(0, -8)
+            visit.page.wait_for_timeout(60)  # an update of the answer comes between
+    expect(visit.page.get_by_role("button", name="Latest")).to_be_visible()
+    before = scroller.evaluate("(it) => it.scrollTop")
+    length = len(visit.text.inner_text())
+    eventually(lambda: len(visit.text.inner_text()) > length + 100)
+    assert scroller.evaluate("(it) => it.scrollTop") <= before
+    visit.page.keyboard.press("Escape")
+    visit.expect_state("stopped")
+
+
+def test_the_end_stays_in_view_when_there_is_less_room(visit: Visit) -> None:
+    """As when a keyboard comes up on the screen, or the message box grows: who reads the end goes on doing so."""
+    scroller = visit.page.locator("#scroller")
+    left = "(it) => Math.round(it.scrollHeight - it.scrollTop - it.clientHeight)"
+    visit.ask("markdown", "demo-fast")
+    visit.expect_state("complete")
+    assert scroller.evaluate(left) == 0
+    visit.page.set_viewport_size({"width": 1280, "height": 420})
+    eventually(lambda: scroller.evaluate(left) == 0)
+    visit.message.fill("one\ntwo\nthree\nfour")
+    eventually(lambda: scroller.evaluate(left) == 0)
+    expect(visit.page.get_by_role("button", name="Latest")).to_be_hidden()
+
+
 # ---- doing it over ------------------------------------------------------------------------------------------------
 
 
