@@ -562,15 +562,17 @@ def test_everybody_can_use_it(visit: Visit) -> None:
     visit.assert_accessible()  # the panel over it
 
 
-@pytest.mark.parametrize("width", [360, 768, 3840])
+@pytest.mark.parametrize("width", [320, 360, 768, 3840])
 def test_it_fits_each_screen(browser: Browser, url: str, width: int) -> None:
     """From a phone to a wall nothing is wider than the screen, and what is wide scrolls inside itself."""
     context = browser.new_context(viewport={"width": width, "height": 480}, is_mobile=width < 500)
     with Visit.of(context, url) as visit:
+        expect(visit.page.get_by_role("heading", name="What would you like to know?")).to_be_in_viewport(ratio=1)
         visit.stream(
             "| a | b | c | d |\n|---|---|---|---|\n| 1 | 2 | 3 | 4 |\n\n", f"```\n{'x' * 300}\n```\n\n", "y" * 300
         )
-        visit.ask("z" * 300)
+        visit.page.locator("#model option").last.evaluate("(it) => it.textContent = 'a-model-with-quite-a-long-name'")
+        visit.ask("z" * 300, "demo-fast")
         visit.expect_state("complete")
         visit.page.locator("#account summary").click()
         assert visit.page.evaluate("() => document.documentElement.scrollWidth") == width
@@ -578,6 +580,8 @@ def test_it_fits_each_screen(browser: Browser, url: str, width: int) -> None:
             visit.page.locator(end).scroll_into_view_if_needed()
             expect(visit.page.locator(end)).to_be_in_viewport(ratio=1)
         assert visit.page.locator("#scroller").evaluate("(it) => it.scrollWidth - it.clientWidth") == 0
+        for button in visit.page.locator(".bar button").all():
+            expect(button).to_be_in_viewport(ratio=1)
         for part in (visit.text, visit.page.locator("#composer")):
             box = part.bounding_box()
             assert box is not None
