@@ -158,9 +158,9 @@ async function run(turn) {
       turn.add(text, performance.now());
     }
     if (live !== controller) return; // it was whole when a new conversation began
-    const { tokens } = answer.metrics;
-    turn.complete({ finishReason: answer.finishReason, tokens, now: performance.now() });
-    say(`Complete: ${plural(tokens, "token")}.`);
+    const { finishReason, metrics } = answer;
+    turn.complete({ finishReason, metrics, now: performance.now() });
+    say(`Complete: ${plural(metrics.tokens, "token")}.`);
   } catch (caught) {
     const error = /** @type {ChatError} */ (caught);
     const shutOut = live === controller && (await isShutOut(error));

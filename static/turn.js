@@ -175,14 +175,14 @@ export class Turn {
   }
 
   /**
-   * @param {{finishReason: string | null, tokens: number, now: number}} facts
+   * @param {{finishReason: string | null, metrics: import("./chat/client.js").Metrics, now: number}} facts
    */
-  complete({ finishReason, tokens, now }) {
+  complete({ finishReason, metrics, now }) {
     if (this.#firstAt === 0) this.#clear();
     this.whole = true;
     this.#end();
     this.#settle();
-    this.#showFigures(now, tokens);
+    this.#showFigures(now, metrics.tokens, metrics.tokens_per_s);
     if (finishReason === "length") this.#showMark("Ended at the length limit: ask it to go on for the rest.");
     else if (finishReason === "content_filter") this.#showMark("Ended by the model's content filter.");
     else if (this.text === "") this.#showMark("The model answered with nothing.");
@@ -238,13 +238,13 @@ export class Turn {
   /**
    * @param {number} now
    * @param {number} tokens
+   * @param {number | null} [speed]
    */
-  #showFigures(now, tokens) {
+  #showFigures(now, tokens, speed = rate(tokens, this.#lastAt - this.#firstAt)) {
     if (this.#firstAt === 0) {
       this.figures.replaceChildren();
       return;
     }
-    const speed = rate(tokens, this.#lastAt - this.#firstAt);
     const parts = [
       figure("first token", elapsed(this.#firstAt - this.#startedAt), "ttft"),
       ...(speed === null ? [] : [figure("", `${speedWords(speed)} tokens/s`, "rate")]),

@@ -115,6 +115,17 @@ async def always_busy(peer: Peer) -> None:
     await peer.whole(b'{"error": {"message": "busy"}}', "429 Busy", "application/json", "retry-after: 30")
 
 
+async def thinks_first(peer: Peer) -> None:
+    """For a second, in two hundred unseen pieces; then it says three words."""
+    await peer.head()
+    for _ in range(20):
+        await peer.chunk(b"".join(delta("hm").replace(b'"content"', b'"reasoning_content"') for _ in range(10)))
+        await asyncio.sleep(0.05)
+    await peer.chunk(delta("Three ") + delta("words ") + delta("only."))
+    await peer.chunk(finish() + DONE)
+    await peer.end()
+
+
 PHASES: dict[str, Act] = {
     "before the headers": before_the_headers,
     "before the first token": before_the_first_token,
@@ -129,6 +140,7 @@ ACTS: dict[str, Act] = {
     "busy once": busy_once,
     "always busy": always_busy,
     "cut": cut,
+    "thinks first": thinks_first,
 }
 
 
@@ -170,6 +182,16 @@ def asked(upstream: ScriptedUpstream, visit: Visit, question: str) -> Seen:
     before = len(upstream.seen)
     ask(visit, question)
     return eventually(lambda: upstream.seen[before:])[0]
+
+
+def test_the_rate_of_a_model_that_thinks_first(visit: Visit) -> None:
+    """What it thought counts as tokens, so the time in which it did counts for the rate."""
+    ask(visit, "thinks first")
+    visit.expect_state("complete")
+    expect(visit.text).to_have_text("Three words only.")
+    expect(visit.answer.locator("[data-figure=tokens]")).to_have_text("203 tokens")
+    rate = visit.answer.locator("[data-figure=rate]").inner_text()
+    assert float(rate.removesuffix(" tokens/s").replace(",", "")) < 2000  # not of the moment in which it spoke
 
 
 # ---- an answer that is not wanted any more ------------------------------------------------------------------------
