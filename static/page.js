@@ -14,7 +14,6 @@
 import { fetchAccount, needsLogin, showAccount, signOut } from "./account.js";
 import { adviceFor } from "./advice.js";
 import { streamChat } from "./chat/client.js";
-import { textOf } from "./chat/deltas.js";
 import { Composer } from "./composer.js";
 import { byId, copy, make } from "./dom.js";
 import { duration, plural } from "./figures.js";
@@ -151,11 +150,13 @@ async function run(turn) {
     onRetry: ({ delay }) => say(`Busy. Asking again in ${duration(delay / 1000)}.`),
   });
   try {
-    let first = true;
-    for await (const text of textOf(answer)) {
-      if (first) say("Answering…");
-      first = false;
-      turn.add(text, performance.now());
+    for await (const delta of answer) {
+      if (delta.type === "text") {
+        say("Answering…");
+        turn.add(delta.text, performance.now());
+      } else if (delta.type === "reasoning" && answer.text === "") {
+        say("The model is thinking…");
+      }
     }
     if (live !== controller) return; // it was whole when a new conversation began
     const { finishReason, metrics } = answer;
@@ -430,7 +431,7 @@ function showNotice(title, text, retry) {
 
 /** @param {string} text for the status line */
 function say(text) {
-  status.textContent = text;
+  if (status.textContent !== text) status.textContent = text; // or it might be read out again
 }
 
 /** Something has grown. */

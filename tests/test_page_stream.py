@@ -126,6 +126,12 @@ async def thinks_first(peer: Peer) -> None:
     await peer.end()
 
 
+async def thinks_for_ever(peer: Peer) -> None:
+    await peer.head()
+    await peer.chunk(delta("hm").replace(b'"content"', b'"reasoning_content"'))
+    await peer.gone()
+
+
 PHASES: dict[str, Act] = {
     "before the headers": before_the_headers,
     "before the first token": before_the_first_token,
@@ -141,6 +147,7 @@ ACTS: dict[str, Act] = {
     "always busy": always_busy,
     "cut": cut,
     "thinks first": thinks_first,
+    "thinks for ever": thinks_for_ever,
 }
 
 
@@ -192,6 +199,16 @@ def test_the_rate_of_a_model_that_thinks_first(visit: Visit) -> None:
     expect(visit.answer.locator("[data-figure=tokens]")).to_have_text("203 tokens")
     rate = visit.answer.locator("[data-figure=rate]").inner_text()
     assert float(rate.removesuffix(" tokens/s").replace(",", "")) < 2000  # not of the moment in which it spoke
+
+
+def test_a_model_that_thinks_is_not_silent(visit: Visit) -> None:
+    """The reader is told that something goes on, also where it is not shown, and may stop it."""
+    ask(visit, "thinks for ever")
+    expect(visit.page.get_by_role("status")).to_have_text("The model is thinking…")
+    visit.expect_state("waiting")
+    visit.page.keyboard.press("Escape")
+    visit.expect_state("stopped")
+    expect(visit.answer.locator(".mark")).to_have_text("Stopped before the first word.")
 
 
 # ---- an answer that is not wanted any more ------------------------------------------------------------------------
