@@ -12,7 +12,8 @@
  * 4. Every loop is linear in its input, and nesting has a bound; deeper text is shown as it is written.
  * 5. What the reader cannot know to be unfinished is shown as if finished: `**bold` is bold before its end arrives.
  *
- * The dialect is what models write: CommonMark's usual parts and tables. A line break is a line break. Left out:
+ * The dialect is what models write: CommonMark's usual parts and tables. A line break is a line break. A formula in TeX
+ * is shown as it is written, with every backslash. Left out:
  * raw HTML, reference links, setext headings, indented code.
  */
 
@@ -451,10 +452,13 @@ function dedent(line, width) {
 
 // ---- inline
 
+/** What ends a formula, by what begins it. */
+const FORMULA = /** @type {Record<string, string>} */ ({ "\\(": "\\)", "\\[": "\\]", $$: "$$", $: "$" });
+
 /** @typedef {{char: string, count: number, opens: boolean, closes: boolean}} Run emphasis marks */
 /** @typedef {VNode | Run} Item */
 
-const TOKEN = /\\[!-/:-@[-`{-~]|`+|\*+|_+|~+|!?\[|\]|<(?=https?:)|\bhttps?:\/\/|\\?\n|&(?:amp|lt|gt|quot|nbsp|#39);/g;
+const TOKEN = /\\[([]|\$\$?|\\[!-/:-@[-`{-~]|`+|\*+|_+|~+|!?\[|\]|<(?=https?:)|\bhttps?:\/\/|\\?\n|&(?:amp|lt|gt|quot|nbsp|#39);/g;
 const ENTITIES = /** @type {Record<string, string>} */ ({
   "&amp;": "&",
   "&lt;": "<",
@@ -478,6 +482,8 @@ class Scanner {
   #source;
   #open;
   #ticks;
+  /** @type {Set<string>} ends of formulas that are not to come any more */
+  #unclosed = new Set();
   /** @type {Item[]} */
   #items = [];
   /** @type {{at: number, from: number, image: boolean}[]} brackets that nothing closed yet */
@@ -515,6 +521,7 @@ class Scanner {
   #take(token, at) {
     const first = token[0];
     if (token.endsWith("\n")) this.#items.push(element("br"));
+    else if (this.#formula(token, at)) return;
     else if (first === "\\") this.#items.push(token[1]);
     else if (first === "&") this.#items.push(ENTITIES[token]);
     else if (first === "`") this.#code(token);
@@ -534,6 +541,39 @@ class Scanner {
     const text = this.#source.slice(this.#from, end);
     if (text !== "") this.#items.push(element("code", {}, [codeText(text)]));
     this.#from = Math.min(this.#source.length, end + token.length);
+  }
+
+  /**
+   * @param {string} token
+   * @param {number} at
+   * @returns {boolean} whether one begins here
+   */
+  #formula(token, at) {
+    if (!Object.hasOwn(FORMULA, token)) return false;
+    const end = this.#formulaEnd(token, at);
+    if (end === null) return false;
+    this.#items.push(element("code", { class: "math" }, [this.#source.slice(at, end)]));
+    this.#from = end;
+    return true;
+  }
+
+  /**
+   * @param {string} token
+   * @param {number} at
+   * @returns {number | null} null: it is none
+   */
+  #formulaEnd(token, at) {
+    const mark = FORMULA[token];
+    if (token === "\\[" && at > 0 && this.#source[at - 1] !== "\n") return null; // brackets that are meant as such
+    const close = this.#unclosed.has(mark) ? -1 : this.#source.indexOf(mark, this.#from);
+    if (close < 0) {
+      this.#unclosed.add(mark); // never looked for again
+      return this.#open && token !== "$" ? this.#source.length : null;
+    }
+    const end = close + mark.length;
+    // Between two sums of money there is a space before the second, or its digits come after the sign.
+    const isMoney = token === "$" && !/^[^\s$]([^$]*[^\s$\\])?\$\D?$/.test(this.#source.slice(this.#from, end + 1));
+    return isMoney ? null : end;
   }
 
   /** @param {string} token */

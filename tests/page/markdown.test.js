@@ -92,6 +92,9 @@ const DIALECT = [
   ["2 * 3 * 4, snake_case_word, a ~ b, **", "<p>2 * 3 * 4, snake_case_word, a ~ b, **</p>"],
   ["\\*a\\* \\` \\[x\\](y)", "<p>*a* ` [x](y)</p>"],
   ["`a*b*` `` c`d `` `open", "<p><code>a*b*</code> <code>c`d</code> `open</p>"],
+  ["\\(x\\,y_1 * \\{z_1*2\\}\\) and \\(open", "<p><code class=math>\\(x\\,y_1 * \\{z_1*2\\}\\)</code> and (open</p>"],
+  ["a:\n\\[\n  a \\\\\n  b\n\\]\n$$c*d*$$", "<p>a:<br></br><code class=math>\\[\na \\\\\nb\n\\]</code><br></br><code class=math>$$c*d*$$</code></p>"],
+  ["$a\\,*b*$, $5 or $6*, $5/$6, 7 $ or $ 7, US$x\\$y", "<p><code class=math>$a\\,*b*$</code>, $5 or $6*, $5/$6, 7 $ or $ 7, US$x$y</p>"],
   ["&lt;b&gt; &amp;amp; &copy;", "<p><b> &amp; &copy;</p>"],
   ["[a *b*](https://e.org/x_(y)) [t](https://e.org 'title')", "<p><a href=https://e.org/x_(y)>a <em>b</em></a> <a href=https://e.org/>t</a></p>"],
   ["see https://e.org/a_b_c?d=e. (http://f.org)", "<p>see <a href=https://e.org/a_b_c?d=e>https://e.org/a_b_c?d=e</a>. (<a href=http://f.org/>http://f.org</a>)</p>"],
@@ -131,6 +134,9 @@ const UNFINISHED = [
   ["a **bo", "<p>a <strong>bo</strong></p>"],
   ["a **", "<p>a </p>"],
   ["a `co", "<p>a <code>co</code></p>"],
+  ["a \\(x\\,", "<p>a <code class=math>\\(x\\,</code></p>"],
+  ["a $$x", "<p>a <code class=math>$$x</code></p>"],
+  ["a $x*y*z", "<p>a $x<em>y</em>z</p>"],
   ["a [te](htt", "<p>a te</p>"],
   ["a\n-", "<p>a</p>"],
   ["a\n#", "<p>a</p>"],
@@ -195,6 +201,7 @@ const COSTLY = [
   "> ".repeat(15_000), "- ".repeat(15_000), "|".repeat(30_000), "https://".repeat(4_000), `${" ".repeat(30_000)}x`,
   `\`\`\`${" ".repeat(30_000)}\``, "[a](https://b.c) ".repeat(2_000), "_".repeat(30_000), `${"*".repeat(15_000)}a${"*".repeat(15_000)}`,
   `\` ${"a".repeat(30_000)}\``, `${"- a\n".repeat(8_000)}`, "\\".repeat(30_000), "&amp;".repeat(6_000), "![".repeat(15_000),
+  "\\(".repeat(15_000), "\n\\[".repeat(10_000), "$a".repeat(15_000), "$$ ".repeat(10_001), `${"\\(".repeat(15_000)}\\)`,
 ];
 
 for (const source of COSTLY) {
@@ -209,7 +216,7 @@ for (const source of COSTLY) {
 
 // ---- a text that grows
 
-const ALPHABET = ["a", "b ", "*", "**", "_", "`", "```", "\n", "\n\n", "# ", "- ", "1. ", "2. ", "  ", "    ", "> ", "|", "|-|", "---", "[", "](", ")", "https://e.org", "\r\n", "\r", "\\", "<i>", "é", "- [ ] "];
+const ALPHABET = ["a", "b ", "*", "**", "_", "`", "```", "\n", "\n\n", "# ", "- ", "1. ", "2. ", "  ", "    ", "> ", "|", "|-|", "---", "[", "](", ")", "https://e.org", "\r\n", "\r", "\\", "<i>", "é", "- [ ] ", "$", "$$", "\\(", "\\)", "\\[", "\\]"];
 
 test("in whatever pieces a text arrives, the same stands there in the end", () => {
   const random = seeded("growing");
