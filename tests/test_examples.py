@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -589,6 +591,30 @@ def test_vite_passes_the_api_on(
         eventually(lambda: stage.upstream.seen[-1].closed)
         page.ask(answered("fine"))
         expect(page.answer).to_have_text("fine")
+
+
+def test_a_page_is_built_without_a_key(tmp_path: Path) -> None:
+    """The README's lines: the demo model, and the server in front of it, for a page that names another model."""
+    recipe = re.search(r"```sh\n(chat-proxy upstream &\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert recipe
+    upstream, server = free_port(), free_port()
+    command = Path(sys.executable).with_name("chat-proxy")
+    lines = recipe[1].replace("upstream &", f"upstream --port {upstream} &").replace(":9000", f":{upstream}")
+    script = re.sub(r"\bchat-proxy (?=upstream|serve)", f"{command} ", lines)
+    variables = environment(SERVER_PORT=str(server))
+    dev = "http://localhost:5173"
+    body = {"model": "selam-turbo", "messages": [{"role": "user", "content": "hello"}]}
+    with subprocess.Popen(["sh", "-c", script], cwd=tmp_path, env=variables, start_new_session=True) as shell:
+        try:
+            eventually(lambda: is_open(server) and is_open(upstream), BUNDLING)
+            headers = {"host": "localhost:5173", "origin": dev, "sec-fetch-site": "same-origin"}
+            url = f"http://127.0.0.1:{server}/api"
+            with httpx.Client(trust_env=False, headers=headers) as page:
+                page.get(f"{url}/session").raise_for_status()
+                answered = page.post(f"{url}/chat", json=body).raise_for_status()
+            assert answered.json()["model"] == "demo"
+        finally:
+            os.killpg(shell.pid, signal.SIGTERM)
 
 
 # ---- what is served -------------------------------------------------------------------------------------------------
