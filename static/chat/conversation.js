@@ -97,8 +97,10 @@ export class Conversation {
       const error = /** @type {ChatError} */ (caught);
       const stopped = error.ending === "aborted";
       const state = stopped ? "stopped" : "interrupted";
-      const shown = isEmpty(message) ? before : [...messages, /** @type {const} */ ({ ...message, state })];
-      this.#end(shown, stopped ? "ready" : "error", stopped ? null : error, answer.metrics);
+      const [shown, metrics] = isEmpty(message)
+        ? [before, null]
+        : [[...messages, /** @type {const} */ ({ ...message, state })], answer.metrics];
+      this.#end(shown, stopped ? "ready" : "error", stopped ? null : error, metrics);
       return false;
     }
   }

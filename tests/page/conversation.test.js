@@ -64,6 +64,7 @@ test("an answer that breaks is interrupted, with its part; one that is refused l
     const chat = new Conversation(serving(stream));
     assert.equal(await chat.send("q"), false);
     assert.deepEqual(brief(chat.snapshot()), [shown, "error", code]);
+    assert.equal(chat.snapshot().metrics?.tokens ?? null, shown.length > 1 ? 1 : null, "no figures of no answer");
   }
 });
 
