@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Visit
+from browser import CHROMIUM, CHROMIUM_ARGS, Visit
 from harness import DONE, Peer, Running, ScriptedUpstream, Seen, delta, eventually, finish, running
-from playwright.sync_api import BrowserContext, Request, expect
+from playwright.sync_api import Browser, BrowserContext, Request, expect
 from stage import Act, always
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -257,6 +257,26 @@ def test_leaving_in_mid_stream_ends_the_call(visit: Visit, upstream: ScriptedUps
         expect(visit.page.locator(".turn")).to_have_count(0)
         expect(visit.message).to_be_focused()
     eventually(lambda: call.closed)
+
+
+def test_going_to_another_page_ends_the_call_too(browser: Browser, proxy: Running, upstream: ScriptedUpstream) -> None:
+    """Although the browser keeps this one at hand, and shows it again as it was: with a part of the answer."""
+    keeping = browser.browser_type.launch(
+        executable_path=CHROMIUM, args=CHROMIUM_ARGS, ignore_default_args=["--disable-back-forward-cache"]
+    )
+    try:
+        with Visit.of(keeping.new_context(), proxy.url) as visit:
+            visit.page.evaluate("() => addEventListener('pageshow', (event) => (window.kept = event.persisted))")
+            call = asked(upstream, visit, "while it streams")
+            expect(visit.text).to_contain_text("word ")
+            visit.page.goto(f"{proxy.url}/favicon.svg")
+            eventually(lambda: call.closed)
+            visit.page.evaluate("() => history.back()")
+            visit.page.wait_for_function("() => window.kept")
+            expect(visit.answer.locator(".mark")).to_have_text("Stopped: this is a part of the answer.")
+            visit.forgive("404")  # a picture has no favicon
+    finally:
+        keeping.close()
 
 
 def test_two_tabs_at_once(visit: Visit, context: BrowserContext, proxy: Running) -> None:

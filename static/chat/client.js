@@ -13,7 +13,7 @@
  * 2. Complete means `[DONE]`, or a finish_reason for every choice seen; whatever the socket does afterwards.
  * 3. A request is repeated only before its answer began, only on statuses that say so, and never silently for long.
  *    A connection that broke is never a reason, so a tab that slept and wakes up asks nothing twice.
- * 4. Leaving the loop, by `break`, by an exception or by the signal, ends the request at once.
+ * 4. Leaving the loop, by `break`, by an exception or by the signal, ends the request at once; so does leaving the page.
  * 5. No key, and no other origin: the session cookie does it, and the page cannot read even that.
  */
 
@@ -79,6 +79,11 @@ export function streamChat({
   const leave = () => controller.abort(fault("aborted", "The answer was stopped.", "aborted"));
   const late = () =>
     controller.abort(fault("client_timeout", "Nothing arrived for too long.", status === 200 ? "truncated" : "error"));
+  /** @param {"addEventListener" | "removeEventListener"} verb */
+  const listen = (verb) => {
+    signal?.[verb]("abort", leave);
+    globalThis[verb]?.("pagehide", leave); // a page that is kept for the way back would go on asking
+  };
   const idle = alarm(late);
   const first = alarm(late);
   /** @type {Map<number, string | null | undefined>} finish_reason by choice */
@@ -132,7 +137,7 @@ export function streamChat({
   async function* read() {
     let whole = false;
     startedAt = performance.now();
-    signal?.addEventListener("abort", leave);
+    listen("addEventListener");
     try {
       if (signal?.aborted) leave();
       const reader = await ask();
@@ -162,7 +167,7 @@ export function streamChat({
       endedAt = performance.now();
       idle.clear();
       first.clear();
-      signal?.removeEventListener("abort", leave);
+      listen("removeEventListener");
       if (!whole) leave();
     }
   }
@@ -221,7 +226,7 @@ export function streamChat({
     for (const { index = 0, delta, finish_reason: reason } of listOf(chunk.choices).map(Object)) {
       const known = choices.get(index);
       choices.set(index, known); // its end counts from its last piece on
-      for (const found of index === 0 ? piecesOf(Object(delta)) : []) {
+      for (const found of index ? [] : piecesOf(Object(delta))) {
         tokens += 1;
         lastAt = performance.now();
         firstAt ||= lastAt;
@@ -229,7 +234,7 @@ export function streamChat({
         yield found;
       }
       choices.set(index, known || reason);
-      if (index === 0 && reason && !known) yield { type: "finish", reason: (answer.finishReason = reason) };
+      if (!index && reason && !known) yield { type: "finish", reason: (answer.finishReason = reason) };
     }
     const { usage } = chunk;
     if (usage && typeof usage === "object") yield { type: "usage", usage: (answer.usage = usage) };
@@ -310,7 +315,7 @@ export function retryAfter(headers, now = Date.now()) {
     if (/^\d+(\.\d+)?$/.test(value)) return Number(value) / unit;
   }
   const date = Date.parse(headers.get("retry-after") ?? "");
-  return Number.isNaN(date) ? null : Math.max(0, (date - now) / 1000);
+  return isNaN(date) ? null : Math.max(0, (date - now) / 1000);
 }
 
 /**
@@ -351,12 +356,8 @@ async function refusal(response) {
   const { status, headers } = response;
   const body = await response.json().catch(() => null); // not from us: a gateway's HTML page, or cut
   const { message, code } = Object(body?.error);
-  return new ChatError(message || `The server answered with status ${status}.`, {
-    ending: "error",
-    code: String(code || `http_${status}`),
-    status,
-    retryAfter: retryAfter(headers),
-  });
+  const error = fault(String(code || `http_${status}`), message || `The server answered with status ${status}.`);
+  return Object.assign(error, { status, retryAfter: retryAfter(headers) });
 }
 
 /**

@@ -236,6 +236,26 @@ test("leaving the loop ends the request", async () => {
   assert.ok(calls[0].init.signal.aborted);
 });
 
+test("leaving the page ends the request, and only then is it listened to", async () => {
+  const page = new EventTarget();
+  for (const verb of ["addEventListener", "removeEventListener"]) globalThis[verb] = page[verb].bind(page);
+  try {
+    const { fetch, calls } = stub(sse(delta("a"), "hang"));
+    const answer = streamChat({ messages, fetch });
+    const reading = assert.rejects(
+      async () => {
+        for await (const { text } of answer) if (text) page.dispatchEvent(new Event("pagehide"));
+      },
+      (error) => error.ending === "aborted" && error.partial === "a",
+    );
+    await reading;
+    assert.ok(calls[0].init.signal.aborted);
+    assert.equal(getEventListeners(page, "pagehide").length, 0);
+  } finally {
+    for (const verb of ["addEventListener", "removeEventListener"]) delete globalThis[verb];
+  }
+});
+
 test("leaving while the next piece is awaited ends the request at once, too", async () => {
   const { fetch, calls } = stub(sse(delta("a"), "hang"));
   const deltas = streamChat({ messages, fetch })[Symbol.asyncIterator]();
