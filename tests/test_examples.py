@@ -458,6 +458,26 @@ def test_a_component_that_goes_away_stops_its_answer(
         eventually(partial(getattr, stage.upstream.seen[-1], "closed"))
 
 
+@pytest.mark.parametrize("example", EVERY, ids=str)
+def test_a_page_that_is_left_stops_its_answer(
+    example: Example, context: BrowserContext, fronts: dict[str, str], stage: Stage
+) -> None:
+    """The browser may keep it for the way back, with its request; this event is all that a page hears of it."""
+
+    async def act(peer: Peer) -> None:
+        await peer.head()
+        await peer.chunk(delta("one two"))
+        await peer.gone()
+
+    with shown(example, context, fronts, stage) as page:
+        page.ask(act)
+        expect(page.answer).to_have_text("one two")
+        page.visit.page.evaluate("dispatchEvent(new Event('pagehide'))")
+        eventually(partial(getattr, stage.upstream.seen[-1], "closed"))
+        page.is_ready()
+        expect(page.problem).to_be_hidden()
+
+
 RENDERING = """
 import { renderToString } from "react-dom/server"; import { Chat } from "%s"; console.log(renderToString(<Chat />));
 """

@@ -9,7 +9,7 @@ import "./setup/jitless.js";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { useChat } from "@ai-sdk/react";
 import { DirectChatTransport, ToolLoopAgent } from "ai";
-import { useRef } from "react";
+import { useEffect, useRef } from "react";
 
 const server = createOpenAICompatible({ name: "chat-proxy", baseURL: `${globalThis.location?.origin}/api/v1` });
 const agent = new ToolLoopAgent({
@@ -32,6 +32,10 @@ const transport = new Transport({ agent, onError: (error) => error.message });
 export function Chat() {
   const { messages, sendMessage, stop, status, error } = useChat({ transport, experimental_throttle: 50 });
   const box = useRef(null);
+  useEffect(() => {
+    addEventListener("pagehide", stop); // who goes to another page stops the model
+    return () => removeEventListener("pagehide", stop);
+  }, [stop]);
   const busy = status === "submitted" || status === "streaming";
 
   function submit(event) {

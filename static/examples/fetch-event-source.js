@@ -62,6 +62,7 @@ export function mount(root) {
     return line;
   }
 
+  addEventListener("pagehide", () => live?.abort()); // who goes to another page stops the model
   button.addEventListener("click", (event) => {
     if (live) event.preventDefault(); // a stop sends nothing
     live?.abort();

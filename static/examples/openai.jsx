@@ -17,7 +17,14 @@ export function Chat() {
   const [error, setError] = useState("");
   const [live, setLive] = useState(null);
   const box = useRef(null);
-  useEffect(() => () => live?.abort(), [live]); // who goes away stops the model
+  useEffect(() => {
+    const leave = () => live?.abort(); // who goes away stops the model
+    addEventListener("pagehide", leave);
+    return () => {
+      removeEventListener("pagehide", leave);
+      leave();
+    };
+  }, [live]);
 
   async function ask(question) {
     const asked = [...messages, { role: "user", content: question }];
