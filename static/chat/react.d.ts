@@ -4,5 +4,8 @@ import type { Conversation, ConversationOptions, Snapshot } from "./conversation
 
 export interface ChatHook extends Snapshot, Pick<Conversation, "send" | "stop" | "regenerate"> {}
 
-/** `options` may change from render to render: they hold for the next request. `initialMessages` are read once. */
+/**
+ * `options` may change from render to render: they hold for the next request. `initialMessages` are read once. A new
+ * conversation is a component with another `key`.
+ */
 export function useChatStream(options?: ConversationOptions): ChatHook;
