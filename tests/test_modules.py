@@ -80,6 +80,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def readme() -> str:
+    """What it shows of the modules, with what it leaves to its reader."""
+    text = (ROOT / "README.md").read_text()
+    module, hook = re.findall(r"```jsx?\n((?:import .*?/chat/|const .*?useChatStream).*?)```", text, re.DOTALL)
+    theirs = """import { useChatStream } from "./chat/react.js";
+        declare function show(text: string): void;
+        type Facts = { ending: string; partial: string; retryAfter: number | null };
+        declare function showProblem(message: string, facts: Facts): void;"""
+    return f"{theirs}\n{module}\n{{{hook}}}".replace('"/chat/', '"./chat/')
+
+
 def tool(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     path = folder / "node_modules/.bin" / command[0]
     return subprocess.run(
@@ -94,6 +105,7 @@ def test_types(folder: Path) -> None:
         shutil.copy(folder / f"chat/{name}.js", folder / f"chat/{name}.made.js")
         (folder / f"{name}.same.ts").write_text(SAME.format(name=name))
     (folder / "use.ts").write_text(USE)
+    (folder / "readme.ts").write_text(readme())
     sources = [file for place in (folder, folder / "chat") for end in ("js", "ts") for file in place.glob(f"*.{end}")]
     checked = tool(folder, "tsc", *STRICT, *map(str, sources))
     assert (checked.stdout, checked.returncode) == ("", 0)

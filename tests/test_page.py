@@ -200,7 +200,7 @@ def test_the_end_stays_in_view_when_there_is_less_room(visit: Visit) -> None:
     left = "(it) => Math.round(it.scrollHeight - it.scrollTop - it.clientHeight)"
     visit.ask("markdown", "demo-fast")
     visit.expect_state("complete")
-    assert scroller.evaluate(left) == 0
+    eventually(lambda: scroller.evaluate(left) == 0)
     visit.page.set_viewport_size({"width": 1280, "height": 420})
     eventually(lambda: scroller.evaluate(left) == 0)
     visit.message.fill("one\ntwo\nthree\nfour")
