@@ -440,29 +440,14 @@ def test_enter_at_the_wrong_time(
         assert len(stage.upstream.seen) == before + 1
 
 
-@pytest.mark.parametrize("example", COMPONENTS, ids=str)
-def test_a_component_that_goes_away_stops_its_answer(
-    example: Example, context: BrowserContext, fronts: dict[str, str], stage: Stage
-) -> None:
-    """Nobody reads on, so nobody pays on."""
-
-    async def act(peer: Peer) -> None:
-        await peer.head()
-        await peer.chunk(delta("one two"))
-        await peer.gone()
-
-    with shown(example, context, fronts, stage) as page:
-        page.ask(act)
-        expect(page.answer).to_have_text("one two")
-        page.visit.page.evaluate("leave()")
-        eventually(partial(getattr, stage.upstream.seen[-1], "closed"))
-
-
 @pytest.mark.parametrize("example", EVERY, ids=str)
-def test_a_page_that_is_left_stops_its_answer(
+def test_whoever_leaves_stops_the_answer(
     example: Example, context: BrowserContext, fronts: dict[str, str], stage: Stage
 ) -> None:
-    """The browser may keep it for the way back, with its request; this event is all that a page hears of it."""
+    """For another page: the browser may keep this one, with its request, and an event is all that it hears of it.
+
+    Or for another part of the page: a component goes away.
+    """
 
     async def act(peer: Peer) -> None:
         await peer.head()
@@ -476,6 +461,11 @@ def test_a_page_that_is_left_stops_its_answer(
         eventually(partial(getattr, stage.upstream.seen[-1], "closed"))
         page.is_ready()
         expect(page.problem).to_be_hidden()
+        if example in COMPONENTS:
+            page.ask(act)
+            expect(page.answer).to_have_text("one two")
+            page.visit.page.evaluate("leave()")
+            eventually(partial(getattr, stage.upstream.seen[-1], "closed"))
 
 
 RENDERING = """
