@@ -333,7 +333,7 @@ function item(source, at, { open, depth }) {
  */
 function continues(source, at, depth) {
   const above = source[at - 1].replace(QUOTE, "");
-  return above.trim() !== "" && !isFence(above.trim()) && !ITEM.test(source[at]) && !interrupts(source, at, depth);
+  return above.trim() !== "" && !isFence(above.trim()) && !ITEM.test(withoutTabs(source[at])) && !interrupts(source, at, depth);
 }
 
 /** @param {string[]} source */
@@ -439,7 +439,17 @@ function paragraph(source, at, { open, depth }) {
 
 /** @param {string} line */
 function indentOf(line) {
-  return line.length - line.trimStart().length;
+  const spaced = withoutTabs(line);
+  return spaced.length - spaced.trimStart().length;
+}
+
+/** @param {string} line @returns {string} its indent in spaces: a tab goes on to the next of every fourth column */
+function withoutTabs(line) {
+  const indent = /^[ \t]*/.exec(line)?.[0] ?? "";
+  if (!indent.includes("\t")) return line;
+  let columns = 0;
+  for (const char of indent) columns += char === "\t" ? 4 - (columns % 4) : 1;
+  return " ".repeat(columns) + line.slice(indent.length);
 }
 
 /**
@@ -447,7 +457,7 @@ function indentOf(line) {
  * @param {number} width
  */
 function dedent(line, width) {
-  return line.slice(Math.min(width, indentOf(line)));
+  return width === 0 ? line : withoutTabs(line).slice(Math.min(width, indentOf(line)));
 }
 
 // ---- inline

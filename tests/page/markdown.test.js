@@ -104,6 +104,9 @@ const DIALECT = [
   ["- a\n- b\n  - c\n\n  d\n* e", "<ul><li>a</li><li>b<ul><li>c</li></ul><p>d</p></li></ul><ul><li>e</li></ul>"],
   ["3. a\n4. b\n   1. c", "<ol start=3><li>a</li><li>b<ol><li>c</li></ol></li></ol>"],
   ["1. a\n  - b\n2. c", "<ol><li>a<ul><li>b</li></ul></li><li>c</li></ol>"],
+  ["- a\n\t- b\n\t\t- c\n\n\td\n- e", "<ul><li>a<ul><li>b<ul><li>c</li></ul></li></ul><p>d</p></li><li>e</li></ul>"],
+  ["1. a\n\t```make\n\tb:\n\t```\n2. c", `<ol><li>a${codeBlock("make", "b:")}</li><li>c</li></ol>`],
+  ["```make\nb:\n\tc\n```", codeBlock("make", "b:\n\tc")],
   ["- [x] a\n- [ ] b\n- [y] c", "<ul><li>☑ a</li><li>☐ b</li><li>[y] c</li></ul>"],
   ["in\n1986. a year", "<p>in<br></br>1986. a year</p>"],
   ["> a\nb\n> > c\n\nd", "<blockquote><p>a<br></br>b</p><blockquote><p>c</p></blockquote></blockquote><p>d</p>"],
@@ -200,7 +203,7 @@ const COSTLY = [
   "[".repeat(30_000), "](".repeat(15_000), "*a ".repeat(10_000), "a* ".repeat(10_000), "**a*".repeat(8_000), "`".repeat(30_000),
   "> ".repeat(15_000), "- ".repeat(15_000), "|".repeat(30_000), "https://".repeat(4_000), `${" ".repeat(30_000)}x`,
   `\`\`\`${" ".repeat(30_000)}\``, "[a](https://b.c) ".repeat(2_000), "_".repeat(30_000), `${"*".repeat(15_000)}a${"*".repeat(15_000)}`,
-  `\` ${"a".repeat(30_000)}\``, `${"- a\n".repeat(8_000)}`, "\\".repeat(30_000), "&amp;".repeat(6_000), "![".repeat(15_000),
+  `\` ${"a".repeat(30_000)}\``, `${"- a\n".repeat(8_000)}`, "\\".repeat(30_000), "&amp;".repeat(6_000), "![".repeat(15_000), `- ${"\t".repeat(30_000)}x\n${"\t".repeat(30_000)}y`, "- a\n\t".repeat(8_000),
   "\\(".repeat(15_000), "\n\\[".repeat(10_000), "$a".repeat(15_000), "$$ ".repeat(10_001), `${"\\(".repeat(15_000)}\\)`,
 ];
 
@@ -216,7 +219,7 @@ for (const source of COSTLY) {
 
 // ---- a text that grows
 
-const ALPHABET = ["a", "b ", "*", "**", "_", "`", "```", "\n", "\n\n", "# ", "- ", "1. ", "2. ", "  ", "    ", "> ", "|", "|-|", "---", "[", "](", ")", "https://e.org", "\r\n", "\r", "\\", "<i>", "é", "- [ ] ", "$", "$$", "\\(", "\\)", "\\[", "\\]"];
+const ALPHABET = ["a", "b ", "*", "**", "_", "`", "```", "\n", "\n\n", "# ", "- ", "1. ", "2. ", "  ", "    ", "\t", "> ", "|", "|-|", "---", "[", "](", ")", "https://e.org", "\r\n", "\r", "\\", "<i>", "é", "- [ ] ", "$", "$$", "\\(", "\\)", "\\[", "\\]"];
 
 test("in whatever pieces a text arrives, the same stands there in the end", () => {
   const random = seeded("growing");
