@@ -734,6 +734,9 @@ function count(text, char) {
   return text.split(char).length - 1;
 }
 
+/** Scripts that put no space between words: there is none beside a mark, either. */
+const DENSE = /[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Hangul}]/u;
+
 /**
  * CommonMark 0.31, 6.2: which marks can open and which can close.
  * @param {string} source
@@ -748,8 +751,9 @@ function run(source, at, token) {
   const after = source[at + token.length] ?? " ";
   const [spaceBefore, spaceAfter] = [before, after].map((side) => /\s/.test(side));
   const [markBefore, markAfter] = [before, after].map((side) => /[\p{P}\p{S}]/u.test(side));
-  const left = !spaceAfter && (!markAfter || spaceBefore || markBefore);
-  const right = !spaceBefore && (!markBefore || spaceAfter || markAfter);
+  const [denseBefore, denseAfter] = [before, after].map((side) => DENSE.test(side));
+  const left = !spaceAfter && (!markAfter || spaceBefore || markBefore || denseBefore);
+  const right = !spaceBefore && (!markBefore || spaceAfter || markAfter || denseAfter);
   const word = char === "_";
   return {
     char,

@@ -90,6 +90,7 @@ const DIALECT = [
   ["*a **b** c*", "<p><em>a <strong>b</strong> c</em></p>"],
   ["*foo**bar*", "<p><em>foo**bar</em></p>"],
   ["2 * 3 * 4, snake_case_word, a ~ b, **", "<p>2 * 3 * 4, snake_case_word, a ~ b, **</p>"],
+  ["重点是**「强调」**后面，**句。**다음 *あ。*い", "<p>重点是<strong>「强调」</strong>后面，<strong>句。</strong>다음 <em>あ。</em>い</p>"],
   ["\\*a\\* \\` \\[x\\](y)", "<p>*a* ` [x](y)</p>"],
   ["`a*b*` `` c`d `` `open", "<p><code>a*b*</code> <code>c`d</code> `open</p>"],
   ["\\(x\\,y_1 * \\{z_1*2\\}\\) and \\(open", "<p><code class=math>\\(x\\,y_1 * \\{z_1*2\\}\\)</code> and (open</p>"],
