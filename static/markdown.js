@@ -13,8 +13,8 @@
  * 5. What the reader cannot know to be unfinished is shown as if finished: `**bold` is bold before its end arrives.
  *
  * The dialect is what models write: CommonMark's usual parts and tables. A line break is a line break. A formula in TeX
- * is shown as it is written, with every backslash. Left out:
- * raw HTML, reference links, setext headings, indented code.
+ * is shown as it is written, with every backslash. Left out: raw HTML (but for `<br>`, the only way to a new line in a
+ * table), reference links, setext headings, indented code.
  */
 
 /**
@@ -468,7 +468,7 @@ const FORMULA = /** @type {Record<string, string>} */ ({ "\\(": "\\)", "\\[": "\
 /** @typedef {{char: string, count: number, opens: boolean, closes: boolean}} Run emphasis marks */
 /** @typedef {VNode | Run} Item */
 
-const TOKEN = /\\[([]|\$\$?|\\[!-/:-@[-`{-~]|`+|\*+|_+|~+|!?\[|\]|<(?=https?:)|\bhttps?:\/\/|\\?\n|&(?:amp|lt|gt|quot|nbsp|#39);/g;
+const TOKEN = /\\[([]|\$\$?|\\[!-/:-@[-`{-~]|`+|\*+|_+|~+|!?\[|\]|<(?=https?:)|<[bB][rR] ?\/?>|\bhttps?:\/\/|\\?\n|&(?:amp|lt|gt|quot|nbsp|#39);/g;
 const ENTITIES = /** @type {Record<string, string>} */ ({
   "&amp;": "&",
   "&lt;": "<",
@@ -530,7 +530,7 @@ class Scanner {
    */
   #take(token, at) {
     const first = token[0];
-    if (token.endsWith("\n")) this.#items.push(element("br"));
+    if (token.endsWith("\n") || /^<b/i.test(token)) this.#items.push(element("br"));
     else if (this.#formula(token, at)) return;
     else if (first === "\\") this.#items.push(token[1]);
     else if (first === "&") this.#items.push(ENTITIES[token]);

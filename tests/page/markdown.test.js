@@ -123,6 +123,7 @@ const DIALECT = [
       "<tr><td class=center>1</td><td class=end><code>a|b</code></td></tr><tr><td class=center>2</td><td class=end></td></tr>" +
       "</tbody></table></div><p>b</p>",
   ],
+  ["a<br>b `<br>` <br/>c<BR />\n\n| x<br>y |\n|---|", "<p>a<br></br>b <code><br></code> <br></br>c<br></br></p><div class=table><table><thead><tr><th>x<br></br>y</th></tr></thead><tbody></tbody></table></div>"],
   ["a | b\n--|--\nc | d", "<div class=table><table><thead><tr><th>a</th><th>b</th></tr></thead><tbody><tr><td>c</td><td>d</td></tr></tbody></table></div>"],
   ["a | b\n--|--|--", "<p>a | b<br></br>--|--|--</p>"],
   ["<b>x</b>", "<p><b>x</b></p>"],
