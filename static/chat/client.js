@@ -13,7 +13,7 @@
  * 2. Complete means `[DONE]`, or a finish_reason for every choice seen; whatever the socket does afterwards.
  * 3. A request is repeated only before its answer began, only on statuses that say so, and never silently for long.
  *    A connection that broke is never a reason, so a tab that slept and wakes up asks nothing twice.
- * 4. Leaving the loop, by `break`, by an exception or by the signal, ends the request at once; so does leaving the page.
+ * 4. Leaving the loop, by `break`, by an exception or by the signal, ends the request at once; leaving the page, too.
  * 5. No key, and no other origin: the session cookie does it, and the page cannot read even that.
  */
 

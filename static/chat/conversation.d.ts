@@ -40,7 +40,10 @@ export class Conversation {
   snapshot: () => Snapshot;
   /** Returns what ends it. */
   subscribe: (listener: () => void) => () => void;
-  /** Whether there is a complete answer; never throws: see `error`. While an answer is under way it does nothing. */
+  /**
+   * Whether there is a complete answer; never throws: see `error`. While an answer is under way it does nothing, nor
+   * without a question.
+   */
   send: (content: Content) => Promise<boolean>;
   /** Asks the last question again; its answer stays until the first word of the new one. */
   regenerate: () => Promise<boolean>;

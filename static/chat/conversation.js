@@ -61,7 +61,8 @@ export class Conversation {
 
   /** @param {Content} content */
   send = async (content) => {
-    if (this.#live) return false;
+    const isNothing = typeof content === "string" ? content.trim() === "" : !content?.length;
+    if (this.#live || isNothing) return false;
     const messages = [...this.#now.messages, this.#message("user", content)];
     return this.#answer(messages, messages);
   };
@@ -91,9 +92,11 @@ export class Conversation {
         message = deltas.reduce(withDelta, message);
         this.#tell({ messages: [...messages, message], status: "streaming", error: null, metrics: answer.metrics });
       }
+      await clickOver(controller.signal);
       this.#end([...messages, { ...message, state: "complete" }], "ready", null, answer.metrics);
       return true;
     } catch (caught) {
+      await clickOver(controller.signal);
       const error = /** @type {ChatError} */ (caught);
       const stopped = error.ending === "aborted";
       const state = stopped ? "stopped" : "interrupted";
@@ -132,6 +135,16 @@ export class Conversation {
     this.#made += 1;
     return { id: `m${this.#made}`, role, content, text: textIn(content), reasoning: "", toolCalls: [], state };
   }
+}
+
+/**
+ * Where a page puts Send in the place of Stop, and React takes one element for both, the click on Stop would send: a
+ * browser asks what a button is for only after all that its click has set off at once.
+ * @param {AbortSignal} stop
+ * @returns {Promise<void> | undefined}
+ */
+function clickOver(stop) {
+  return stop.aborted ? new Promise((resolve) => void setTimeout(resolve)) : undefined;
 }
 
 /**

@@ -86,6 +86,23 @@ test("stop ends it: what is there stays, marked, no error, and nothing changes a
   assert.equal(chat.snapshot(), stopped);
 });
 
+test("the click that stops is over before anything is shown: it must not press what comes in the button's place", async () => {
+  const chat = new Conversation(serving([null]));
+  const sending = chat.send("q");
+  chat.stop();
+  for (let turn = 0; turn < 100; turn += 1) await null;
+  assert.equal(chat.snapshot().status, "submitted");
+  assert.equal(await sending, false);
+  assert.equal(chat.snapshot().status, "ready");
+});
+
+test("nothing is asked without a question", async () => {
+  const { fetch, sent } = serving([text("a"), DONE]);
+  const chat = new Conversation({ fetch });
+  for (const empty of ["", " \n", [], null]) assert.equal(await chat.send(empty), false);
+  assert.deepEqual([sent, chat.snapshot().messages], [[], []]);
+});
+
 test("stop before the first word leaves the question alone", async () => {
   const chat = new Conversation(serving([null]));
   const sending = chat.send("q");
