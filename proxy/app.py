@@ -319,7 +319,7 @@ class ChatProxy:
             self.note_abort(leash)
             if relay is None:
                 raise
-            exchange.on(Event.COMPLETE if relay.has_ended_well else Event.LEAVE)
+            exchange.on(Event.COMPLETE if relay.has_said_all else Event.LEAVE)
         except Interruption as interruption:
             broke = interruption.alone()
             if relay is None:

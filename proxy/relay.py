@@ -5,8 +5,9 @@
 Rules:
 1. The pump runs inside the transport's `data_received`: a chunk goes from the upstream's socket to the browser's in
    one call, without a task switch. It steps the `send` coroutine once; when that finishes, all is done.
-2. When `send` cannot finish (the browser reads too slowly) it yields a future. Then the upstream is paused and the
-   stream's own task awaits the rest of that same coroutine. Nothing is queued, so memory stays bounded.
+2. When `send` cannot finish (the browser reads too slowly) it yields a future, and has written nothing yet: uvicorn
+   waits first. Then the upstream is paused and the stream's own task awaits the rest of that same coroutine. Nothing is
+   queued, so memory stays bounded; what waits when the stream is ended goes out with the last word.
 3. Whatever ends a stream early pulls the leash, so it arrives in the stream's own task as one exception: the browser
    that left, a deadline, the drain, a fault of ours.
 """
@@ -120,13 +121,14 @@ class Source(Protocol):
 
 
 class Rest:
-    """What remains of a coroutine that was stepped once and yielded `waiting`."""
+    """What remains of a coroutine that was stepped once and yielded `waiting`; it is to send `body`."""
 
-    __slots__ = ("coroutine", "waiting")
+    __slots__ = ("body", "coroutine", "waiting")
 
-    def __init__(self, coroutine: Coroutine[Any, Any, None], waiting: Any) -> None:
+    def __init__(self, coroutine: Coroutine[Any, Any, None], waiting: Any, body: bytes = b"") -> None:
         self.coroutine = coroutine
         self.waiting = waiting
+        self.body = body
 
     def __await__(self) -> Generator[Any, Any, None]:
         waiting = self.waiting
@@ -212,13 +214,18 @@ class Relay:
             broke = broke or Interruption(reason="ended early")
             body = (b"\n\n" if self.events.partial else b"") + broke.event()
         self.bytes_sent += len(body)
-        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+        await self._send({"type": "http.response.body", "body": self._take_back() + body, "more_body": False})
         return broke
 
     @property
     def has_ended_well(self) -> bool:
         """The stream has said that it is over, and our key was not in it: nothing that happens later matters."""
         return self.events.ending is not Ending.OPEN and not self.leaked
+
+    @property
+    def has_said_all(self) -> bool:
+        """It has ended well, and no part of it still waits for the browser to read."""
+        return self.has_ended_well and self._blocked is None
 
     # ---- called by the transport ----------------------------------------------------------------------------------
 
@@ -261,16 +268,27 @@ class Relay:
             self._stop(error)
             return
         self._source.pause()
-        self._blocked = Rest(coroutine, waiting)
+        self._blocked = Rest(coroutine, waiting, message["body"])
         self._notify()
 
     async def _unblock(self) -> None:
         if self._blocked is None:
             return
-        await self._blocked
+        try:
+            await self._blocked
+        except Exception:  # of `send` itself: how much of it went out, nobody knows
+            self._blocked = None
+            raise
         self._blocked = None
         self._last = self._loop.time()
         self._source.resume()
+
+    def _take_back(self) -> bytes:
+        """What still waited to be sent when the leash was pulled (rule 2)."""
+        if self._blocked is None:
+            return b""
+        self._blocked.coroutine.close()
+        return self._blocked.body
 
     def _leak(self, echo: KeyEcho) -> None:
         self.leaked = True

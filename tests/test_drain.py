@@ -49,6 +49,7 @@ FIRST, SECOND = delta("first"), delta("second")
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":4}}\n\n'
 LONG = "30"  # seconds of drain that no test here waits for
 SMALL = 16384  # bytes of socket buffers where a client is to block early
+LARGE = delta("x" * 50_000)
 
 CROWD = 1000 if FULL else 100  # live streams; the default max_streams is as many
 PACE = CROWD / 1000  # seconds between two events of one stream of a crowd, which makes 1,000 a second in all
@@ -59,7 +60,7 @@ both_loops = pytest.mark.parametrize("loop", LOOPS)
 
 @dataclass
 class Play:
-    """A proxy, and an upstream that does what the question says: "answer", "silence", "flood", "half" or "nothing"."""
+    """A proxy, and an upstream that does what the question says: "answer", "silence", "flood", "much", "half", ..."""
 
     proxy: Running
     upstream: ScriptedUpstream
@@ -114,6 +115,10 @@ def playing(loop: str, drain_seconds: str, **overrides: str) -> Iterator[Play]:
             await peer.chunk(b'{"choices": [')
             return await peer.gone()
         await peer.chunk(FIRST)
+        if what == "much":
+            await fill(peer, plays[0].proxy)
+            await peer.chunk(finish() + DONE)
+            return await peer.end()
         while what == "flood":
             await peer.chunk(delta("x" * 4000))
         if what == "silence":
@@ -132,6 +137,15 @@ def playing(loop: str, drain_seconds: str, **overrides: str) -> Iterator[Play]:
         plays.append(play)
         with play.stack:
             yield play
+
+
+async def fill(peer: Peer, proxy: Running) -> None:
+    """Sends events, one at a time, until the server would have to wait before it writes another."""
+    sent = len(proxy.sent)
+    while not any(connection.flow.write_paused for connection in proxy.service.guard.open):
+        await peer.chunk(LARGE)
+        sent += len(LARGE)
+        await asyncio.to_thread(eventually, lambda: len(proxy.sent) >= sent)  # noqa: B023  # over before it changes
 
 
 def code_of(event: bytes) -> str:
@@ -307,6 +321,21 @@ def test_a_client_that_does_not_read_holds_up_nothing(loop: str, monkeypatch: py
         assert line["ending"] == "drained"
         assert line["tokens"] == play.prompt + line["events"] > play.prompt
         assert set(play.proxy.tokens_used().values()) == {line["tokens"]}
+
+
+@both_loops
+def test_an_end_that_waits_for_its_reader_is_still_the_end(loop: str) -> None:
+    """The upstream has said its last, the client has not read it when the time is over: it gets all that was said."""
+    with playing(loop, "0.2") as play:
+        client = play.ask("much", buffers=SMALL)
+        transport: Any = play.proxy.service.app.transport
+        eventually(lambda: transport._idle or not all(inner._reading for inner in transport._connections))
+        play.end()
+        eventually(lambda: play.proxy.service.app.is_cut)
+        said = b"".join(chunks(client))
+        assert said == FIRST + LARGE * said.count(LARGE) + finish() + DONE
+        play.assert_over()
+        assert play.proxy.line()["ending"] == "complete"
 
 
 # ---- a full house ---------------------------------------------------------------------------------------------------

@@ -633,6 +633,34 @@ async def test_a_browser_that_leaves_while_a_send_waits() -> None:
     assert stage.browser.waiting == 0
 
 
+@on_both_loops
+async def test_what_waits_when_the_leash_is_pulled_is_not_lost() -> None:
+    """Whole events that the browser has not taken yet go before the last word; an end among them is still the end."""
+    for part, pulled, ends_well in (
+        (delta("slow"), False, False),
+        (delta("slow"), True, False),
+        (finish() + DONE, False, True),
+        (finish() + DONE, True, True),
+    ):
+        stage = await Stage().begun()
+        stage.browser.stop_reading()
+        stage.source.say(part)
+        if not pulled:
+            await ticks()  # else the pull comes before the task has heard of the wait
+        stage.leash.pull(StreamDrained())
+        await settled(lambda stage=stage: stage.source.aborted)  # type: ignore[misc]
+        assert not stage.relay.has_said_all
+        stage.browser.read()
+        await stage.over()
+        assert stage.browser.waiting == 0
+        if ends_well:
+            assert (stage.browser.got, stage.told) == (part, None)
+        else:
+            assert stage.told is not None
+            assert stage.browser.got == part + stage.told.event()
+        assert stage.relay.bytes_sent == len(stage.browser.got)
+
+
 # ---- a send that fails -----------------------------------------------------------------------------------------------
 
 
@@ -922,7 +950,7 @@ async def test_every_await_can_be_pulled(where: str) -> None:
     stage.browser.read()
     await stage.over()
     assert isinstance(stage.told, StreamDrained)
-    assert stage.browser.got == stage.told.event()
+    assert stage.browser.got == (delta("slow") if where == "an event" else b"") + stage.told.event()
 
 
 @on_both_loops
