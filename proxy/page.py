@@ -98,9 +98,12 @@ class Page:
 
 
 def relative(header: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
-    """A redirect to a folder without scheme and host: those of our socket are not the ones that people see."""
+    """A redirect to a folder without scheme and host: those of our socket are not the ones that people see.
+
+    It begins with one slash, however many were asked for: what follows two is a host.
+    """
     name, value = header
-    return (name, b"/" + value.split(b"/", 3)[3]) if name == b"location" else header
+    return (name, b"/" + value.split(b"/", 3)[3].lstrip(b"/")) if name == b"location" else header
 
 
 def page_folder(configured: str | None) -> Path | None:

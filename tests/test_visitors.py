@@ -1034,6 +1034,9 @@ def test_redirects_keep_the_origin(upstream: ScriptedUpstream, tmp_path: Path) -
         reply = Program(proxy).send("GET", "/docs")
         assert (reply.status, reply.headers["location"]) == (307, "/docs/")
         assert Program(proxy).send("GET", "/docs/").body == b"docs"
+        for path in ("//elsewhere.example/%2e%2e/docs", "///elsewhere.example/../docs"):
+            location = Program(proxy).send("GET", path).headers["location"]
+            assert location == "/elsewhere.example/../docs/"  # two slashes would make a host of it
 
 
 # ---- bugs ----------------------------------------------------------------------------------------------------------
