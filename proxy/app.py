@@ -277,8 +277,6 @@ class ChatProxy:
         self.edge.check_origin(visit.found)
         self.edge.check_body(visit.found)
         body = await visit.body(self.settings.server.max_body_bytes)
-        if self.is_cut:  # it took longer to come than the drain had time
-            raise Draining
         session = await self.access.session_of(visit)
         subject = self.access.subject_of(session, visit)
         visit.standings = await self.limits.charge(ask, subject)
@@ -288,6 +286,8 @@ class ChatProxy:
         attempts, bill = Attempts(), Bill(order.prompt_tokens)
         async with await self.limits.hold(subject, most, bill.so_far) as hold:
             try:
+                if self.is_cut:  # the body, or the store, took longer than the drain had time
+                    raise Draining
                 if order.stream:
                     await self.stream(visit, order, attempts, bill)
                 else:
@@ -310,6 +310,7 @@ class ChatProxy:
         broke: Interruption | None = None
         try:
             async with Leash(visit.receive, self.live) as leash:
+                await leash.listen()
                 source = await self.upstream.stream(order.body, visit.request_id, attempts, visit.traceparent)
                 relay = self.relay(visit, order, source, leash, attempts.key)
                 bill.events = relay.events
@@ -349,6 +350,7 @@ class ChatProxy:
         """Passes on one whole answer."""
         try:
             async with Leash(visit.receive, self.live) as leash:
+                await leash.listen()
                 answer = await self.upstream.complete(order.body, visit.request_id, attempts, visit.traceparent)
         except ClientGone:
             self.note_abort(leash)

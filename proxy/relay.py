@@ -63,6 +63,10 @@ class Leash:
         self._live.add(self)
         return self
 
+    async def listen(self) -> None:
+        """Gives the watcher its first turn: the browser may have left while something before this was waited for."""
+        await asyncio.sleep(0)
+
     def pull(self, cause: BaseException) -> None:
         """Raises `cause` out of the body, at what it is waiting for; nothing when it is over or pulled already."""
         if self._task is None or self._cause is not None:

@@ -397,6 +397,35 @@ def test_nobody_waits_for_a_store_in_trouble(
             eventually(lambda: not leases(client))
 
 
+@fault(26)
+@both_loops
+def test_who_leaves_while_the_store_is_asked_causes_no_call(loop: str, store: Redis) -> None:
+    """A store that takes its time: whoever left meanwhile, or found the drain over, is not answered by the upstream,
+    though a connection to it stands ready; and gets back what was held."""
+    with (
+        ScriptedUpstream(streaming(*GOOD)) as upstream,
+        Link(store) as link,
+        running(upstream.base_url, loop=loop, LIMITS_STORE=link.url, SERVER_DRAIN_SECONDS="0") as proxy,
+    ):
+        assert chat(proxy).status == 200
+        calls = len(upstream.seen)
+        link.delay = DEADLINE * 0.6
+        for stream in (True, False):
+            sock = raw_chat(proxy, stream=stream)
+            eventually(lambda: proxy.service.app.busy)
+            sock.close()
+            eventually(lambda: not proxy.service.app.busy)
+        gone = eventually(lambda: lines if len(lines := [e for e in proxy.lines() if e["ending"]]) == 3 else [])[1:]
+        assert [(line["ending"], line["tokens"]) for line in gone] == [("aborted", 0)] * 2
+        assert proxy.upstream_sockets == 1
+        assert len(upstream.seen) == calls
+        with raw_chat(proxy) as sock:
+            eventually(lambda: proxy.service.app.busy)
+            proxy.on_loop(proxy.service.end)
+            assert b'"code":"draining"' in read_until(sock, b"}}")
+        assert len(upstream.seen) == calls
+
+
 async def talk(peer: Peer) -> None:
     """An answer; to who says `live`, one that says for a second what time it is."""
     assert peer.seen is not None
