@@ -84,7 +84,10 @@ class Bill:
         return self.prompt_tokens + (self.events.count if self.events is not None else 0)
 
     def note_stream(self, events: Events) -> None:
-        self.note(events.usage or Usage(self.prompt_tokens, events.count))
+        used = events.usage or Usage(self.prompt_tokens, events.count)
+        if events.ending is Ending.OPEN:  # what it has counted so far may be no more than the prompt
+            used = Usage(used.prompt_tokens, max(used.completion_tokens, events.count))
+        self.note(used)
 
     def note_answer(self, answer: bytes) -> None:
         self.note(Usage(self.prompt_tokens, len(answer) // BYTES_PER_TOKEN))

@@ -50,6 +50,7 @@ MEGABYTE = 1 << 20
 
 both_loops = pytest.mark.parametrize("loop", LOOPS)
 
+EARLY = b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":0}}\n\n'
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":11,"total_tokens":18}}\n\n'
 ERROR = b'data: {"error":{"message":"Overloaded","type":"server_error","param":null,"code":"overloaded"}}\n\n'
 
@@ -187,6 +188,12 @@ BROKEN = {
     ),
     "6 reset": Row(stopping(reset, HALF), HALF, "stream_interrupted", "truncated"),
     "6 reset at once": Row(stopping(reset), b"", "stream_interrupted", "truncated", events=0),
+    "6 reset after an early usage": Row(
+        stopping(reset, EARLY, HALF, HALF), EARLY + HALF * 2, "stream_interrupted", "truncated", 7 + 3, 3
+    ),
+    "6 reset after a usage so far": Row(
+        stopping(reset, HALF, USAGE), HALF + USAGE, "stream_interrupted", "truncated", 18, 2
+    ),
     "7 cut between chunks": Row(stopping(cut, HALF, HALF), HALF * 2, "stream_interrupted", "truncated", events=2),
     "7 cut in a chunk": Row(stopping(cut_in_a_chunk, HALF), HALF, "stream_interrupted", "truncated"),
     "7 no chunk size": Row(stopping(bad_framing, HALF), HALF, "stream_interrupted", "truncated"),
