@@ -125,6 +125,10 @@ class Edge:
         address = parse_address(peer)
         return address is not None and self.is_proxy(address)
 
+    def subscriber_at(self, peer: str) -> str:
+        """The peer itself as limits count it, whomever it speaks for."""
+        return self._resolve(peer, b"").key
+
     def request_id(self, caller: Caller, found: Found) -> str | None:
         """The id that a trusted proxy gave this request; anyone else's is not believed."""
         given = found.get(b"x-request-id")

@@ -220,8 +220,9 @@ def as_bytes(refusal: Refusal) -> bytes:
 class Guard:
     """The application as uvicorn sees it, and what is known about all of its sockets together.
 
-    `most_sockets` of one address, unless `is_proxy` says that it speaks for many. `note` hears of each refusal that
-    never became a request. `is_crowded`: the process is about to run out of descriptors.
+    `most_sockets` of one address, or of all that `subscriber` gives one name, unless `is_proxy` says that it speaks for
+    many. `note` hears of each refusal that never became a request. `is_crowded`: the process is about to run out of
+    descriptors.
     """
 
     def __init__(
@@ -229,12 +230,14 @@ class Guard:
         app: ASGIApp,
         *,
         most_sockets: int,
+        subscriber: Callable[[str], str],
         is_proxy: Callable[[str], bool],
         note: Callable[[str | None, Refusal], None],
         is_crowded: Callable[[], bool],
     ) -> None:
         self.app = app
         self.most_sockets = most_sockets
+        self.subscriber = subscriber
         self.is_proxy = is_proxy
         self.note = note
         self.is_crowded = is_crowded
@@ -252,9 +255,10 @@ class Guard:
 
     def admit(self, address: str) -> bool:
         """Counts a socket in."""
-        if self.sockets[address] >= self.most_sockets and not self.is_proxy(address):
+        subscriber = self.subscriber(address)
+        if self.sockets[subscriber] >= self.most_sockets and not self.is_proxy(address):
             return False
-        self.sockets[address] += 1
+        self.sockets[subscriber] += 1
         return True
 
     def leave(self, connection: GuardedProtocol, address: str | None) -> None:
@@ -262,9 +266,10 @@ class Guard:
         self.reading.pop(connection, None)
         self.note_if_left()
         if address is not None:
-            self.sockets[address] -= 1
-            if not self.sockets[address]:
-                del self.sockets[address]
+            subscriber = self.subscriber(address)
+            self.sockets[subscriber] -= 1
+            if not self.sockets[subscriber]:
+                del self.sockets[subscriber]
 
     def expect(self, connection: GuardedProtocol) -> None:
         """The head of a request has begun; it owes us the rest, if it does not already."""

@@ -199,6 +199,7 @@ class Service:
         self.guard = Guard(
             self.app,
             most_sockets=settings.server.connections_per_address,
+            subscriber=self.app.edge.subscriber_at,
             is_proxy=self.app.edge.is_proxy_at,
             note=self.app.note_no_request,
             is_crowded=self.is_crowded,

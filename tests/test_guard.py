@@ -499,6 +499,47 @@ def test_check_head(version: str, target: bytes, headers: Any, expected: type[Re
             check_head(version, target, headers)
 
 
+# ---- sockets --------------------------------------------------------------------------------------------------------
+
+
+def is_admitted(proxy: Running, sock: socket.socket) -> bool:
+    """Is a request answered on it?"""
+    with suppress(ConnectionError):
+        sock.sendall(head(proxy, request="GET /api/v1/models HTTP/1.1"))
+        answer = b""
+        while part := sock.recv(65536):
+            answer += part
+            if b"]}" in answer:
+                return True
+    return False
+
+
+@both_loops
+def test_an_address_has_so_many_sockets(loop: str) -> None:
+    """One more is closed, whoever has one keeps it, and a place that is given back is free. Proxies have no bound."""
+    few = {"SERVER_CONNECTIONS_PER_ADDRESS": "3"}
+    with serving(loop, SERVER_TRUSTED_PROXIES="", **few) as (proxy, _), ExitStack() as stack:
+        socks = [stack.enter_context(connect(proxy)) for _ in range(3)]
+        for _ in range(2):
+            assert all(is_admitted(proxy, sock) for sock in socks)
+            with connect(proxy) as another:
+                assert not is_admitted(proxy, another)
+        reset(socks.pop())
+        eventually(lambda: len(proxy.service.guard.open) == 2)
+        assert is_admitted(proxy, stack.enter_context(connect(proxy)))
+    with serving(loop, **few) as (proxy, _), ExitStack() as stack:
+        assert all(is_admitted(proxy, stack.enter_context(connect(proxy))) for _ in range(5))
+
+
+def test_an_ipv6_subscriber_is_one_address() -> None:
+    """Who has a /64 to pick addresses from has not a bound for each of them."""
+    with serving("uvloop", SERVER_CONNECTIONS_PER_ADDRESS="2") as (proxy, _):
+        admit = proxy.service.guard.admit
+        addresses = ["2001:db8::1", "2001:db8::2", "2001:db8::3", "2001:db8:0:1::1", "192.0.2.1", "::ffff:192.0.2.1"]
+        assert [admit(address) for address in addresses] == [True, True, False, True, True, True]
+        assert not admit("192.0.2.1")
+
+
 # ---- descriptors ----------------------------------------------------------------------------------------------------
 
 
