@@ -217,7 +217,7 @@ class Events:
         if chunk.error:  # the clients too take an empty one for none
             self.failed = True
         for choice in chunk.choices or ():
-            if choice.finish_reason:  # some upstreams write "" where OpenAI has null
+            if choice.finish_reason and choice.finish_reason != "null":  # some write "" or "null" for OpenAI's null
                 self.finished.add(choice.index)
         usage = counted(chunk.usage)
         self.usage = usage or self.usage

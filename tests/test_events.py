@@ -82,12 +82,16 @@ class Noted:
 
     def chunk(self, said: Any) -> None:
         self.failed |= bool(said.get("error"))
-        self.finished |= {choice.get("index", 0) for choice in said.get("choices") or () if choice.get("finish_reason")}
+        self.finished |= {choice.get("index", 0) for choice in said.get("choices") or () if says_why(choice)}
         found = said.get("usage")
         if isinstance(found, dict):
             numbers = [found.get(name, 0) for name in ("prompt_tokens", "completion_tokens")]
             if all(type(number) is int and 0 <= number <= module.MOST_TOKENS for number in numbers) and numbers[0]:
                 self.usage = Usage(*numbers)
+
+
+def says_why(choice: Any) -> bool:
+    return choice.get("finish_reason") not in (None, "", "null")
 
 
 def read(stream: bytes) -> tuple[Noted, int, int]:
@@ -123,7 +127,7 @@ choices = st.fixed_dictionaries(
     {"delta": st.fixed_dictionaries({"content": texts})},
     optional={
         "index": st.sampled_from([0, 1, 2, None]),
-        "finish_reason": st.sampled_from([None, "", "stop", "length"]),
+        "finish_reason": st.sampled_from([None, "", "null", "stop", "length"]),
     },
 )
 chunks = st.fixed_dictionaries(
@@ -303,6 +307,7 @@ ENDINGS = {
     "finish_reason length": (finish("length"), Ending.COMPLETE),
     "finish_reason and a usage": (finish() + usage(3, 4), Ending.COMPLETE),
     "an empty finish_reason": (delta("a").replace(b":null", b':""'), Ending.OPEN),
+    "a finish_reason that says null": (delta("a").replace(b":null", b':"null"'), Ending.OPEN),
     "a finish_reason in the text": (delta('"finish_reason":"stop"'), Ending.OPEN),
     "finish_reason without an index": (chunk(choices=[{"finish_reason": "stop"}]), Ending.COMPLETE),
     "finish_reason with the index null": (chunk(choices=[{"index": None, "finish_reason": "stop"}]), Ending.COMPLETE),
