@@ -494,7 +494,7 @@ class ChatProxy:
             self.alarm(visit, "the upstream sent our key inside a stream")
         if relay.first_at is None:
             return
-        ttft = relay.first_at - visit.started
+        ttft = max(0.0, relay.first_at - visit.started)  # uvloop's clock stands still within a turn of the loop
         visit.log["ttft_ms"] = round(ttft * 1000, 1)
         metrics.first_token.observe(ttft)
         if now > relay.first_at and relay.events.count > 1:

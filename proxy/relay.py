@@ -244,10 +244,10 @@ class Relay:
             self._stop(error)
             return
         if out:
-            if self.first_at is None:
-                self.first_at = now
-            else:
+            if self.first_at is not None:
                 self.gaps.note(now - self._delivered)
+            elif self.events.count:  # not yet with a comment: some upstreams send them while they think
+                self.first_at = now
             self._delivered = now
             self.bytes_sent += len(out)
             self._step({"type": "http.response.body", "body": out, "more_body": True})

@@ -495,6 +495,20 @@ async def test_an_event_goes_out_in_the_call_that_brought_it() -> None:
 
 
 @on_both_loops
+async def test_a_comment_is_not_the_first_event() -> None:
+    """What an upstream says to keep the connection open passes at once, but the answer has not begun with it."""
+    stage = await Stage().begun()
+    stage.source.say(b": PROCESSING\n\n", b": PROCESSING\n\n")
+    assert stage.browser.got == b": PROCESSING\n\n" * 2
+    assert (stage.relay.first_at, stage.relay.gaps.total, sum(stage.relay.gaps.counts)) == (None, 0.0, 0)
+    stage.source.say(delta("first"))
+    assert stage.relay.first_at is not None
+    assert sum(stage.relay.gaps.counts) == 0
+    stage.source.say(DONE).end()
+    await stage.over()
+
+
+@on_both_loops
 async def test_a_stream_that_is_there_already() -> None:
     """What the source held, its end included, is passed on although the pump never has to wait."""
     for error in (None, CUT):
