@@ -154,6 +154,9 @@ class GuardedProtocol(HttpToolsProtocol):
         cause = error.__context__ if error is not None else None
         self.refuse(cause if isinstance(cause, Refusal) else InvalidRequest("The request is not valid HTTP."))
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Whoever asked for one has been refused, or was hung up on."""
+
     def refuse(self, refusal: Refusal) -> None:
         """Answers, and closes our half. The other half is read for a while, or the answer might be lost in a reset."""
         if self.is_in_body and self.cycle.response_started:
@@ -308,8 +311,8 @@ class Guard:
             self._timer.cancel()
 
     def look(self) -> None:
+        self.start()  # first: the deadlines outlive a bug
         self.end_overdue(asyncio.get_running_loop().time())
-        self.start()
 
     def end_overdue(self, now: float) -> None:
         while self.reading:

@@ -230,6 +230,7 @@ class Service:
         gc.collect()
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
+        asyncio.get_running_loop().set_exception_handler(self.note_uncaught)
         self.guard.start()
         async with asyncio.TaskGroup() as tasks:
             for server, listener in servers:
@@ -241,6 +242,13 @@ class Service:
             for server, _ in servers:
                 server.end()
         self.guard.stop()
+
+    def note_uncaught(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """What was raised where nobody waits. The loop itself would tell stderr, with all that its text quotes."""
+        if (error := context.get("exception")) is not None:
+            self.logs.bug(error)
+        else:
+            self.logs.line("library", "error", logger="asyncio", message=context["message"][:200])
 
     async def exposition(self) -> bytes:
         return self.app.metrics.exposition()

@@ -55,7 +55,7 @@ from harness import (
 from proxy import guard, server, visit
 from proxy.errors import HeadersTooLarge, InvalidRequest, Refusal
 from proxy.guard import MAX_FIELDS, MAX_HEAD_BYTES, check_head
-from proxy.server import listen_on_path
+from proxy.server import bridged, listen_on_path
 
 SHORT = 0.6  # seconds: a deadline that a test waits for
 SOON = 6.0  # seconds: ten times that
@@ -148,6 +148,39 @@ def drip(sock: socket.socket, data: bytes) -> bytes:
         assert time.monotonic() < deadline
         sock.sendall(data[place : place + 1])
     raise AssertionError("it was all taken")
+
+
+@both_loops
+def test_a_bug_of_a_deadline_does_not_end_them_all(
+    loop: str, hurried: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The next socket is closed in time, and the log has the bug's places; nobody has its text."""
+
+    def bug(connection: guard.GuardedProtocol) -> None:
+        monkeypatch.undo()
+        monkeypatch.setattr(guard, "HEAD_SECONDS", SHORT)
+        raise RuntimeError("what the visitor wrote")
+
+    monkeypatch.setattr(guard.GuardedProtocol, "give_up", bug)
+    with serving(loop) as (proxy, _), connect(proxy):
+        (line,) = eventually(lambda: proxy.lines("bug"))
+        assert line["error"] == "RuntimeError"
+        assert any("guard.py" in place for place in line["at"])
+        with connect(proxy) as sock:
+            assert to_the_end(sock) == b""
+        assert b"visitor wrote" not in proxy.output.getvalue()
+    assert "visitor wrote" not in "".join(capfd.readouterr())
+
+
+@both_loops
+def test_an_upgrade_behind_a_request_is_not_worth_a_line(loop: str) -> None:
+    """The connection is closed as for any second request; uvicorn's advice about WebSockets would be for nobody."""
+    with serving(loop) as (proxy, upstream), bridged(proxy.service.logs), connect(proxy) as sock:
+        sock.sendall(chat_request(proxy) + head(proxy, request="CONNECT a:1 HTTP/1.1"))
+        assert to_the_end(sock) == b""
+        assert proxy.line()["ending"] == "aborted"
+        assert proxy.lines("library") == []
+        assert upstream.connections == 0
 
 
 @both_loops
