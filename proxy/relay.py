@@ -152,8 +152,9 @@ class Relay:
     """One stream from `source` to the browser's `send`. Times are in seconds of the loop's clock."""
 
     __slots__ = (
-        *("_blocked", "_comment", "_commented", "_delivered", "_ended", "_error", "_idle", "_last", "_leash", "_loop"),
-        *("_send", "_source", "_timer", "_until", "_wake", "bytes_sent", "events", "first_at", "gaps", "leaked"),
+        *("_blocked", "_comment", "_commented", "_delivered", "_ended", "_error", "_head", "_idle", "_last", "_leash"),
+        *("_loop", "_send", "_source", "_timer", "_until", "_wake"),
+        *("bytes_sent", "events", "first_at", "gaps", "leaked"),
     )
 
     def __init__(
@@ -178,6 +179,7 @@ class Relay:
         self._wake: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._blocked: Rest | None = None
+        self._head: Message | None = None  # of the response, while it waits to be sent
         self._ended = False
         self._error: Exception | None = None
         self.events = events
@@ -193,9 +195,12 @@ class Relay:
         Runs inside the leash. Raises Interruption when what the upstream gave was not the end. However this ends, the
         upstream's socket is not left open.
         """
+        self._head = start
         try:
-            await self._send(start)
             self._arm()
+            await self._send(start)  # may have to wait, too: for a browser that has not read the answer before
+            self._head = None
+            self._last = self._loop.time()
             self._source.attach(self)
             while not self._ended or self._blocked:
                 await self._something()
@@ -218,6 +223,8 @@ class Relay:
             broke = broke or Interruption(reason="ended early")
             body = (b"\n\n" if self.events.partial else b"") + broke.event()
         self.bytes_sent += len(body)
+        if self._head is not None:
+            await self._send(self._head)
         await self._send({"type": "http.response.body", "body": self._take_back() + body, "more_body": False})
         return broke
 
@@ -336,12 +343,12 @@ class Relay:
             self._arm()
 
     def _check_deadlines(self) -> None:
-        now = self._loop.time()
+        now, is_waiting = self._loop.time(), self._blocked is not None or self._head is not None
         if now >= self._until:
             self._leash.pull(StreamTooLong("total_timeout"))
-        elif self._blocked is None and now >= self._last + self._idle:
+        elif not is_waiting and now >= self._last + self._idle:
             self._leash.pull(StreamTimeout("idle_timeout"))
-        elif self._blocked is not None:
+        elif is_waiting:
             self._timer = self._loop.call_at(min(now + self._idle, self._until), self._check_deadlines)
         else:
             if now >= max(self._delivered, self._commented) + self._comment:

@@ -28,6 +28,7 @@ from harness import (
     Running,
     ScriptedUpstream,
     chat,
+    chat_request,
     chunks,
     delta,
     eventually,
@@ -189,6 +190,40 @@ def test_total_timeout_ends_the_upstream_of_a_client_that_does_not_read(loop: st
         assert (line["ending"], line["code"]) == ("timeout", "stream_too_long")
         assert line["tokens"] >= line["events"] >= len(events) // len(ROW)
         assert set(flood.proxy.tokens_used().values()) == {line["tokens"]}
+
+
+@both_loops
+def test_who_has_not_read_the_answer_before_holds_no_upstream(loop: str) -> None:
+    """Not even the head of a second answer can be written: its deadlines count, and what it gets at last is whole."""
+    answer = b'{"choices":[],"x":"%b"}' % (b"x" * 500_000)
+
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.whole(answer)
+        await peer.request()
+        await peer.head()
+        await peer.chunk(ROW)
+        await peer.gone()
+
+    settings = {"UPSTREAM_TOTAL_TIMEOUT": "1.2", "UPSTREAM_IDLE_TIMEOUT": "0.4", "SERVER_COMMENT_SECONDS": "0.2"}
+    with (
+        ScriptedUpstream(script) as upstream,
+        running(upstream.base_url, loop=loop, **settings) as proxy,
+        raw_chat(proxy, buffers=SMALL, stream=False) as client,
+    ):
+        eventually(lambda: any(connection.flow.write_paused for connection in proxy.service.guard.open))
+        client.sendall(chat_request(proxy).replace(b"\r\n", b"\r\nconnection: close\r\n", 1))
+        asked = eventually(lambda: upstream.seen[1:])[0]
+        eventually(lambda: asked.closed)
+        assert asked.closed is not None
+        assert asked.closed - asked.arrived > 1.0
+        with client.makefile("rb") as file:
+            _, _, second = file.read().partition(answer)
+        assert second.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert second.count(b"data: ") == second.count(b'"code":"stream_too_long"') == 1
+        assert second.endswith(b"\r\n0\r\n\r\n")
+        eventually(lambda: [line for line in proxy.lines() if line["code"] == "stream_too_long"])
+        assert proxy.lines("bug") == []
 
 
 @both_loops
