@@ -55,7 +55,7 @@ from proxy.relay import ClientGone, Leash, Relay
 from proxy.session import Session
 from proxy.settings import Settings, refused_by_opentelemetry
 from proxy.transport import ResponseStream
-from proxy.upstream import Attempts, Upstream
+from proxy.upstream import Attempts, Upstream, secret_in
 from proxy.visit import STREAM_HEADERS, Visit, bare_refusal
 
 if TYPE_CHECKING:
@@ -345,7 +345,7 @@ class ChatProxy:
 
     def relay(self, visit: Visit, order: policy.Order, source: ResponseStream, leash: Leash, key: str) -> Relay:
         upstream, comment = self.settings.upstream, self.settings.server.comment_seconds
-        events = Events(key.encode(), order.choices, withhold_usage=order.usage_for_us)
+        events = Events(secret_in(key), order.choices, withhold_usage=order.usage_for_us)
         idle, total = upstream.idle_timeout, upstream.total_timeout
         return Relay(source, visit.send, events, leash, idle=idle, total=total, comment=comment)
 

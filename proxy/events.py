@@ -7,7 +7,8 @@ Rules:
 3. An event that does not end is held for `HOLD` bytes, then passed on as it comes: memory is bounded, bytes are not.
 4. Ordinary chunks are only searched, never parsed: this runs for every token of every user. What a search cannot
    rule out is parsed. An event that was passed on early (rule 3) is counted, and not parsed: it is not there any more.
-5. Our own key never passes: not even in pieces of an event that was passed on early.
+5. Our own key never passes: not even in pieces of an event that was passed on early. (None is guarded where it is
+   empty.)
 6. When in doubt the stream is open: an end that we miss costs an error event, one that we imagine hides a break.
 """
 
@@ -19,6 +20,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+NOT_TEXT = b"\0" * 8  # takes the place of a key where there is none to guard
 HOLD = 64 * 1024  # bytes of an incomplete event: far above any token, far below what would hurt a thousand streams
 
 MOST_TOKENS = 1 << 40  # in one answer; whoever says more, or less than none, has not counted
@@ -80,7 +82,7 @@ class Events:
     )
 
     def __init__(self, key: bytes, choices: int = 1, *, withhold_usage: bool = False) -> None:
-        self._key = key
+        self._key = key = key or NOT_TEXT
         self._withhold = withhold_usage
         self._before = b""  # what stands before and after the content in this stream's ordinary events, once known
         self._after = b""

@@ -56,6 +56,7 @@ HARMLESS = re.compile(r"[a-z0-9_.\[\]]{1,64}")
 PLAIN_NAME = re.compile(r"[a-z0-9.+/-]{1,40}")  # of a media type or a content coding
 KEY_PREFIX = re.compile(r"(?:[a-z]{1,12}[-_]){0,3}")  # sk-proj-; of a random part it would seldom take anything
 PIECE = 8  # characters of a key that identify it
+PLACEHOLDER = re.compile(r"[a-z_-]{1,20}|[A-Z_-]{1,20}")  # words for a server that wants no key: EMPTY, none, ollama
 
 Random = Callable[[], float]
 
@@ -98,13 +99,23 @@ class ApiKey:
             self._secret = again
 
 
+def secret_in(key: str) -> bytes:
+    """What no answer may hold; nothing where the key is a word, which an answer may well hold and no random key is."""
+    return b"" if PLACEHOLDER.fullmatch(key) else key.encode()
+
+
 def pieces_of(*keys: str) -> re.Pattern[bytes]:
-    """A pattern that finds any PIECE characters of a key's random part: what follows words like `sk-proj-`."""
+    """A pattern that finds any PIECE characters of a key's random part: what follows words like `sk-proj-`.
+
+    Where that part is shorter, it finds the whole key.
+    """
     pieces = set()
-    for key in keys:
-        secret_part = KEY_PREFIX.sub("", key, count=1) or key
-        pieces |= {secret_part[i : i + PIECE] for i in range(max(1, len(secret_part) - PIECE + 1))}
-    return re.compile("|".join(re.escape(piece) for piece in sorted(pieces)).encode(), re.IGNORECASE)
+    for key in filter(secret_in, keys):
+        secret_part = KEY_PREFIX.sub("", key, count=1)
+        if len(secret_part) < PIECE:
+            pieces.add(key)
+        pieces |= {secret_part[i : i + PIECE] for i in range(len(secret_part) - PIECE + 1)}
+    return re.compile(("|".join(re.escape(piece) for piece in sorted(pieces)) or "(?!)").encode(), re.IGNORECASE)
 
 
 @dataclass(slots=True)

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from harness import DONE, LOOPS, Peer, delta, eventually, finish, pieces
-from stage import Act, Stage, prompt_tokens
+from harness import DONE, LOOPS, Peer, ScriptedUpstream, chat, delta, eventually, finish, pieces, running
+from stage import Act, Stage, always, prompt_tokens
 
 from proxy.events import HOLD
 
@@ -365,3 +365,25 @@ def test_the_key_in_headers_of_a_good_stream(stage: Stage) -> None:
     reply, line, _ = stage.chat(act)
     assert (reply.body, line["ending"]) == (HALF + DONE, "complete")
     assert_unseen(stage)
+
+
+# ---- keys that are no secrets ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["none", "EMPTY", "ollama", "sk-1234"])
+def test_a_placeholder_is_a_word_like_any_other(key: str) -> None:
+    """A server that wants no key is given a word for one, or something short: answers that hold it are no leaks."""
+    text = f"none of it is EMPTY, says ollama to {key[3:]}"
+
+    async def act(peer: Peer) -> None:
+        assert peer.seen is not None
+        if peer.seen.json["stream"]:
+            await peer.sse(delta(text) + delta(text), delta("x" * HOLD + text), finish(), DONE)
+        else:
+            await saying("200 OK", answer(lambda _: text.encode()))(peer)
+
+    with ScriptedUpstream(always(act)) as upstream, running(upstream.base_url, key=key) as proxy:
+        assert chat(proxy).body == delta(text) * 2 + delta("x" * HOLD + text) + finish() + DONE
+        assert chat(proxy, stream=False).json["choices"][0]["message"]["content"] == text
+        assert upstream.seen[0].headers["authorization"] == f"Bearer {key}"
+        assert proxy.lines("key_alarm") == []

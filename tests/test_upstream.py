@@ -47,7 +47,7 @@ from harness import (
     running,
     streaming,
 )
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import settings as tuned
 from hypothesis import strategies as st
 from stage import Act, Stage, always, prompt_tokens
@@ -65,7 +65,7 @@ from proxy.errors import (
 )
 from proxy.settings import Secret
 from proxy.transport import Transport
-from proxy.upstream import ApiKey, Upstream, pieces_of, retry_after
+from proxy.upstream import ApiKey, Upstream, pieces_of, retry_after, secret_in
 
 FIRST_BYTE = 1.6  # seconds of first_byte_timeout on the stage: what has to fit into it fits easily, and it soon ends
 THEIR_TEXT = "what the upstream wrote"  # stands in every answer of it, and must not go any further
@@ -847,11 +847,13 @@ PIECES = [
     ("AIzaSyA-0123", ["AIzaSyA-", "SyA-0123"]),
     ("Abcd-Efgh_ijkl", ["Abcd-Efg", "Efgh_ijk"]),  # not words in front of a key: a key
     ("a.b*c+d(e[f", ["a.b*c+d(", "*c+d(e[f"]),
-    ("abcdefgh", ["abcdefgh"]),
-    ("secret", ["secret"]),  # shorter than a piece: itself
-    ("sk-test", ["test"]),
-    ("sk-", ["sk-"]),
+    ("abcdefg8", ["abcdefg8"]),
+    ("secret1", ["secret1"]),  # shorter than a piece: the whole key
+    ("sk-1234", ["sk-1234"]),
+    ("sk-proj-7", ["sk-proj-7"]),
 ]
+PLACEHOLDERS = ["x", "none", "EMPTY", "ollama", "lm-studio", "not_needed", "sk-no-key-required", "-", "a" * 20]
+NO_PLACEHOLDERS = ["None", "sk-1234", "token-abc123", "a" * 21, "abcdefghijklmnopqrstU"]
 
 
 @pytest.mark.parametrize(("key", "found"), PIECES)
@@ -866,6 +868,17 @@ def test_pieces_of(key: str, found: list[str]) -> None:
         assert not pattern.search(b"an answer about sk-proj- and sk-ant-api03- and gsk_ keys")
 
 
+def test_a_word_is_no_secret() -> None:
+    """What stands for a key where none is wanted gives nothing away, alone or beside a key; a random key is no word."""
+    for word in PLACEHOLDERS:
+        assert secret_in(word) == b""
+        assert not pieces_of(word).search(word.encode())
+        assert pieces_of(word, "abcdefg8").pattern == pieces_of("abcdefg8").pattern
+    for key in (*NO_PLACEHOLDERS, random_key()):
+        assert secret_in(key) == key.encode()
+        assert pieces_of(key).search(key.encode())
+
+
 alphabet = st.text(string.ascii_letters + string.digits, min_size=8, max_size=60)
 
 
@@ -875,6 +888,7 @@ def test_every_piece_is_found(prefix: str, random_part: str, around: str, data: 
     """No eight characters of the random part go unseen, in any surroundings and case."""
     start = data.draw(st.integers(0, len(random_part) - upstream.PIECE))
     piece = random_part[start : start + upstream.PIECE]
+    assume(secret_in(prefix + random_part))
     pattern = pieces_of(prefix + random_part)
     assert pattern.search(f"{around}{piece}{around}".encode())
     assert pattern.search(f"{around}{piece.swapcase()}{around}".encode())
