@@ -31,6 +31,7 @@ from proxy import errors, settings
 
 MAX_DEPTH = 64  # levels in a value we pass unread: twice what tool schemas use, half of what serde_json reads
 MAX_FIELDS = 64  # of an object that we read: OpenAI's request has about 40; each costs us time
+MAX_NAMES = 30_000  # in the whole body, 2 us each before any bound below is reached; its size would let 130,000 in
 MAX_PARTS = 4096  # of content in all messages, 3 us each; the body's limit alone would let 40,000 through
 MAX_CHOICES = 128  # OpenAI's own bound for `n`; each choice may cost a whole output limit
 MAX_DIGITS = 309  # of an integer: no double holds more, and Python itself refuses to read 4,301
@@ -185,6 +186,7 @@ def parse(body: bytes) -> dict[str, Raw]:
     """The body's fields by name; the values are valid JSON in valid UTF-8, more is not known of them."""
     try:
         body.decode()  # msgspec does not look into a Raw
+        check_names_in_all(body)
         members = OBJECT.decode(body)
     except UnicodeDecodeError as error:
         raise errors.InvalidJson("The request body is not UTF-8 text.", reason=str(error)) from None
@@ -193,6 +195,17 @@ def parse(body: bytes) -> dict[str, Raw]:
     except msgspec.DecodeError as error:
         raise errors.InvalidJson(reason=str(error)) from None
     return named(members, "")
+
+
+def check_names_in_all(body: bytes) -> None:
+    if body.count(b":") > MAX_NAMES and outside_strings(body).count(b":") > MAX_NAMES:
+        raise errors.InvalidRequest(f"The request has too many fields in all: at most {MAX_NAMES}.")
+
+
+def outside_strings(value: bytes) -> bytes:
+    """What stands between the strings of a JSON text."""
+    unescaped = value.replace(b"\\\\", b"").replace(b'\\"', b"")
+    return b"".join(unescaped.split(b'"')[::2])
 
 
 def named(members: Members, path: str) -> dict[str, Raw]:
@@ -262,9 +275,7 @@ def check_depth(raw: Raw, path: str | None) -> None:
     value = bytes(raw)
     if value[0] not in b"[{" or value.count(b"[") + value.count(b"{") <= MAX_DEPTH:
         return
-    unescaped = value.replace(b"\\\\", b"").replace(b'\\"', b"")
-    outside_strings = b"".join(unescaped.split(b'"')[::2])
-    steps = memoryview(outside_strings.translate(STEPS, NO_BRACKETS)).cast("b")
+    steps = memoryview(outside_strings(value).translate(STEPS, NO_BRACKETS)).cast("b")
     if max(accumulate(steps)) > MAX_DEPTH:
         raise errors.InvalidJson(f"{path} {TOO_DEEP}.", param=path)
 

@@ -462,6 +462,17 @@ def test_fields_we_read_have_their_type(case: Case) -> None:
     check(case)
 
 
+def test_fields_are_counted_before_they_are_read() -> None:
+    """A body full of names is refused before each of them has cost its time; no text counts as one."""
+    names = with_fields("tools", max_input_chars=10**6)
+    for most, verdict in ((policy.MAX_NAMES - 5, policy.Order), (policy.MAX_NAMES, errors.InvalidRequest)):
+        assert isinstance(answer(body(tools=[{"a": 1}] * most), names), verdict)
+    assert refusal(parts(b'{"a":1},' * policy.MAX_NAMES + b"{}"), names).param is None
+    for text in (': "', '\\": \\', '{"a": 1}', ":"):
+        written = text * (policy.MAX_NAMES + 1)
+        assert isinstance(answer(message(role="user", content=written), names), policy.Order)
+
+
 # ---- messages ------------------------------------------------------------------------------------------------
 
 
@@ -839,6 +850,7 @@ MEGABYTES: dict[str, bytes] = {
     "small messages": b'{"messages":[' + b'{"role":"user","content":""},' * 36_000 + b"{}]}",
     "names in a message": raw_message(b",".join(b'"%x":0' % index for index in range(100_000))),
     "names at the top": b"{" + b",".join(b'"%x":0' % index for index in range(100_000)) + b"}",
+    "parts of one name": parts(b'{"a":1},' * 130_000 + b"{}"),
     "parts": parts(b'{"type":"text","text":""},' * 38_000 + b"{}"),
     "chains of brackets": unread(nested(1, b",".join([nested(800)] * 620))),
     "brackets in a row": unread(nested(1, b",".join([b"[]"] * 300_000))),
