@@ -349,7 +349,8 @@ class Relay:
         elif not is_waiting and now >= self._last + self._idle:
             self._leash.pull(StreamTimeout("idle_timeout"))
         elif is_waiting:
-            self._timer = self._loop.call_at(min(now + self._idle, self._until), self._check_deadlines)
+            soon = now + min(self._idle, self._comment)
+            self._timer = self._loop.call_at(min(soon, self._until), self._check_deadlines)
         else:
             if now >= max(self._delivered, self._commented) + self._comment:
                 self._say_alive(now)

@@ -872,6 +872,19 @@ async def test_a_comment_that_has_to_wait() -> None:
     assert stage.browser.got == COMMENT + delta("next") + DONE
 
 
+@on_both_loops
+async def test_comments_go_on_after_a_wait() -> None:
+    """A browser that was slow while a comment was due gets the next ones in their time."""
+    stage = await Stage(comment=SOON).begun()
+    stage.browser.stop_reading()
+    stage.source.say(delta("slow"))
+    await asyncio.sleep(2.5 * SOON)
+    stage.browser.read()
+    await settled(lambda: stage.browser.got.startswith(delta("slow") + COMMENT * 2))
+    stage.source.say(DONE).end()
+    await stage.over()
+
+
 # ---- the key ---------------------------------------------------------------------------------------------------------
 
 
