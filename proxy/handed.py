@@ -66,8 +66,12 @@ def taken(number: int) -> socket.socket:
 def tune(listener: socket.socket, write_deadline: float) -> None:
     """What accepted sockets inherit: small writes go at once, and what is not taken in time ends the connection.
 
-    Sockets of a path have neither; who connects there has deadlines of its own.
+    Where there is nothing to take, the kernel asks from half that time on whether anybody is still there. Sockets of a
+    path have none of this; who connects there has deadlines of its own.
     """
     if listener.family != socket.AF_UNIX:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(write_deadline * 1000))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, round(write_deadline / 2)))
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, round(write_deadline / 6)))

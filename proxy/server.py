@@ -2,8 +2,9 @@
 
 Rules:
 1. We make the listening socket ourselves; accepted ones inherit its options, whatever uvicorn does: TCP_NODELAY, and
-   TCP_USER_TIMEOUT, with which the kernel closes what a client leaves untaken, be it without power or just not reading.
-   (tcp(7). On a Unix socket nginx is the client, and has a send_timeout of its own.)
+   TCP_USER_TIMEOUT, with which the kernel closes what a client leaves untaken, be it without power or just not reading;
+   SO_KEEPALIVE, so that it finds out about the power also while there is nothing to take. (tcp(7). On a Unix socket
+   nginx is the client, and has a send_timeout of its own.)
 2. First SIGTERM or Ctrl-C: no new work, live answers go on for `drain_seconds`, then end with an event. Second: now.
 3. Descriptors are kept in reserve: who is refused while they run short is told so, and those served notice nothing.
 4. One that retires, since another process has taken over its listener, refuses and cuts nobody: it answers on the

@@ -327,6 +327,12 @@ async def one_more(scene: Scene, peer: Peer) -> None:
     await peer.gone()
 
 
+async def one_event(scene: Scene, peer: Peer) -> None:
+    await peer.head()
+    await peer.chunk(FIRST)
+    await peer.gone()
+
+
 async def talking_on(scene: Scene, peer: Peer) -> None:
     async def talk() -> None:
         await peer.head()
@@ -342,6 +348,14 @@ async def talking_on(scene: Scene, peer: Peer) -> None:
 def all_dark(scene: Scene) -> bool:
     """All clients have their first event, and then lose their power."""
     all_got(FIRST)(scene)
+    return go_dark(scene)
+
+
+def all_dark_before_headers(scene: Scene) -> bool:
+    return all_arrived(scene) and go_dark(scene)
+
+
+def go_dark(scene: Scene) -> bool:
     for client in scene.clients:
         lose_power(client)
     scene.is_dark = True
@@ -395,6 +409,9 @@ PHASES = {
 POWERLESS = {
     "no power, and one more event": Phase(one_more, all_dark, events=2, begun=True),
     "no power, and many more events": Phase(talking_on, all_dark, events=None, begun=True),
+    "no power, and no more events": Phase(one_event, all_dark, events=1, begun=True),
+    "no power, before headers": Phase(silent, all_dark_before_headers),
+    "no power, before a whole answer": Phase(silent, all_dark_before_headers, ask=ask_whole),
 }
 
 
@@ -526,6 +543,9 @@ def test_requests_one_after_the_other_share_a_connection(loop: str) -> None:
         "in silence, with bytes left to the kernel",
         "no power, and one more event",
         "no power, and many more events",
+        "no power, and no more events",
+        "no power, before headers",
+        "no power, before a whole answer",
     ],
 )
 def test_a_client_that_stops_reading_is_closed_at_the_write_deadline(
