@@ -56,7 +56,10 @@ HARMLESS = re.compile(r"[a-z0-9_.\[\]]{1,64}")
 PLAIN_NAME = re.compile(r"[a-z0-9.+/-]{1,40}")  # of a media type or a content coding
 KEY_PREFIX = re.compile(r"(?:[a-z]{1,12}[-_]){0,3}")  # sk-proj-; of a random part it would seldom take anything
 PIECE = 8  # characters of a key that identify it
-PLACEHOLDER = re.compile(r"[a-z_-]{1,20}|[A-Z_-]{1,20}")  # words for a server that wants no key: EMPTY, none, ollama
+WORDS = r"{0}{{0,12}}(?:[-_]{0}{{0,12}}){{0,3}}"
+PLACEHOLDER = re.compile(  # what servers that want no key are given: EMPTY, none, ollama, sk-no-key-required
+    rf"(?=.{{1,20}}\Z)(?:{WORDS.format('[a-z]')}|{WORDS.format('[A-Z]')})"
+)
 
 Random = Callable[[], float]
 

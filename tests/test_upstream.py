@@ -852,8 +852,8 @@ PIECES = [
     ("sk-1234", ["sk-1234"]),
     ("sk-proj-7", ["sk-proj-7"]),
 ]
-PLACEHOLDERS = ["x", "none", "EMPTY", "ollama", "lm-studio", "not_needed", "sk-no-key-required", "-", "a" * 20]
-NO_PLACEHOLDERS = ["None", "sk-1234", "token-abc123", "a" * 21, "abcdefghijklmnopqrstU"]
+PLACEHOLDERS = ["x", "none", "EMPTY", "ollama", "lm-studio", "not_needed", "sk-no-key-required", "-", "a" * 12]
+NO_PLACEHOLDERS = ["None", "sk-1234", "token-abc123", "a" * 13, "correct-horse-battery"]
 
 
 @pytest.mark.parametrize(("key", "found"), PIECES)
