@@ -370,7 +370,7 @@ def test_the_key_in_headers_of_a_good_stream(stage: Stage) -> None:
 # ---- keys that are no secrets ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", ["none", "EMPTY", "ollama", "sk-1234"])
+@pytest.mark.parametrize("key", ["none", "EMPTY", "ollama", "sk-1234", "lm-studio"])
 def test_a_placeholder_is_a_word_like_any_other(key: str) -> None:
     """A server that wants no key is given a word for one, or something short: answers that hold it are no leaks."""
     text = f"none of it is EMPTY, says ollama to {key[3:]}"

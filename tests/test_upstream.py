@@ -47,7 +47,7 @@ from harness import (
     running,
     streaming,
 )
-from hypothesis import assume, example, given
+from hypothesis import example, given
 from hypothesis import settings as tuned
 from hypothesis import strategies as st
 from stage import Act, Stage, always, prompt_tokens
@@ -848,12 +848,10 @@ PIECES = [
     ("Abcd-Efgh_ijkl", ["Abcd-Efg", "Efgh_ijk"]),  # not words in front of a key: a key
     ("a.b*c+d(e[f", ["a.b*c+d(", "*c+d(e[f"]),
     ("abcdefg8", ["abcdefg8"]),
-    ("secret1", ["secret1"]),  # shorter than a piece: the whole key
-    ("sk-1234", ["sk-1234"]),
-    ("sk-proj-7", ["sk-proj-7"]),
+    ("sk-proj-7", ["sk-proj-7"]),  # shorter than a piece: the whole key
 ]
-PLACEHOLDERS = ["x", "none", "EMPTY", "ollama", "lm-studio", "not_needed", "sk-no-key-required", "-", "a" * 12]
-NO_PLACEHOLDERS = ["None", "sk-1234", "token-abc123", "a" * 13, "correct-horse-battery"]
+NO_SECRETS = ["x", "none", "EMPTY", "ollama", "sk-1234", "lm-studio", "LM-Studio", "not_needed", "sk-no-key-required"]
+SECRETS = ["correcthorse", "sk-12345", "token-abc123"]
 
 
 @pytest.mark.parametrize(("key", "found"), PIECES)
@@ -869,12 +867,12 @@ def test_pieces_of(key: str, found: list[str]) -> None:
 
 
 def test_a_word_is_no_secret() -> None:
-    """What stands for a key where none is wanted gives nothing away, alone or beside a key; a random key is no word."""
-    for word in PLACEHOLDERS:
+    """What stands for a key where none is wanted gives nothing away, alone or beside one; any other may be a secret."""
+    for word in NO_SECRETS:
         assert secret_in(word) == b""
         assert not pieces_of(word).search(word.encode())
         assert pieces_of(word, "abcdefg8").pattern == pieces_of("abcdefg8").pattern
-    for key in (*NO_PLACEHOLDERS, random_key()):
+    for key in (*SECRETS, random_key()):
         assert secret_in(key) == key.encode()
         assert pieces_of(key).search(key.encode())
 
@@ -888,7 +886,6 @@ def test_every_piece_is_found(prefix: str, random_part: str, around: str, data: 
     """No eight characters of the random part go unseen, in any surroundings and case."""
     start = data.draw(st.integers(0, len(random_part) - upstream.PIECE))
     piece = random_part[start : start + upstream.PIECE]
-    assume(secret_in(prefix + random_part))
     pattern = pieces_of(prefix + random_part)
     assert pattern.search(f"{around}{piece}{around}".encode())
     assert pattern.search(f"{around}{piece.swapcase()}{around}".encode())
