@@ -130,9 +130,9 @@ A language model is the same idea: its examples are texts, and what it guesses i
 STREAMING = """\
 ## Streaming, in simple terms
 
-A language model writes its answer **one piece at a time**. Without streaming, the server waits for the last piece and
-sends everything at once: you look at nothing for ten seconds, then at a wall of text. With streaming, each piece
-travels the moment it exists, and you read along. ✍️
+A language model writes its answer **one piece at a time**. Without streaming, the server waits for the last \
+piece and sends everything at once: you look at nothing for ten seconds, then at a wall of text. With \
+streaming, each piece travels the moment it exists, and you read along. ✍️
 
 1. The page asks with `"stream": true`.
 2. The model's server keeps the response open and sends *server-sent events*: lines that begin with `data:`.
@@ -147,8 +147,8 @@ data: {"choices":[{"delta":{"content":"lo"}}]}
 data: [DONE]
 ```
 
-> Two numbers tell how it feels: the *time to first token*, and the *tokens per second* after it. Both stand below this
-> answer.
+> Two numbers tell how it feels: the *time to first token*, and the *tokens per second* after it. Both stand \
+below this answer.
 """
 
 CODE = """\

@@ -500,6 +500,13 @@ def test_pieces_are_as_small_as_words(route: demo_answers.Route) -> None:
     assert max(map(len, demo.pieces(route.text))) <= 12
 
 
+@pytest.mark.parametrize("route", demo_answers.ROUTES, ids=lambda route: route.asks.pattern[:20])
+def test_a_paragraph_is_one_line(route: demo_answers.Route) -> None:
+    """No answer has line breaks that nobody meant: a page shows them."""
+    prose = re.sub(r"^ *```.*?^ *```", "", route.text, flags=re.MULTILINE | re.DOTALL)
+    assert re.findall(r"^[^\W\d].*\n[^\W\d].*$|^> \w.*\n> \w.*$", prose, flags=re.MULTILINE) == []
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
