@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import re
 import socket
 import subprocess
 import threading
@@ -851,6 +852,37 @@ def test_a_store_that_goes_again_before_it_has_heard(store: Redis) -> None:
             assert await booked(limits) == 50
 
     asyncio.run(story())
+
+
+def test_what_many_have_used_is_told_in_parts(store: Redis) -> None:
+    """What thousands have used while it was gone is no single question: that would hold the store up for all servers,
+    and be over its own deadline each time."""
+    many = 1000
+
+    async def story() -> None:
+        async with allowance(store, LIMITS_TOKENS_TOTAL="1000000/day") as limits:
+            await lost(store, limits)
+            for number in range(many):
+                async with await limits.hold(Subject(f"s{number}", f"a{number}"), 10) as hold:
+                    hold.settle(7)
+            await asyncio.to_thread(store.start)
+            with store.client() as client:
+                client.config_set("slowlog-log-slower-than", 0)
+                client.config_set("slowlog-max-len", 100000)
+                await is_up(limits, True)
+                await asyncio.to_thread(eventually, lambda: not limits.unsettled)
+                longest = max(length_of(entry["command"]) for entry in client.slowlog_get(100000))
+                assert longest < 1000
+            found = await limits.standings(lambda request: None, Subject("s5", "a5"))
+            assert {each.limit - each.remaining for each in found} == {7}
+
+    asyncio.run(story())
+
+
+def length_of(command: bytes) -> int:
+    """The words of a command, of which a slow log shows the first 32."""
+    more = re.search(rb"\((\d+) more arguments\)$", command)
+    return len(command.split()) + (int(more[1]) if more else 0)
 
 
 def test_what_begins_while_the_store_goes_again_is_told_the_next_time(

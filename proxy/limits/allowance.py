@@ -20,6 +20,7 @@ from proxy.limits.tokens import Reservation, Tokens
 from proxy.settings import Limits
 
 RENEWED_AT_ONCE = AT_ONCE // 2  # one by one, a thousand would expire on a slow store; requests need places, too
+TOLD_AT_ONCE = 100  # counters in one question: thousands would hold the store up for everybody, beyond the deadline
 
 
 class Hold:
@@ -234,8 +235,9 @@ class Allowance:
         assert self.shared is not None
         for hold in self.holds.values():
             hold.leave_to_store()
-        if used := self.tokens.used():
-            self.unsettled[secrets.token_hex(8)] = used
+        used = self.tokens.used()
+        for first in range(0, len(used), TOLD_AT_ONCE):
+            self.unsettled[secrets.token_hex(8)] = used[first : first + TOLD_AT_ONCE]
         self.tokens.forget()  # before anything is waited for: what is counted here after that is not told yet
         await self.renew_all()
         for holder, amounts in list(self.unsettled.items()):
