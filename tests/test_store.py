@@ -34,6 +34,7 @@ from harness import (
     delta,
     eventually,
     finish,
+    free_port,
     raw_chat,
     read_until,
     running,
@@ -466,6 +467,49 @@ def trouble(how: str, store: Redis, link: Link) -> None:
         store.start()
     else:
         lose(store, how)
+
+
+def test_a_store_far_away_is_found_again(store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question is in time there, though opening a connection for it is not: a probe opens one for each call."""
+    monkeypatch.setattr(shared, "DEADLINE", 0.5)
+
+    async def story(url: str) -> None:
+        async with allowance(store, LIMITS_STORE=url) as limits:
+            assert limits.shared is not None
+            link.delay = 0.15
+            limits.shared.lose("test")
+            for _ in range(5):  # a busy machine may be late, too
+                await is_up(limits, True)
+                await asyncio.gather(*(limits.standings(lambda request: None, ME) for _ in range(shared.AT_ONCE)))
+                if limits.is_up:
+                    return
+            pytest.fail("lost each time")
+
+    with Link(store) as link:
+        asyncio.run(story(link.url))
+
+
+def test_another_server_takes_over(store: Redis, tmp_path: Path) -> None:
+    """The one before lets nobody write any more, and does not hang up: connections to it are not used again."""
+
+    async def story(url: str) -> None:
+        async with allowance(store, LIMITS_STORE=url) as limits:
+            await asyncio.gather(*(limits.charge(ask, ME) for _ in range(8)))
+            with store.client() as client:
+                client.replicaof("127.0.0.1", free_port())
+            await limits.charge(ask, ME)
+            assert not limits.is_up
+            link.to = other.port
+            await is_up(limits, True)
+            await asyncio.gather(*(limits.charge(ask, ME) for _ in range(8)))
+            assert limits.is_up
+
+    other = Redis(tmp_path)
+    try:
+        with Link(store) as link:
+            asyncio.run(story(link.url))
+    finally:
+        other.stop()
 
 
 def test_a_full_store_still_hears_of_logouts(store: Redis, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ AT_ONCE = 16  # calls under way; more would open a socket each, and only wait in
 HELD_SECONDS = 30  # what is held outlives its worker by this; it is renewed three times as often
 RENEW_EVERY = HELD_SECONDS / 3
 FIRST_PROBE, LAST_PROBE = 0.25, 5.0  # seconds between probes while it is gone; doubled each time
+OPENING = 2.0  # seconds for a probe to open a connection, some round trips: nobody waits for it
 TELL_EVERY = 10.0  # seconds between two lines about it
 PREFIX = "{chat-proxy}:"  # braces: one slot of a cluster, or a script could not have all of its keys
 
@@ -210,6 +211,8 @@ class Taken:
 class Client(Protocol):
     """What is used of redis.asyncio.Redis."""
 
+    connection_pool: Any
+
     def register_script(self, script: str) -> Any: ...
     async def aclose(self) -> None: ...
 
@@ -278,19 +281,19 @@ class Shared:
             return None
         try:
             async with self._places:
-                return await self.ask(script, keys, arguments) if self.is_up else None
+                return await self.ask(script, keys, arguments, DEADLINE) if self.is_up else None
         except self.failures as error:
             self.lose(type(error).__name__)
             return None
 
-    async def ask(self, script: Any, keys: list[str], arguments: list[str | int]) -> Any:
-        """The script's answer, or one of `failures` at the latest after DEADLINE.
+    async def ask(self, script: Any, keys: list[str], arguments: list[Any], deadline: float) -> Any:
+        """The script's answer, or one of `failures` at the latest after `deadline` seconds.
 
         In a task of its own, which is left behind then: nobody waits for a client that has lost its cancellation.
         """
         asking = asyncio.ensure_future(script(keys=keys, args=arguments))
         try:
-            if not (await asyncio.wait((asking,), timeout=DEADLINE))[0]:
+            if not (await asyncio.wait((asking,), timeout=deadline))[0]:
                 raise TimeoutError
             return asking.result()
         finally:
@@ -328,12 +331,23 @@ class Shared:
         self.tell(None)
 
     async def answers(self) -> bool:
-        claim = Claim("moving", "probe", secrets.token_hex(8), 1, 1, 1)
+        """Does it answer in time, once there is a connection for each call?
+
+        New ones: those of before may lead nowhere, or to a server that is not the master any more.
+        """
         try:
-            await self.ask(self.take_script, [claim.key], [claim.whose, 1000, 0, claim.kind, 1, 1, 1000])
+            await self.client.connection_pool.disconnect(inuse_connections=False)
+            await self.book(OPENING)
+            await asyncio.gather(*(self.book(OPENING) for _ in range(AT_ONCE)), return_exceptions=True)
+            await self.book(DEADLINE)
         except self.failures:
             return False
         return True
+
+    async def book(self, deadline: float) -> None:
+        """Anything, to see whether it can be done. Raises one of `failures`."""
+        claim = Claim("moving", "probe", secrets.token_hex(8), 1, 1, 1)
+        await self.ask(self.take_script, [claim.key], [claim.whose, 1000, 0, claim.kind, 1, 1, 1000], deadline)
 
     async def aclose(self) -> None:
         if self._probing is not None:
