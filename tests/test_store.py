@@ -802,6 +802,22 @@ def test_what_was_booked_unheard_is_given_back(store: Redis) -> None:
     asyncio.run(story(LIMITS_WHEN_STORE_FAILS="refuse"))
 
 
+def test_a_question_that_comes_after_its_end_books_nothing(store: Redis) -> None:
+    """It was lost on its way and sent again by the kernel, while its holder was counted here, and ended."""
+
+    async def story() -> None:
+        async with allowance(store, LIMITS_TOKENS_PER_SESSION="10000/hour") as limits:
+            assert limits.shared is not None
+            claims = [*limits.tokens.claims(ME, 1000), *limits.leases.claims(ME)]
+            assert await limits.shared.add([(claim, 0) for claim in claims], "holder")
+            await limits.shared.take(claims, "holder", 300)
+            with store.client() as client:
+                assert leases(client) == []
+            assert await booked(limits) == 0
+
+    asyncio.run(story())
+
+
 def test_what_was_booked_for_nobody_is_given_back(store: Redis) -> None:
     """The store has booked what this process then has no place for, and is lost before it hears of that."""
 

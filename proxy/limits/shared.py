@@ -100,23 +100,26 @@ local function hold_lease(key, id, hold)
 end
 """
 
-# ARGV: the holder's id, how long it holds (ms), what it has spent, then for each key: kind, amount, limit, window (ms).
-# Returns 1 or 0 for booked or not, then for each key: what was in it before, and ms until some of that is free.
+# KEYS: the holder's mark, then the counters. ARGV: the holder's id, how long it holds (ms), what it has spent, then for
+# each counter: kind, amount, limit, window (ms).
+# Returns 1 or 0 for booked or not, then for each counter: what was in it before, and ms until some of that is free.
+# Of a holder that has ended nobody waits for the answer: the question was long on its way.
 TAKE = (
     FUNCTIONS
     + """
 local id, hold, spent = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local booked, answer = 1, {1}
-for n, key in ipairs(KEYS) do
-    local at = 4 + (n - 1) * 4
+if redis.call('EXISTS', KEYS[1]) == 1 then return {0} end
+for n = 2, #KEYS do
+    local key, at = KEYS[n], 4 + (n - 2) * 4
     local found, free = look(ARGV[at], key, tonumber(ARGV[at + 3]))
     if found + ARGV[at + 1] > tonumber(ARGV[at + 2]) then booked = 0 end
     answer[#answer + 1], answer[#answer + 2] = found, free
 end
 answer[1] = booked
 if booked == 0 then return answer end
-for n, key in ipairs(KEYS) do
-    local at = 4 + (n - 1) * 4
+for n = 2, #KEYS do
+    local key, at = KEYS[n], 4 + (n - 2) * 4
     local kind, amount, window = ARGV[at], tonumber(ARGV[at + 1]), tonumber(ARGV[at + 3])
     if kind == 'moving' and amount > 0 then
         redis.call('ZADD', key, now, id)
@@ -208,6 +211,20 @@ class Taken:
     found: list[Found]
 
 
+def mark_of(holder: str) -> str:
+    """The key that says it has ended."""
+    return f"{PREFIX}ended:{holder}"
+
+
+def taking(claims: list[Claim], holder: str = "", spent: int = 0) -> tuple[list[str], list[str | int]]:
+    """What TAKE wants for these."""
+    holder = holder or secrets.token_hex(8)
+    arguments: list[str | int] = [holder, HELD_SECONDS * 1000, spent]
+    for claim in claims:
+        arguments += [claim.kind, claim.amount, claim.limit, claim.seconds * 1000]
+    return [mark_of(holder), *(claim.key for claim in claims)], arguments
+
+
 class Client(Protocol):
     """What is used of redis.asyncio.Redis."""
 
@@ -245,10 +262,7 @@ class Shared:
     async def take(self, claims: list[Claim], holder: str = "", spent: int = 0) -> Taken | None:
         """Books all claims or none; None when the store does not answer. `spent` is what a holder will have used even
         if nothing is ever heard of it again."""
-        arguments: list[str | int] = [holder or secrets.token_hex(8), HELD_SECONDS * 1000, spent]
-        for claim in claims:
-            arguments += [claim.kind, claim.amount, claim.limit, claim.seconds * 1000]
-        answer = await self.call(self.take_script, [claim.key for claim in claims], arguments)
+        answer = await self.call(self.take_script, *taking(claims, holder, spent))
         if answer is None:
             return None
         numbers = [int(number) for number in answer]
@@ -269,7 +283,7 @@ class Shared:
 
     async def keep(self, what: str, used: Iterable[tuple[Claim, int]], holder: str) -> bool:
         arguments: list[str | int] = [holder, HELD_SECONDS * 1000, what]
-        keys = [f"{PREFIX}ended:{holder}"]
+        keys = [mark_of(holder)]
         for claim, amount in used:
             keys.append(claim.key)
             arguments += [claim.kind, claim.amount, amount, claim.seconds * 1000]
@@ -347,7 +361,7 @@ class Shared:
     async def book(self, deadline: float) -> None:
         """Anything, to see whether it can be done. Raises one of `failures`."""
         claim = Claim("moving", "probe", secrets.token_hex(8), 1, 1, 1)
-        await self.ask(self.take_script, [claim.key], [claim.whose, 1000, 0, claim.kind, 1, 1, 1000], deadline)
+        await self.ask(self.take_script, *taking([claim]), deadline)
 
     async def aclose(self) -> None:
         if self._probing is not None:
