@@ -802,6 +802,37 @@ def test_what_was_booked_unheard_is_given_back(store: Redis) -> None:
     asyncio.run(story(LIMITS_WHEN_STORE_FAILS="refuse"))
 
 
+def test_a_clock_that_goes_back_locks_nobody_out(store: Redis) -> None:
+    """The store's went back by an hour: what it holds seems to be of later than now. Nobody waits that hour for it, and
+    nobody is given a window."""
+    given = {
+        "LIMITS_PER_SESSION": "1/minute",
+        "LIMITS_TOKENS_PER_SESSION": "100/minute",
+        "LIMITS_TOKENS_PER_ADDRESS": "",
+    }
+
+    async def story() -> None:
+        async with allowance(store, **given) as limits:
+            await limits.charge(ask, ME)
+            async with await limits.hold(ME, 90) as hold:
+                hold.settle(90)
+            with store.client() as client:
+                for key in client.keys("*:per_session:*"):
+                    client.zadd(
+                        key, {member: score + 3600_000 for member, score in client.zrange(key, 0, -1, withscores=True)}
+                    )
+                for key in client.keys("*:tokens_per_session:*"):
+                    client.hincrby(key, "ends", 3600_000)
+            with pytest.raises(TooMany) as requests:
+                await limits.charge(ask, ME)
+            with pytest.raises(TokensExhausted) as tokens:
+                await limits.hold(ME, 90)
+            assert 0 < (requests.value.retry_after or 0) <= 60
+            assert 0 < (tokens.value.retry_after or 0) <= 60
+
+    asyncio.run(story())
+
+
 def test_a_question_that_comes_after_its_end_books_nothing(store: Redis) -> None:
     """It was lost on its way and sent again by the kernel, while its holder was counted here, and ended."""
 

@@ -59,9 +59,13 @@ local function pay_back(key, id)
     redis.call('HDEL', key, 'paid:' .. id)
 end
 
--- What is in the counter now, and in how many milliseconds some of it will be free again.
+-- What is in the counter now, and in how many milliseconds some of it will be free again. Where the clock has gone back
+-- (or a server with another one has taken over), nothing is of later than now, or it would count for longer.
 local function look(kind, key, window)
     if kind == 'moving' then
+        for _, member in ipairs(redis.call('ZRANGEBYSCORE', key, '(' .. now, '+inf')) do
+            redis.call('ZADD', key, now, member)
+        end
         redis.call('ZREMRANGEBYSCORE', key, '-inf', now - window)
         local oldest = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')[2]
         return redis.call('ZCARD', key), oldest and oldest + window - now or 0
@@ -70,6 +74,9 @@ local function look(kind, key, window)
         if ends <= now then
             redis.call('DEL', key, key .. ':h')
             return 0, window
+        elseif ends > now + window then
+            ends = now + window
+            redis.call('HSET', key, 'ends', ends)
         end
         forget_dead(key)
         local found = redis.call('HMGET', key, 'used', 'held')
