@@ -44,30 +44,40 @@ class ControlFile:
             raise self.fault(error) from error
 
     def change(self, change: Callable[[Decree], Decree]) -> None:
-        """Rewrites it whole, so that nobody reads half of it. Raises SettingsError."""
+        """Rewrites it whole, so that nobody reads half of it. Raises SettingsError.
+
+        Root may do so in a folder of the server's user: what that has put there leads to no file elsewhere.
+        """
         try:
-            with open(f"{self.path}.lock", "w") as lock:
+            with open(f"{self.path}.lock", "a", opener=open_no_link) as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 decree = change(self.read() or Decree())
                 fresh = Path(f"{self.path}.new")
-                fresh.write_bytes(msgspec.json.encode(decree))
-                self.give_to_its_readers(fresh)
+                fresh.unlink(missing_ok=True)
+                with fresh.open("xb") as file:
+                    file.write(msgspec.json.encode(decree))
+                    self.give_to_its_readers(file.fileno())
                 fresh.replace(self.path)
         except OSError as error:
             raise self.fault(error) from error
 
-    def give_to_its_readers(self, fresh: Path) -> None:
+    def give_to_its_readers(self, fresh: int) -> None:
         """The server, under a user of its own, must be able to read what root has written."""
         if self.path.exists():
             before = self.path.stat()
-            fresh.chmod(before.st_mode & 0o777)
+            os.fchmod(fresh, before.st_mode & 0o777)
             if os.geteuid() == 0:
-                os.chown(fresh, before.st_uid, before.st_gid)
+                os.fchown(fresh, before.st_uid, before.st_gid)
         else:
-            fresh.chmod(0o644)
+            os.fchmod(fresh, 0o644)
 
     def fault(self, error: Exception) -> SettingsError:
         what = "is not what `sessions revoke` writes; mend it, or remove it: a restart then forgets what it said"
         if isinstance(error, OSError):
             what = error.strerror or "cannot be used"
         return SettingsError([Fault("session.control_file", str(self.path), what)])
+
+
+def open_no_link(path: str, flags: int) -> int:
+    """Raises OSError where there is a symbolic link."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o644)

@@ -540,6 +540,20 @@ def test_a_control_file_that_could_not_be_read_is_read_again(tmp_path: Path) -> 
     assert file.read() is None
 
 
+@pytest.mark.parametrize("name", ["lock", "new"])
+def test_a_link_beside_the_control_file_leads_nowhere(name: str, tmp_path: Path) -> None:
+    """Root revokes in a folder of the server's user, who could have another file written to, and be given it."""
+    other = tmp_path / "other"
+    other.write_bytes(b"of somebody else")
+    other.chmod(0o600)
+    file = ControlFile(str(tmp_path / "revoked.json"))
+    (tmp_path / f"revoked.json.{name}").symlink_to(other)
+    with suppress(SettingsError):
+        file.change(lambda decree: decree.revoking_all(7))
+    assert (other.read_bytes(), other.stat().st_mode & 0o777) == (b"of somebody else", 0o600)
+    assert file.read() == (Decree(7, 7) if name == "new" else None)
+
+
 def test_decrees_before_a_moment() -> None:
     decree = Decree().revoking_before(100, 200).revoking_before(50, 200)
     assert decree.kills(Session("i", "anonymous", None, 99, 99, 9))
