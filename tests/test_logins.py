@@ -274,7 +274,24 @@ def test_no_password_in_other_modes(mode: str) -> None:
 def test_argon2_is_bounded() -> None:
     passwords = Passwords([ALICE], time.monotonic)
     passwords.waiting = room.MOST_WAITING
-    with pytest.raises(Busy):
+    for _ in range(FREE_TRIES):
+        with pytest.raises(Busy):
+            asyncio.run(passwords.check("alice", RIGHT, "here"))
+    passwords.waiting = 0
+    asyncio.run(passwords.check("alice", RIGHT, "here"))  # nobody had looked at them: they were no wrong ones
+    passwords.close()
+
+
+def test_a_password_that_is_changed_while_it_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever knows the old one is out: a session would bear the mark of the new one."""
+    passwords = Passwords([ALICE], time.monotonic)
+
+    def verify(hash_: str, password: str) -> bool:
+        passwords.use([f"alice:{cheap('another')}"])
+        return True
+
+    monkeypatch.setattr(room, "verify", verify)
+    with pytest.raises(InvalidCredentials):
         asyncio.run(passwords.check("alice", RIGHT, "here"))
     passwords.close()
 

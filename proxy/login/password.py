@@ -97,15 +97,16 @@ class Passwords:
     async def check(self, user: str | None, password: str, address: str) -> None:
         """Raises InvalidCredentials, TooMany (after wrong tries) or Busy. `user` is None where all share one."""
         name = user or SHARED
+        if self.waiting >= MOST_WAITING:
+            raise Busy
         self.backoff.begin((name, address))
-        matches = await self.matches(self.hashes.get(name, self.nobodys), password)
-        if not matches or name not in self.hashes:
+        hash_ = self.hashes.get(name, self.nobodys)
+        matches = await self.matches(hash_, password)
+        if not matches or self.hashes.get(name) != hash_:  # nobody's, or changed meanwhile
             raise InvalidCredentials
         self.backoff.succeeded((name, address))
 
     async def matches(self, hash_: str, password: str) -> bool:
-        if self.waiting >= MOST_WAITING:
-            raise Busy
         self.waiting += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self.threads, verify, hash_, password)
