@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import pytest
 from argon2 import PasswordHasher
+from argon2.exceptions import VerifyMismatchError
 from commands import run, settings_for
 from harness import (
     GOOD,
@@ -354,6 +355,18 @@ def test_nobodys_work_is_that_of_the_costliest() -> None:
     dear = PasswordHasher(time_cost=2, memory_cost=16, parallelism=1).hash("x")
     passwords = Passwords([ALICE, f"dear:{dear}"], time.monotonic)
     assert passwords.nobodys.split("$")[3] == dear.split("$")[3]
+    passwords.close()
+
+
+def test_passwords_are_read_without_hashing_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGHUP reads them while answers are written, and none of those waits; nobody's hash is one for all that."""
+    dear = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1, hash_len=20).hash("x")
+    with monkeypatch.context() as patch:
+        patch.setattr(PasswordHasher, "hash", lambda *given: pytest.fail("hashed"))
+        passwords = Passwords([f"dear:{dear}"], time.monotonic)
+    assert len(passwords.nobodys) == len(dear)
+    with pytest.raises(VerifyMismatchError):
+        PasswordHasher().verify(passwords.nobodys, "x")
     passwords.close()
 
 
