@@ -7,7 +7,6 @@ sessions an operator has ended.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -24,6 +23,7 @@ MOST_SENT = 200  # notices posted at once
 
 # A store that is full must still hear of a logout: both are allowed to (allow-oom).
 # KEYS: the notices, the decree. ARGV: since when (ms), how long notices stay (ms), PAGE, new notices.
+# A page ends with all notices of its last millisecond: the next begins after that.
 EXCHANGE = """#!lua flags=allow-oom
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -31,6 +31,7 @@ for n = 4, #ARGV do redis.call('ZADD', KEYS[1], now, ARGV[n]) end
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[2])
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 local found = redis.call('ZRANGEBYSCORE', KEYS[1], ARGV[1], '+inf', 'WITHSCORES', 'LIMIT', 0, ARGV[3])
+if #found == 2 * ARGV[3] then found = redis.call('ZRANGEBYSCORE', KEYS[1], ARGV[1], found[#found], 'WITHSCORES') end
 return {now, found, redis.call('GET', KEYS[2])}
 """
 # KEYS: the decree. ARGV: what was there, what is to be there. Two operators at once do not undo each other.
@@ -77,12 +78,12 @@ class Bulletin:
         sending = self.unsent[:MOST_SENT]
         arguments = [self.since, self.keep * 1000, PAGE, *map(encode, sending)]
         answer = await self.ask(self.exchange_script, KEYS, arguments)
-        self.is_behind = answer is not None and len(answer[1]) == 2 * PAGE
+        self.is_behind = answer is not None and len(answer[1]) >= 2 * PAGE
         if answer is None:
             return [], None
         now, found, decree = answer
         del self.unsent[: len(sending)]
-        self.since = int(found[-1]) if self.is_behind else int(now) - OVERLAP
+        self.since = int(found[-1]) + 1 if self.is_behind else int(now) - OVERLAP
         return [notice for notice in map(notice_of, found[::2]) if notice], decree_of(decree)
 
     async def tell_rest(self) -> None:
@@ -107,8 +108,7 @@ class Bulletin:
     async def ask(self, script: Any, keys: list[str], arguments: list[Any]) -> Any:
         """The script's answer; None when there is none. Whether the store is gone others decide."""
         try:
-            async with asyncio.timeout(DEADLINE):
-                return await script(keys=keys, args=arguments)
+            return await self.shared.ask(script, keys, arguments, DEADLINE)
         except self.shared.failures:
             return None
 
