@@ -945,6 +945,22 @@ def test_a_store_that_goes_again_before_it_has_heard(store: Redis) -> None:
     asyncio.run(story())
 
 
+def test_who_ends_tells_what_was_used(store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the store has just come back, and no probe has seen that yet."""
+    monkeypatch.setattr(shared, "FIRST_PROBE", 600.0)
+
+    async def story() -> None:
+        async with allowance(store, LIMITS_TOKENS_PER_SESSION="10000/hour") as limits:
+            await lost(store, limits)
+            async with await limits.hold(ME, 1000) as hold:
+                hold.settle(50)
+            await asyncio.to_thread(store.start)
+        async with allowance(store, LIMITS_TOKENS_PER_SESSION="10000/hour") as limits:
+            assert await booked(limits) == 50
+
+    asyncio.run(story())
+
+
 def test_what_many_have_used_is_told_in_parts(store: Redis) -> None:
     """What thousands have used while it was gone is no single question: that would hold the store up for all servers,
     and be over its own deadline each time."""

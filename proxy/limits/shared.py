@@ -346,10 +346,13 @@ class Shared:
         while not self.is_up:
             await asyncio.sleep(pause)
             pause = min(LAST_PROBE, pause * 2)
-            self.is_up = await self.answers()
-            if self.is_up and self.on_found is not None:
-                await self.on_found()
+            await self.look()
         self.tell(None)
+
+    async def look(self) -> None:
+        self.is_up = await self.answers()
+        if self.is_up and self.on_found is not None:
+            await self.on_found()
 
     async def answers(self) -> bool:
         """Does it answer in time, once there is a connection for each call?
@@ -371,8 +374,10 @@ class Shared:
         await self.ask(self.take_script, *taking([claim]), deadline)
 
     async def aclose(self) -> None:
-        if self._probing is not None:
+        """A store that is gone is asked once more: who ends now has no other time to tell it what it missed."""
+        if self._probing is not None and not self._probing.done():
             self._probing.cancel()
+            await self.look()
         await self.client.aclose()
 
 
