@@ -7,7 +7,7 @@ of the store that servers share.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from proxy.bulletin import Bulletin, Notice
 from proxy.control import ControlFile
@@ -17,6 +17,7 @@ from proxy.session import Decree, Revocations, Session
 from proxy.settings import Session as SessionSettings
 from proxy.settings import SettingsError
 
+Source = Callable[[], Awaitable[None]]
 CHECK_EVERY = 0.4  # seconds between two looks at what was revoked elsewhere: a second is promised
 
 
@@ -32,19 +33,21 @@ class Revoked:
         self.known = Revocations()
         self.control = ControlFile(configured.control_file)
         self.bulletin = Bulletin(shared, self.lifetime) if shared else None
-        self._watching: asyncio.Task[None] | None = None
+        self._watching: list[asyncio.Task[None]] = []
         self._told = ""
-        self.read_control()
+        self.obey_control()
 
     async def start(self) -> None:
         """Hears what there is to hear, before anybody is let in; then goes on listening."""
-        await self.look()
-        self._watching = asyncio.create_task(self.watch())
+        sources = [self.read_control, *([self.read_bulletin] if self.bulletin else [])]
+        for source in sources:
+            await self.look(source)
+        self._watching = [asyncio.create_task(self.watch(source)) for source in sources]
 
     async def stop(self) -> None:
         """Tells the other servers what they have not heard yet."""
-        if self._watching is not None:
-            self._watching.cancel()
+        for watching in self._watching:
+            watching.cancel()
         if self.bulletin is not None:
             await self.bulletin.tell_rest()
 
@@ -55,19 +58,15 @@ class Revoked:
         if self.bulletin is not None and not here_only:
             self.bulletin.post(Notice(id_, until, forget_at))
 
-    async def watch(self) -> None:
+    async def watch(self, source: Source) -> None:
+        """Each by itself: a store that does not answer keeps nobody from hearing of the file."""
         while True:
             await asyncio.sleep(CHECK_EVERY)
-            await self.look()
+            await self.look(source)
 
-    async def look(self) -> None:
+    async def look(self, source: Source) -> None:
         try:
-            if self.bulletin is not None:
-                await self.read_bulletin(self.bulletin)
-            self.read_control()
-            self._told = ""
-        except SettingsError as error:
-            self.tell_unread(str(error))
+            await source()
         except Exception as error:  # noqa: BLE001  # all that is revoked from now on depends on this task
             self.logs.bug(error)
 
@@ -77,17 +76,25 @@ class Revoked:
             self._told = fault
             self.logs.line("control_file_unread", "error", fault=fault)
 
-    async def read_bulletin(self, bulletin: Bulletin) -> None:
+    async def read_bulletin(self) -> None:
+        assert self.bulletin is not None
         is_behind = True  # who begins has the logouts of days to hear, and is asked for sessions already
         while is_behind:
-            notices, decree = await bulletin.exchange()
+            notices, decree = await self.bulletin.exchange()
             for notice in notices:
                 self.known.hear(notice.id, notice.until, notice.forget_at, self.wall())
             if decree is not None:
                 self.obey(decree)
-            is_behind = bulletin.is_behind
+            is_behind = self.bulletin.is_behind
 
-    def read_control(self) -> None:
+    async def read_control(self) -> None:
+        try:
+            self.obey_control()
+            self._told = ""
+        except SettingsError as error:
+            self.tell_unread(str(error))
+
+    def obey_control(self) -> None:
         decree = self.control.read()
         if decree is not None:
             self.obey(decree)

@@ -44,7 +44,9 @@ from harness import (
 from redis_server import Redis
 from stage import always
 
+from proxy import bulletin
 from proxy.bulletin import MOST_SENT, PAGE, Bulletin, Notice
+from proxy.control import ControlFile
 from proxy.errors import Busy, TokensExhausted, TooMany
 from proxy.limits import Subject, shared
 from proxy.limits import allowance as door
@@ -53,7 +55,7 @@ from proxy.limits.leases import Lease
 from proxy.limits.requests import ask
 from proxy.limits.shared import Claim, Shared, open_store
 from proxy.logs import Logs
-from proxy.revoked import Revoked
+from proxy.revoked import CHECK_EVERY, Revoked
 from proxy.settings import from_variables
 
 both_loops = pytest.mark.parametrize("loop", LOOPS)
@@ -292,6 +294,23 @@ def test_revoking_by_hand_is_known_to_all(store: Redis, tmp_path: Path) -> None:
         done = revoke("--all", store=store, control=tmp_path / "elsewhere")
         assert (done.returncode, "does not answer" in done.stderr) == (2, True)
         store.start()
+
+
+def test_a_store_that_does_not_answer_delays_no_control_file(
+    store: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bulletin, "DEADLINE", 600.0)
+    control = tmp_path / "control"
+    with ScriptedUpstream(streaming(*GOOD)) as upstream:
+        given = {"LIMITS_STORE": store.url, "SESSION_CONTROL_FILE": str(control)}
+        with running(upstream.base_url, **given) as proxy:
+            cookie = chat(proxy, headers={"sec-fetch-site": "same-origin"}).cookie
+            store.freeze()
+            time.sleep(CHECK_EVERY + 0.1)  # it is being asked by now, and its client gives up after 5 s
+            ControlFile(str(control)).change(lambda decree: decree.revoking_all(time.time()))
+            eventually(lambda: proxy.lines("revoked"), 10 * CHECK_EVERY)
+            store.thaw()
+            assert asked(proxy, cookie) == (401, "session_required")
 
 
 def revoke(*arguments: str, store: Redis, control: Path) -> subprocess.CompletedProcess[str]:
@@ -1074,18 +1093,18 @@ def test_all_that_was_revoked_is_told_at_the_end(store: Redis) -> None:
     async def story() -> None:
         async with allowance(store) as limits:
             assert limits.shared is not None
-            bulletin = Bulletin(limits.shared, 3600)
+            board = Bulletin(limits.shared, 3600)
             many = 2 * MOST_SENT + 1
             for number in range(many):
-                bulletin.post(Notice(f"id{number}", 1, 2))
-            await bulletin.tell_rest()
-            assert not bulletin.unsent
+                board.post(Notice(f"id{number}", 1, 2))
+            await board.tell_rest()
+            assert not board.unsent
             with store.client() as client:
                 assert client.zcard("{chat-proxy}:revoked") == many
             store.stop()
-            bulletin.post(Notice("late", 1, 2))
-            await bulletin.tell_rest()
-            assert len(bulletin.unsent) == 1
+            board.post(Notice("late", 1, 2))
+            await board.tell_rest()
+            assert len(board.unsent) == 1
 
     asyncio.run(story())
 
@@ -1108,7 +1127,7 @@ def test_whoever_begins_hears_of_all_logouts_at_once(apart: int, store: Redis, t
             revoked = Revoked(configured.session, limits.shared, Logs(configured.log), time.time)
             assert revoked.bulletin is not None
             async with asyncio.timeout(PATIENCE):
-                await revoked.read_bulletin(revoked.bulletin)
+                await revoked.read_bulletin()
             assert {revoked.known.until(f"id{number}") for number in range(2 * PAGE + 1)} == {now}
 
     asyncio.run(story())
