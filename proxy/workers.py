@@ -176,6 +176,7 @@ class Supervisor:
         self.alive: set[Worker] = set()  # those, and the ones that begin or end
         self.past: list[Family] = []  # figures of those that have ended
         self.pause = 0.0  # before workers are started
+        self.is_to_replace = False
         self.has_served = False
         self.has_been_refused = False  # by a worker, before any has served
         self.changing = asyncio.Lock()  # held by whoever starts and dismisses
@@ -190,7 +191,7 @@ class Supervisor:
         figures = uvicorn_for(MetricsPage(self.exposition), 75, lifespan="off")
         with bridged(self.logs):
             async with self.tasks as tasks:
-                loop.add_signal_handler(signal.SIGHUP, lambda: tasks.create_task(self.replace_all()))
+                loop.add_signal_handler(signal.SIGHUP, self.replace_soon)
                 if self.metrics_listener is not None:
                     tasks.create_task(figures.serve(sockets=[self.metrics_listener]))
                 await self.fill()
@@ -224,9 +225,19 @@ class Supervisor:
                 await first_of(self.pause, self.ending)
                 await asyncio.gather(*(self.start() for _ in range(self.count - len(self.serving))))
 
+    def replace_soon(self) -> None:
+        """What a signal does. Those that come before it has its turn mean the same.
+
+        A worker that is replaced goes on for as long as its answers do: too many of them would fill the memory.
+        """
+        if not self.is_to_replace:
+            self.is_to_replace = True
+            self.tasks.create_task(self.replace_all())
+
     async def replace_all(self) -> None:
         """Stops at the first that does not serve: the settings of before are better than none."""
         async with self.changing:
+            self.is_to_replace = False
             try:
                 self.validate()
             except SettingsError as error:

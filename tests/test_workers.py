@@ -392,6 +392,18 @@ def endings(process: Process, port: int) -> float:
     return figures["chat_proxy_stream_endings_total", frozenset({("ending", "complete")})]
 
 
+def test_many_signals_to_replace_all_are_two(tmp_path: Path, store: Redis) -> None:
+    """The first, and one for what has changed since: all that came meanwhile mean that."""
+    with ScriptedUpstream(streaming(*GOOD)) as upstream, workers(tmp_path, upstream.base_url, store) as process:
+        for _ in range(20):
+            process.tell(signal.SIGHUP)
+            time.sleep(0.01)
+        eventually(lambda: len(lines(process, "workers_replaced")) == 2, STARTING)
+        eventually(lambda: len(process.children()) == 2)  # nor is a third on its way
+        ends(process)
+        assert len(lines(process, "workers_replaced")) == 2
+
+
 def test_a_replaced_worker_has_the_settings_of_now(tmp_path: Path, store: Redis) -> None:
     """After SIGHUP the key and the file's settings are those of now; a file that is wrong changes nothing."""
     file = tmp_path / "chat-proxy.toml"
