@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from proxy.limits.shared import PREFIX, Shared
+from proxy.limits.shared import PREFIX, Shared, StoreGone
 from proxy.session import Decree
 
 OVERLAP = 5000  # ms that are heard twice: what was posted in the millisecond of the last question, or while it ran
@@ -109,7 +109,7 @@ class Bulletin:
         """The script's answer; None when there is none. Whether the store is gone others decide."""
         try:
             return await self.shared.ask(script, keys, arguments, DEADLINE)
-        except self.shared.failures:
+        except StoreGone:
             return None
 
 

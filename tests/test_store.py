@@ -531,6 +531,31 @@ def test_another_server_takes_over(store: Redis, tmp_path: Path) -> None:
         other.stop()
 
 
+@pytest.mark.parametrize("garbage", [b":x\r\n", b"*x\r\n", b"%1\r\n*0\r\n:1\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+def test_what_speaks_another_language_is_no_store(garbage: bytes, store: Redis) -> None:
+    """Whatever the client makes of it: nobody gets a 500."""
+
+    class Garbled(Link):
+        answer = garbage
+
+        async def carry(self, peer: Peer) -> None:
+            while self.answer and await peer.reader.read(65536):
+                peer.writer.write(self.answer)
+            await super().carry(peer)
+
+    link = Garbled(store)
+    with (
+        link,
+        ScriptedUpstream(streaming(*GOOD)) as upstream,
+        running(upstream.base_url, LIMITS_STORE=link.url) as proxy,
+    ):
+        assert chat(proxy).status == 200
+        eventually(lambda: proxy.lines("limits_unavailable"))
+        link.answer = b""
+        eventually(lambda: proxy.lines("limits_available"), 20.0)
+        assert proxy.lines("bug") == []
+
+
 def test_a_full_store_still_hears_of_logouts(store: Redis, tmp_path: Path) -> None:
     with two_of_one_name(store, "uvloop", tmp_path) as servers, store.client() as client:
         cookies = [chat(proxy, headers={"sec-fetch-site": "same-origin"}).cookie for proxy in servers]

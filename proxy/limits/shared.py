@@ -23,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -232,6 +232,14 @@ def taking(claims: list[Claim], holder: str = "", spent: int = 0) -> tuple[list[
     return [mark_of(holder), *(claim.key for claim in claims)], arguments
 
 
+class StoreGone(Exception):
+    """The store has not answered, or not what was asked. `reason` is the kind of error."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
 class Client(Protocol):
     """What is used of redis.asyncio.Redis."""
 
@@ -248,13 +256,11 @@ class Shared:
     def __init__(
         self,
         client: Client,
-        failures: tuple[type[Exception], ...],
         clock: Callable[[], float],
         *,
         tell: Callable[[str | None], None],
     ) -> None:
         self.client = client
-        self.failures: tuple[type[Exception], ...] = (*failures, OSError, TimeoutError)
         self.clock = clock
         self.tell = tell
         self.is_up = True
@@ -303,19 +309,26 @@ class Shared:
         try:
             async with self._places:
                 return await self.ask(script, keys, arguments, DEADLINE) if self.is_up else None
-        except self.failures as error:
-            self.lose(type(error).__name__)
+        except StoreGone as gone:
+            self.lose(gone.reason)
             return None
 
     async def ask(self, script: Any, keys: list[str], arguments: list[Any], deadline: float) -> Any:
-        """The script's answer, or one of `failures` at the latest after `deadline` seconds.
+        """The script's answer. Raises StoreGone, after `deadline` seconds at the latest."""
+        return await self.within(deadline, script(keys=keys, args=arguments))
+
+    async def within(self, deadline: float, doing: Awaitable[Any]) -> Any:
+        """What comes of something that the client does. Raises StoreGone: also for errors that are the client's own,
+        such as it has when a connection ends under its hands.
 
         In a task of its own, which is left behind then: nobody waits for a client that has lost its cancellation.
         """
-        asking = asyncio.ensure_future(script(keys=keys, args=arguments))
+        asking = asyncio.ensure_future(doing)
         try:
             if not (await asyncio.wait((asking,), timeout=deadline))[0]:
-                raise TimeoutError
+                raise StoreGone("TimeoutError")
+            if (error := asking.exception()) is not None:
+                raise StoreGone(type(error).__name__) from error
             return asking.result()
         finally:
             if not asking.done():
@@ -360,16 +373,16 @@ class Shared:
         New ones: those of before may lead nowhere, or to a server that is not the master any more.
         """
         try:
-            await self.client.connection_pool.disconnect(inuse_connections=False)
+            await self.within(OPENING, self.client.connection_pool.disconnect(inuse_connections=False))
             await self.book(OPENING)
             await asyncio.gather(*(self.book(OPENING) for _ in range(AT_ONCE)), return_exceptions=True)
             await self.book(DEADLINE)
-        except self.failures:
+        except StoreGone:
             return False
         return True
 
     async def book(self, deadline: float) -> None:
-        """Anything, to see whether it can be done. Raises one of `failures`."""
+        """Anything, to see whether it can be done. Raises StoreGone."""
         claim = Claim("moving", "probe", secrets.token_hex(8), 1, 1, 1)
         await self.ask(self.take_script, *taking([claim]), deadline)
 
@@ -389,11 +402,10 @@ def open_store(url: str, clock: Callable[[], float], tell: Callable[[str | None]
     from limits.storage import storage_from_string
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
-    from redis.exceptions import RedisError
 
     options: dict[str, Any] = {
         "implementation": "redispy",
         "retry": Retry(NoBackoff(), 0),
     }
     storage: Any = storage_from_string(f"async+{url}", **options)
-    return Shared(storage.bridge.get_connection(), (RedisError,), clock, tell=tell)
+    return Shared(storage.bridge.get_connection(), clock, tell=tell)
