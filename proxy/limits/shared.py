@@ -144,9 +144,10 @@ return answer
 # KEYS: the holder's mark, then the counters. ARGV: the holder's id, how long it holds (ms), what to do, then for each
 # counter: kind, reserved amount, used amount, window (ms).
 # `renew` sees to it that what is held is held, for another while, also in a store that has forgotten, and says what it
-# has used by now. `settle` ends it
-# and books what was used, once: its answer may be lost, and it is asked again. It never makes a window: one that is
-# over is nobody's any more. `add` does, since what it books was used while the store was away.
+# has used by now. `settle` ends it and books what was used, once: its answer may be lost, and it is asked again. The
+# mark stands for an hour: in an outage that lasts longer, the few answers that were being settled at its beginning are
+# booked twice; marks of a day would take as much memory as all else. It never makes a window: one that is over is
+# nobody's any more. `add` does, since what it books was used while the store was away.
 KEEP = (
     FUNCTIONS
     + """
