@@ -284,6 +284,7 @@ class ChatProxy:
         subject = self.access.subject_of(session, visit)
         visit.standings = await self.limits.charge(ask, subject)
         order = policy.apply(body, self.settings.policy, exact_usage=self.settings.limits.exact_usage)
+        del body  # prompts are long, and answers take their time
         visit.log["model"] = order.model
         most = order.prompt_tokens + order.choices * order.output_tokens
         attempts, bill = Attempts(), Bill(order.prompt_tokens)
@@ -315,6 +316,7 @@ class ChatProxy:
             async with Leash(visit.receive, self.live) as leash:
                 await leash.listen()
                 source = await self.upstream.stream(order.body, visit.request_id, attempts, visit.traceparent)
+                order.body = b""
                 relay = self.relay(visit, order, source, leash, attempts.key)
                 bill.events = relay.events
                 exchange.on(Event.BEGIN)

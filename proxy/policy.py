@@ -66,9 +66,9 @@ STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")  # as signed bytes: one le
 NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Order:
-    """A request that may go upstream, and what it may cost.
+    """A request that may go upstream, and what it may cost. `body` is emptied by whoever needs it no more.
 
     `output_tokens` is the limit of one choice. `prompt_tokens` estimates the messages as they go upstream and
     the optional values beside them (tools, ...): their JSON bytes / BYTES_PER_TOKEN, without the image URLs,

@@ -30,7 +30,9 @@ from harness import (
     Running,
     ScriptedUpstream,
     chat,
+    chat_request,
     chunks,
+    connect,
     delta,
     eventually,
     finish,
@@ -386,6 +388,30 @@ def drain(proxy: Running, buffer: bytearray) -> tuple[int, str]:
                 left -= count
             assert file.readline() == b"\r\n"
     return size, got.hexdigest()
+
+
+def test_a_live_stream_does_not_hold_what_was_asked() -> None:
+    """Conversations are long, and answers take their time: once one has begun nobody needs the question any more."""
+
+    async def script(peer: Peer) -> None:
+        seen = await peer.request()
+        seen.body = b""
+        await peer.head()
+        await peer.chunk(HALF)
+        await peer.gone()
+
+    with ScriptedUpstream(script) as upstream, running(upstream.base_url, POLICY_MAX_INPUT_CHARS="1000000") as proxy:
+        question = chat_request(proxy, messages=[{"role": "user", "content": "x" * 500_000}])
+        tracemalloc.start()
+        try:
+            with connect(proxy) as sock:
+                sock.sendall(question)
+                read_until(sock, HALF)
+                gc.collect()
+                held = proxy.on_loop(lambda: tracemalloc.get_traced_memory()[0])
+        finally:
+            tracemalloc.stop()
+        assert held < 250_000
 
 
 @fault(22)
