@@ -38,7 +38,7 @@ PROBES = (b"/healthz", b"/readyz")
 class GuardedProtocol(HttpToolsProtocol):
     """uvicorn's protocol for one connection, within bounds. The app of its config is the Guard."""
 
-    _address: str | None = None
+    _counted_as: str | None = None  # among the sockets of one subscriber
     _spent = 0  # bytes of the request at hand beside its body: its head, chunk sizes, extensions, trailers
     _refused = False
 
@@ -46,14 +46,15 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if self.client is not None and not self.guard.admit(self.client[0]):
-            transport.abort()
-            return
-        self._address = self.client[0] if self.client is not None else None
+        if self.client is not None:
+            self._counted_as = self.guard.admit(self.client[0])
+            if self._counted_as is None:
+                transport.abort()
+                return
         self.guard.wait_for(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.guard.leave(self, self._address)
+        self.guard.leave(self, self._counted_as)
         self._unset_keepalive_if_required()  # uvicorn forgets it after a reset, and the timer would keep all of this
         super().connection_lost(exc)
 
@@ -256,23 +257,22 @@ class Guard:
 
     # ---- sockets --------------------------------------------------------------------------------------------------
 
-    def admit(self, address: str) -> bool:
-        """Counts a socket in."""
+    def admit(self, address: str) -> str | None:
+        """Counts a socket in; returns as whose, or None when there are too many already."""
         subscriber = self.subscriber(address)
         if self.sockets[subscriber] >= self.most_sockets and not self.is_proxy(address):
-            return False
+            return None
         self.sockets[subscriber] += 1
-        return True
+        return subscriber
 
-    def leave(self, connection: GuardedProtocol, address: str | None) -> None:
+    def leave(self, connection: GuardedProtocol, counted_as: str | None) -> None:
         self.open.discard(connection)
         self.reading.pop(connection, None)
         self.note_if_left()
-        if address is not None:
-            subscriber = self.subscriber(address)
-            self.sockets[subscriber] -= 1
-            if not self.sockets[subscriber]:
-                del self.sockets[subscriber]
+        if counted_as is not None:
+            self.sockets[counted_as] -= 1
+            if not self.sockets[counted_as]:
+                del self.sockets[counted_as]
 
     def expect(self, connection: GuardedProtocol) -> None:
         """The head of a request has begun; it owes us the rest, if it does not already."""
