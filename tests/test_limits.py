@@ -506,20 +506,25 @@ def purse(clock: Clock, per_session: str = "", per_address: str = "", total: str
     return Tokens(limited(tokens_per_session=per_session, tokens_per_address=per_address, tokens_total=total), clock)
 
 
+def reserve(purse: Tokens, subject: Subject, amount: int) -> Reservation:
+    """In every window, or in none."""
+    return purse.reserve(purse.check(subject, amount), amount)
+
+
 def left(purse: Tokens, subject: Subject = ANN) -> list[int]:
     return [standing.remaining for standing in purse.standings(subject)]
 
 
 def exhausted(purse: Tokens, subject: Subject, amount: int) -> TokensExhausted:
     with pytest.raises(TokensExhausted) as raised:
-        purse.reserve(subject, amount)
+        reserve(purse, subject, amount)
     return raised.value
 
 
 def test_what_was_used_takes_the_place_of_what_was_held() -> None:
     """A reservation holds its worst case; settled, the account carries what was used, once and for all."""
     tokens = purse(Clock(), "1000/day")
-    with tokens.reserve(ANN, 400) as reservation:
+    with reserve(tokens, ANN, 400) as reservation:
         assert left(tokens) == [600]
         reservation.settle(150)
         assert left(tokens) == [850]
@@ -532,7 +537,7 @@ def test_what_was_used_takes_the_place_of_what_was_held() -> None:
 def test_unsettled_is_given_back(left_by: BaseException | None) -> None:
     """Whoever leaves without settling, in whichever way, has used nothing."""
     tokens = purse(Clock(), "1000/day", "2000/day", "3000/day")
-    with suppress(BaseException), tokens.reserve(ANN, 400):
+    with suppress(BaseException), reserve(tokens, ANN, 400):
         assert left(tokens) == [600, 1600]
         if left_by is not None:
             raise left_by
@@ -543,7 +548,7 @@ def test_unsettled_is_given_back(left_by: BaseException | None) -> None:
 def test_more_used_than_held_is_booked() -> None:
     """An upstream that counts more than we held for is believed: the account goes to zero, and stays refused."""
     tokens = purse(Clock(), "1000/day")
-    tokens.reserve(ANN, 100).settle(1500)
+    reserve(tokens, ANN, 100).settle(1500)
     assert left(tokens) == [0]
     exhausted(tokens, ANN, 1)
 
@@ -554,10 +559,10 @@ def test_a_burst_never_overdraws() -> None:
     held: list[Reservation] = []
     for _ in range(1000):
         with suppress(TokensExhausted):
-            held.append(tokens.reserve(ANN, 300))
+            held.append(reserve(tokens, ANN, 300))
     assert len(held) == 33
     with suppress(TokensExhausted):
-        held.extend(tokens.reserve(BEN, 300) for _ in range(1000))
+        held.extend(reserve(tokens, BEN, 300) for _ in range(1000))
     for reservation in held:
         reservation.settle(300)
     assert max(window.used for window in tokens.windows.values()) <= 12000
@@ -567,9 +572,9 @@ def test_a_burst_never_overdraws() -> None:
 def test_the_last_token_can_be_spent() -> None:
     """A request that costs exactly what is left is let in; one token more is not."""
     tokens = purse(Clock(), "1000/day")
-    tokens.reserve(ANN, 400).settle(400)
+    reserve(tokens, ANN, 400).settle(400)
     exhausted(tokens, ANN, 601)
-    tokens.reserve(ANN, 600).settle(600)
+    reserve(tokens, ANN, 600).settle(600)
     assert left(tokens) == [0]
     exhausted(tokens, ANN, 1)
 
@@ -579,7 +584,7 @@ def test_all_windows_or_none() -> None:
     tokens = purse(Clock(), "1000/minute;1500/day", "5000/day", "9000/day")
     exhausted(tokens, ANN, 1001)
     assert tokens.windows == {}
-    tokens.reserve(ANN, 900).settle(900)
+    reserve(tokens, ANN, 900).settle(900)
     exhausted(tokens, ANN, 101)
     assert left(tokens) == [100, 600, 4100]
 
@@ -587,12 +592,12 @@ def test_all_windows_or_none() -> None:
 def test_tokens_are_told_apart() -> None:
     """Sessions, addresses and the whole server have accounts of their own; what one session used, another keeps."""
     tokens = purse(Clock(), "100/day", "150/day", "200/day")
-    tokens.reserve(ANN, 100).settle(100)
+    reserve(tokens, ANN, 100).settle(100)
     assert left(tokens, ANN) == [0, 50]
     assert left(tokens, ANNS_GUEST) == [100, 50]
     assert left(tokens, BEN) == [100, 150]
     exhausted(tokens, ANNS_GUEST, 51)
-    tokens.reserve(BEN, 100).settle(100)
+    reserve(tokens, BEN, 100).settle(100)
     third = Subject("third", "203.0.113.3")
     assert left(tokens, third) == [100, 150]
     refusal = exhausted(tokens, third, 1)
@@ -610,12 +615,12 @@ def test_the_window_begins_with_its_first_token() -> None:
     clock = Clock()
     tokens = purse(clock, "100/minute")
     clock.now += 1000
-    tokens.reserve(ANN, 100).settle(100)
+    reserve(tokens, ANN, 100).settle(100)
     clock.now += 60 - TICK
     assert wait_told(exhausted(tokens, ANN, 1)) == TICK
     clock.now += TICK
     assert left(tokens) == [100]
-    tokens.reserve(ANN, 100).settle(100)
+    reserve(tokens, ANN, 100).settle(100)
     clock.now += 60 - TICK
     exhausted(tokens, ANN, 1)
 
@@ -625,9 +630,9 @@ def test_settling_after_the_rollover_leaves_the_new_window_alone(used: int) -> N
     """An answer that began in a window that has ended neither costs nor gives anything in the next."""
     clock = Clock()
     tokens = purse(clock, "100/minute")
-    long_one = tokens.reserve(ANN, 100)
+    long_one = reserve(tokens, ANN, 100)
     clock.now += 60
-    tokens.reserve(ANN, 30).settle(30)
+    reserve(tokens, ANN, 30).settle(30)
     assert left(tokens) == [70]
     long_one.settle(used)
     assert left(tokens) == [70]
@@ -637,7 +642,7 @@ def test_a_rollover_of_one_window_leaves_the_others() -> None:
     """When the minute ends, the day goes on."""
     clock = Clock()
     tokens = purse(clock, "100/minute;150/day")
-    first = tokens.reserve(ANN, 100)
+    first = reserve(tokens, ANN, 100)
     clock.now += 60
     assert left(tokens) == [100, 50]
     first.settle(80)
@@ -708,7 +713,7 @@ def test_tokens_match_the_definition(
                 if not account.costs:
                     account.ends = clock.now  # no token was counted in it: it has not begun
             continue
-        open_ones.append((step, amount, tokens.reserve(subject, amount), theirs))
+        open_ones.append((step, amount, reserve(tokens, subject, amount), theirs))
         for account in theirs:
             account.costs[step] = amount
     shown = left(tokens)
@@ -727,21 +732,21 @@ def test_retry_after_is_true_of_tokens(walk: list[tuple[int, Subject, int, tuple
     for ticks, subject, amount, _ in walk:
         clock.now += ticks * TICK
         try:
-            tokens.reserve(subject, amount)
+            reserve(tokens, subject, amount)
         except TokensExhausted as refusal:
             wait = wait_told(refusal)
             assert 0 < wait <= 10
             clock.now += wait - TICK
             exhausted(tokens, subject, amount)
             clock.now += TICK
-            tokens.reserve(subject, amount)
+            reserve(tokens, subject, amount)
 
 
 def test_refused_tokens_say_which_limit() -> None:
     """The refusal names every account that is too short, with what is left in it, and the longest wait."""
     clock = Clock()
     purses = purse(clock, "100/minute;1000/day", "150/hour")
-    purses.reserve(ANN, 90).settle(90)
+    reserve(purses, ANN, 90).settle(90)
     clock.now += 0.5
     refusal = exhausted(purses, ANN, 61)
     assert (refusal.status, refusal.code) == (429, "tokens_exhausted")
@@ -759,7 +764,7 @@ def test_refused_tokens_say_which_limit() -> None:
 def test_tokens_refuse_an_empty_key(subject: Subject) -> None:
     """A subject without a key is a bug, and spends from nobody's account."""
     purses = purse(Clock(), "100/day", "100/day")
-    for attempt in (lambda: purses.reserve(subject, 1), lambda: purses.standings(subject)):
+    for attempt in (lambda: reserve(purses, subject, 1), lambda: purses.standings(subject)):
         with pytest.raises(ValueError, match="without a key"):
             attempt()
     assert purses.windows == {}
@@ -771,7 +776,7 @@ def test_dead_windows_do_not_gather() -> None:
     purses = purse(clock, "100/second")
     for number in range(MANY):
         clock.now += 1 / live
-        purses.reserve(Subject(f"session {number}", "203.0.113.1"), 10).settle(5)
+        reserve(purses, Subject(f"session {number}", "203.0.113.1"), 10).settle(5)
         largest = max(largest, len(purses.windows))
     assert largest <= 2 * (live + 1) + tokens.SWEEP_AFTER
 
@@ -789,9 +794,9 @@ def test_a_sweep_spares_windows_with_live_answers() -> None:
     """When windows are swept, those that run keep what is held in them."""
     clock = Clock()
     purses = purse(clock, "100/hour")
-    reservation = purses.reserve(ANN, 60)
+    reservation = reserve(purses, ANN, 60)
     for number in range(2 * tokens.SWEEP_AFTER + 10):
-        purses.reserve(Subject(f"session {number}", "203.0.113.1"), 1).settle(1)
+        reserve(purses, Subject(f"session {number}", "203.0.113.1"), 1).settle(1)
     assert left(purses) == [40]
     reservation.settle(10)
     assert left(purses) == [90]
@@ -892,7 +897,7 @@ for number in range(int(sys.argv[1])):
     subject = Subject(f"{number:022d}", f"2001:db8:{number >> 16:x}:{number & 65535:x}::/64")
     requests.charge(mint, subject)
     requests.charge(ask, subject)
-    tokens.reserve(subject, 100).settle(20)
+    tokens.reserve(tokens.check(subject, 100), 100).settle(20)
 print(held() - before)
 now += 1_000_000
 for sweep in (requests.storage.make_room, tokens.make_room):
@@ -918,7 +923,7 @@ def test_the_oldest_are_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None
     limits, purses = counting(clock, "1/day"), Tokens(Limits(), clock)
     for number in range(10_000):
         limits.charge(ask, Subject(str(number), str(number)))
-        purses.reserve(Subject(str(number), str(number)), 1).settle(1)
+        reserve(purses, Subject(str(number), str(number)), 1).settle(1)
     assert len(limits.storage.entries) <= 1000
     assert len(purses.windows) <= 1000
     with pytest.raises(TooMany):

@@ -777,7 +777,8 @@ def spent(proxy: Running, event: Event, address: str) -> Iterator[None]:
 
 @contextmanager
 def tokens_held(proxy: Running, address: str) -> Iterator[None]:
-    with proxy.service.app.limits.tokens.reserve(Subject("other", address), 1_000_000_000):
+    tokens, amount = proxy.service.app.limits.tokens, 1_000_000_000
+    with tokens.reserve(tokens.check(Subject("other", address), amount), amount):
         yield
 
 
@@ -1050,7 +1051,7 @@ def test_a_bug_is_an_answer_in_our_shape(upstream: ScriptedUpstream, monkeypatch
 
     with running(upstream.base_url) as proxy:
         app = proxy.service.app
-        for place, name in ((app.edge, "caller"), (app.edge, "check_origin"), (app.limits.tokens, "hold")):
+        for place, name in ((app.edge, "caller"), (app.edge, "check_origin"), (app.limits.tokens, "reserve")):
             with monkeypatch.context() as patched:
                 patched.setattr(place, name, bug)
                 reply = Program(proxy).chat()

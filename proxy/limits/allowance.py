@@ -186,7 +186,7 @@ class Allowance:
         windows = self.tokens.check(subject, amount)
         lease = self.leases.acquire(subject)
         try:
-            return Hold(self, lease, claims, holder, self.tokens.hold(windows, amount))
+            return Hold(self, lease, claims, holder, self.tokens.reserve(windows, amount))
         except BaseException as error:
             lease.__exit__(type(error), error, None)
             raise

@@ -70,12 +70,8 @@ class Tokens:
         self.windows: dict[tuple[int, str], Window] = {}
         self.sweep_at = SWEEP_AFTER
 
-    def reserve(self, subject: Subject, amount: int) -> Reservation:
-        """Holds `amount` tokens in every window, or in none. Raises TokensExhausted with a true Retry-After."""
-        return self.hold(self.check(subject, amount), amount)
-
-    def hold(self, windows: dict[tuple[int, str], Window], amount: int) -> Reservation:
-        """Holds them in windows that `check` has just found to have room."""
+    def reserve(self, windows: dict[tuple[int, str], Window], amount: int) -> Reservation:
+        """Holds `amount` tokens in all windows, which `check` has just found to have room."""
         self.make_room()
         for key, window in windows.items():
             window.used += amount
