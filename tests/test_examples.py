@@ -18,7 +18,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -164,11 +164,18 @@ def fronts(stage: Stage, nginx_url: str) -> dict[str, str]:
     return {"ours": stage.proxy.url, "nginx": nginx_url}
 
 
+def answers(url: str) -> bool:
+    with suppress(httpx.TransportError):
+        return httpx.get(url, trust_env=False).is_success
+    return False
+
+
 @contextmanager
-def serving(*command: str, port: int, folder: Path | None = None) -> Iterator[None]:
+def serving(*command: str, url: str, folder: Path) -> Iterator[None]:
+    """Ready: an open port would not do, for vite opens and closes it first to see whether it is free."""
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL) as process:
         try:
-            eventually(lambda: is_open(port, "localhost"), BUNDLING)
+            eventually(lambda: answers(url), BUNDLING)
             yield
         finally:
             process.terminate()
@@ -588,10 +595,11 @@ def test_vite_passes_the_api_on(
         await peer.chunk(delta("one two"))
         await peer.gone()
 
-    port = ports["vite"]
-    command = ["node", "node_modules/vite/bin/vite.js", "--port", str(port), "--strictPort", "--clearScreen=false"]
-    with serving(*command, port=port, folder=tmp_path):
-        visit = Visit(context.new_page(), f"http://localhost:{port}")
+    port = str(ports["vite"])
+    url = f"http://localhost:{port}"
+    command = ["node", "node_modules/vite/bin/vite.js", "--port", port, "--strictPort", "--clearScreen=false"]
+    with serving(*command, url=url, folder=tmp_path):
+        visit = Visit(context.new_page(), url)
         visit.watch()
         visit.page.goto(visit.url)
         page = Shown(Example("hook"), visit, stage)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -409,10 +410,18 @@ def breaking_send(proxy: Running, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def talking(peer: Peer) -> None:
-    """Two events, far enough apart to be two; would go on."""
+    """One event; would go on."""
     await peer.head()
     await peer.chunk(FIRST)
-    await asyncio.sleep(0.05)
+    await peer.gone()
+    peer.writer.close()
+
+
+async def talking_on(proxy: Running, peer: Peer) -> None:
+    """Two events, the second when the client has been sent the first; would go on."""
+    await peer.head()
+    await peer.chunk(FIRST)
+    await asyncio.to_thread(eventually, lambda: FIRST in proxy.sent)
     await peer.chunk(SECOND)
     await peer.gone()
     peer.writer.close()
@@ -477,7 +486,8 @@ def test_a_bug_amid_the_answer_is_an_event(
     break_it: Break, events: int, loop: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Row 40: the whole events so far, ours, the end; what was counted is paid for, the call ends at once."""
-    with ScriptedUpstream(always(talking)) as server, running(server.base_url, loop=loop) as proxy:
+    with ScriptedUpstream(streaming()) as server, running(server.base_url, loop=loop) as proxy:
+        server.script = always(partial(talking_on, proxy))
         break_it(proxy, monkeypatch)
         reply = chat(proxy)
         assert (reply.status, reply.cut, reply.body) == (200, False, FIRST + StreamFailed().event())
