@@ -66,7 +66,7 @@ def test_an_answer_streams(visit: Visit) -> None:
     expect(visit.answer).not_to_have_attribute("aria-busy", "true")
     lengths: list[int] = visit.page.evaluate("() => lengths")
     assert lengths == sorted(lengths)
-    assert len(set(lengths)) >= 10
+    assert len(set(lengths)) >= 5  # a batch each 50 ms; fewer where the machine is busy
     expect(visit.text).to_contain_text("but the lamp was burning.")
     expect(visit.text.get_by_role("heading", name="The lamp at the ford")).to_be_visible()
     expect(visit.answer.locator(".mark")).to_be_hidden()

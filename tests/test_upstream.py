@@ -586,11 +586,11 @@ def test_backoff_grows_and_stays_inside_first_byte_timeout() -> None:
     script = always(saying("503 Service Unavailable"))
     with (
         ScriptedUpstream(script) as server,
-        running(server.base_url, UPSTREAM_RETRIES="10", UPSTREAM_FIRST_BYTE_TIMEOUT="1.8") as proxy,
+        running(server.base_url, UPSTREAM_RETRIES="10", UPSTREAM_FIRST_BYTE_TIMEOUT="2.4") as proxy,
     ):
         began = time.monotonic()
         assert chat(proxy).status == 502
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 4
         first, second = gaps(server)[:2]
         assert first >= upstream.FIRST_PAUSE / 2
         assert second >= upstream.FIRST_PAUSE
