@@ -185,7 +185,7 @@ class Crowd:
         else:
             body = await reader.readexactly(int(head.partition(b"\r\ncontent-length: ")[2].split()[0]))
         if b"\r\nconnection: close" in head:
-            writer.close()
+            writer.transport.abort()
         else:
             self.idle.append((reader, writer))
         return int(head.split()[1]), body
@@ -203,7 +203,7 @@ class Crowd:
                         tasks.create_task(self.ask(number))
                 await asyncio.sleep(0.5 / RATE)
         for _, writer in self.idle:
-            writer.close()
+            writer.transport.abort()  # nobody would be there for the last words of a TLS connection
 
 
 @contextmanager
