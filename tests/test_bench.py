@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 from bench import compare, sizing, store
+from harness import unmeasured
 
 
 @pytest.mark.quiet
 def test_benchmark_compares_and_finds_no_fault(tmp_path: Path) -> None:
     """A tiny run prints every row with a figure for both proxies, and no byte was changed by either."""
     command = [sys.executable, compare.__file__, "--quick", "--seconds", "0.3", "--streams", "10"]
-    done = subprocess.run([*command, "--json", str(tmp_path / "all.json")], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "all.json")], env=unmeasured(), capture_output=True, text=True, timeout=60
+    )
     print(done.stdout, done.stderr)
     assert done.returncode == 0
     assert done.stderr == ""
@@ -34,7 +37,7 @@ def test_benchmark_compares_and_finds_no_fault(tmp_path: Path) -> None:
 def test_benchmark_of_the_sizes_finds_no_fault() -> None:
     """A line for each step, with its cores and memory; on a machine so busy that the load lags behind, it says so."""
     command = [sys.executable, sizing.__file__, "--seconds", "0.3", "--streams", "10"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=unmeasured(), capture_output=True, text=True, timeout=60)
     print(done.stdout, done.stderr)
     assert done.stderr == ""
     header, *lines = done.stdout.partition("faults: ")[0].splitlines()
@@ -63,7 +66,7 @@ def test_benchmark_names_faults(result: dict[str, object], found: list[str]) -> 
 def test_benchmark_of_the_store_counts_its_calls() -> None:
     """Three calls a request; on a machine so busy that the store is taken for gone, fewer, and it says so."""
     command = [sys.executable, store.__file__, "--seconds", "0.3", "--rounds", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=unmeasured(), capture_output=True, text=True, timeout=60)
     assert done.stderr == ""
     faults = done.stdout.partition("faults: ")[2].split("\n  ")
     for label in store.ROWS:

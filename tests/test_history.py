@@ -37,11 +37,11 @@ from harness import (
     ScriptedUpstream,
     chat,
     delta,
-    environment,
     eventually,
     finish,
     running,
     streaming,
+    unmeasured,
 )
 from history import STORE, Grant, Violation, apart, fixed, moving, together
 from hypothesis import given
@@ -284,7 +284,7 @@ class Crowd:
     def __enter__(self) -> Crowd:
         command = [sys.executable, history_hits.__file__]
         pipe = subprocess.PIPE
-        self.parent = subprocess.Popen(command, env=environment(), stdin=pipe, stdout=pipe, text=True)
+        self.parent = subprocess.Popen(command, env=unmeasured(), stdin=pipe, stdout=pipe, text=True)
         for number in range(PROCESSES):
             self.start(f"process-{number}", self.hits // PROCESSES)
         return self

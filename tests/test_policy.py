@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from proxy import errors, policy
 from proxy.settings import Policy
 
-EXAMPLES = 2000 if FULL else 120
-MUTANTS = 500 if FULL else 200  # of one body in one example
+EXAMPLES = 2000 if FULL else 80
+MUTANTS = 500 if FULL else 60  # of one body in one example
 SLOWEST = 2.0  # seconds for the dearest megabyte: ten times what it takes
 
 RULES = Policy(models=("small", "large"))

@@ -43,6 +43,7 @@ from proxy.limits.shared import PREFIX
 from proxy.metrics import Family, Total, added_up, lasting
 from proxy.workers import PAUSE
 
+PACE = 0.01  # seconds between two questions of those who ask again and again
 HELD = 3  # seconds that a dead worker's leases stay, in place of 30
 START = """
 import sys
@@ -318,7 +319,7 @@ class Scraper(Busy):
         super().__init__(process)
 
     def go_on(self) -> None:
-        while not self.enough.is_set():
+        while not self.enough.wait(PACE):
             self.told.append(endings(self.process, self.port))
 
 
@@ -332,7 +333,7 @@ class Asker(Busy):
 
     def go_on(self) -> None:
         with closing(self.process.connect()) as connection:
-            while not self.enough.is_set():
+            while not self.enough.wait(PACE):
                 status, body = exchange(connection, "/api/chat", **HELLO)
                 self.answers += 1
                 if (status, body) != (200, b"".join(GOOD)):
