@@ -39,10 +39,10 @@ from proxy.errors import (
     StreamDrained,
     StreamFailed,
     TooMany,
-    UpstreamAuth,
 )
-from proxy.events import Ending, Events, Usage, usage_of
+from proxy.events import Events
 from proxy.exchange import Event, Exchange, State
+from proxy.ledger import Bill, Ledger
 from proxy.limits import Standing, Subject, limit_headers
 from proxy.limits.allowance import Allowance
 from proxy.limits.requests import ask, diagnose, refuse
@@ -64,42 +64,9 @@ if TYPE_CHECKING:
 Handler = Callable[[Visit], Awaitable[None]]
 
 HSTS = (b"strict-transport-security", b"max-age=31536000; includeSubDomains")
-BYTES_PER_TOKEN = 3  # of an answer whose upstream counted nothing: the policy's figure for prompts
 
 
 encode = msgspec.json.Encoder().encode
-
-
-class Bill:
-    """What one request cost: what the upstream counted, or else our estimate."""
-
-    def __init__(self, prompt_tokens: int) -> None:
-        self.prompt_tokens = prompt_tokens
-        self.used = Usage()
-        self.is_known = False
-        self.events: Events | None = None  # of a stream that is being relayed
-
-    def so_far(self) -> int:
-        """Of an answer that is not over."""
-        return self.prompt_tokens + (self.events.count if self.events is not None else 0)
-
-    def note_stream(self, events: Events) -> None:
-        used = events.usage or Usage(self.prompt_tokens, events.count)
-        if events.ending is Ending.OPEN:  # what it has counted so far may be no more than the prompt
-            used = Usage(used.prompt_tokens, max(used.completion_tokens, events.count))
-        self.note(used)
-
-    def note_answer(self, answer: bytes) -> None:
-        self.note(Usage(self.prompt_tokens, len(answer) // BYTES_PER_TOKEN))
-        self.note(usage_of(answer) or self.used)
-
-    def note_no_answer(self, *, paid: bool) -> None:
-        """Unless there was one, before something else went wrong."""
-        if paid and not self.is_known:
-            self.note(Usage(self.prompt_tokens))
-
-    def note(self, used: Usage) -> None:
-        self.used, self.is_known = used, True
 
 
 class Resource:
@@ -119,7 +86,7 @@ class Resource:
                 handler = await self.handler(visit)
                 await handler(visit)
             except Refusal as refusal:
-                proxy.alarm_if_due(visit, refusal)
+                proxy.ledger.alarm_if_due(visit, refusal)
                 await visit.refuse(await proxy.limited(visit, refusal))
         except ClientGone:
             visit.ending = "aborted"
@@ -129,7 +96,7 @@ class Resource:
             if not visit.began:
                 await visit.refuse(InternalError())
         finally:
-            proxy.settle(visit, self.route)
+            proxy.ledger.close(visit, self.route)
             proxy.leave()
 
     async def handler(self, visit: Visit) -> Handler:
@@ -194,6 +161,7 @@ class ChatProxy:
         )
         self.transport = transport
         self.metrics = Metrics(settings.policy.models)
+        self.ledger = Ledger(self.metrics, logs)
         self.metrics.streams.set_function(lambda: self.limits.leases.live)
         self.metrics.store_up.set_function(lambda: self.limits.is_up)
         self.traces = self.open_traces() if settings.traces.enabled else None
@@ -304,7 +272,7 @@ class ChatProxy:
                 raise
             finally:
                 hold.settle(bill.used.prompt_tokens + bill.used.completion_tokens)
-                self.count(visit, order, attempts, bill.used)
+                self.ledger.count(visit, order, attempts, bill.used)
 
     async def stream(self, visit: Visit, order: policy.Order, attempts: Attempts, bill: Bill) -> None:
         """Relays one stream to its end, whatever the end. Raises while nothing has begun."""
@@ -322,7 +290,7 @@ class ChatProxy:
                 exchange.on(Event.BEGIN)
                 await relay.run(visit.head(200, [*STREAM_HEADERS, *limit_headers(visit.standings)]))
         except ClientGone:
-            self.note_abort(leash)
+            self.ledger.note_abort(leash)
             if relay is None:
                 raise
             exchange.on(Event.COMPLETE if relay.has_said_all else Event.LEAVE)
@@ -343,7 +311,7 @@ class ChatProxy:
         if exchange.state is State.STREAMING:
             broke = await relay.finish(broke)
             exchange.on(Event.BREAK if broke else Event.COMPLETE)
-        self.note_stream(visit, relay, exchange.state, broke)
+        self.ledger.note_stream(visit, relay, exchange.state, broke)
 
     def relay(self, visit: Visit, order: policy.Order, source: ResponseStream, leash: Leash, key: str) -> Relay:
         upstream, comment = self.settings.upstream, self.settings.server.comment_seconds
@@ -358,7 +326,7 @@ class ChatProxy:
                 await leash.listen()
                 answer = await self.upstream.complete(order.body, visit.request_id, attempts, visit.traceparent)
         except ClientGone:
-            self.note_abort(leash)
+            self.ledger.note_abort(leash)
             raise
         except Interruption as interruption:
             raise refusal_before_start(interruption, attempts) from None
@@ -470,74 +438,11 @@ class ChatProxy:
         for leash in list(self.live):
             leash.pull(StreamDrained())
 
-    # ---- settling -------------------------------------------------------------------------------------------------
-
-    def count(self, visit: Visit, order: policy.Order, attempts: Attempts, used: Usage) -> None:
-        visit.used = used
-        visit.log["tokens"] = used.prompt_tokens + used.completion_tokens
-        visit.log["retries"] = attempts.retries
-        self.metrics.retries.inc(attempts.retries)
-        self.metrics.tokens_in[order.model].inc(used.prompt_tokens)
-        self.metrics.tokens_out[order.model].inc(used.completion_tokens)
-
-    def note_abort(self, leash: Leash) -> None:
-        """The browser left, and by now the upstream's socket is closed."""
-        self.metrics.abort.observe(asyncio.get_running_loop().time() - leash.pulled_at)
-
-    def note_stream(self, visit: Visit, relay: Relay, state: State, broke: Interruption | None) -> None:
-        metrics, now = self.metrics, asyncio.get_running_loop().time()
-        visit.ending = ending_of(state, broke, relay.events)
-        if broke is not None:
-            visit.code, visit.reason = broke.code, broke.reason
-        visit.log["events"] = relay.events.count
-        visit.log["bytes"] = relay.bytes_sent
-        metrics.gaps.add(relay.gaps.counts, relay.gaps.total)
-        if relay.leaked:
-            self.alarm(visit, "the upstream sent our key inside a stream")
-        if relay.first_at is None:
-            return
-        ttft = max(0.0, relay.first_at - visit.started)  # uvloop's clock stands still within a turn of the loop
-        visit.log["ttft_ms"] = round(ttft * 1000, 1)
-        metrics.first_token.observe(ttft)
-        if now > relay.first_at and relay.events.count > 1:
-            metrics.rate.observe(relay.events.count / (now - relay.first_at))
-
-    def settle(self, visit: Visit, route: str | None) -> None:
-        """The request's one log line, its place in the metrics, the end of its span."""
-        self.metrics.requests.labels(str(visit.status)).inc()
-        if visit.ending is not None:
-            self.metrics.ending[visit.ending].inc()
-        if visit.code is not None:
-            by_upstream = visit.code.startswith("upstream")
-            (self.metrics.upstream_errors if by_upstream else self.metrics.refusals).labels(visit.code).inc()
-        self.logs.line(
-            "request",
-            request_id=visit.request_id,
-            address=visit.caller.shown,
-            route=f"{visit.method} {route}" if route else None,
-            status=visit.status,
-            code=visit.code,
-            ending=visit.ending,
-            duration_ms=round((time.monotonic() - visit.started) * 1000, 1),
-            reason=visit.reason,
-            **visit.log,
-        )
-        if visit.trace is not None:
-            visit.trace.end(
-                request_id=visit.request_id,
-                status=visit.status if visit.began else None,
-                code=visit.code,
-                ending=visit.ending,
-                tokens=(visit.used.prompt_tokens, visit.used.completion_tokens) if visit.used else None,
-                log=visit.log,
-            )
+    # ---- what it is told ------------------------------------------------------------------------------------------
 
     def note_no_request(self, peer: str | None, refusal: Refusal) -> None:
-        """The same for what the guard refused before it became a request."""
-        self.metrics.requests.labels(str(refusal.status)).inc()
-        self.metrics.refusals.labels(refusal.code).inc()
-        address = self.edge.caller(peer, {}).shown
-        self.logs.line("request", address=address, route=None, status=refusal.status, code=refusal.code)
+        """The guard refused something before it became a request."""
+        self.ledger.note_no_request(self.edge.caller(peer, {}).shown, refusal)
 
     def note_store(self, lost: str | None) -> None:
         """The limits' store is lost, for this reason, or found again."""
@@ -552,14 +457,6 @@ class ChatProxy:
             self.logs.line("traces_unavailable", "warning", reason=lost)
         else:
             self.logs.line("traces_available")
-
-    def alarm_if_due(self, visit: Visit, refusal: Refusal) -> None:
-        """The key does not work, or comes back: both want the operator, not the visitor."""
-        if isinstance(refusal, UpstreamAuth) or refusal.leaked:
-            self.alarm(visit, refusal.reason or refusal.code)
-
-    def alarm(self, visit: Visit, what: str) -> None:
-        self.logs.line("key_alarm", "error", what=what, request_id=visit.request_id)
 
     def reload_secrets(self) -> None:
         """Reads the secrets' files again. Live streams keep the key they began with; nobody is logged out."""
@@ -579,12 +476,3 @@ def refusal_before_start(interruption: Interruption, attempts: Attempts) -> Refu
     if isinstance(interruption, StreamDrained):
         return Draining(billed=attempts.sent)
     return GatewayTimeout(should_retry=False, reason=interruption.reason, billed=attempts.sent)
-
-
-def ending_of(state: State, broke: Interruption | None, events: Events) -> str:
-    """How a stream ended, as chat_proxy_stream_endings_total counts it."""
-    if state is State.ABORTED:
-        return "aborted"
-    if broke is not None:
-        return broke.ending
-    return "error" if events.ending is Ending.ERROR else "complete"

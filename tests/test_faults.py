@@ -500,7 +500,7 @@ def test_a_bug_amid_the_answer_is_an_event(
 def test_a_bug_behind_the_answer_does_not_refund_it(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row 40: an answer that has arrived is paid for, whatever goes wrong in writing down how it was."""
     with ScriptedUpstream(streaming(*COUNTED)) as server, running(server.base_url, loop=loop) as proxy:
-        breaking(lambda proxy: proxy.service.app, "note_stream")(proxy, monkeypatch)
+        breaking(lambda proxy: proxy.service.app.ledger, "note_stream")(proxy, monkeypatch)
         assert chat(proxy).body == WHOLE
         assert proxy.line()["code"] == "internal_error"
         assert_all_used(proxy, USED)
