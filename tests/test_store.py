@@ -941,7 +941,7 @@ def test_many_answers_are_renewed_in_time_on_a_slow_store(store: Redis) -> None:
             return took
 
     with Link(store) as link:
-        assert asyncio.run(story(link.url)) < 100 * 0.03 / 2
+        assert asyncio.run(story(link.url)) < 100 * 0.03 * 0.8  # one by one, it would be more than all of that
 
 
 def test_a_window_that_ends_while_an_answer_is_written(store: Redis) -> None:
