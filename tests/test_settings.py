@@ -532,6 +532,28 @@ def test_default_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert settings.load(None, variables({})).server.port == 1234
 
 
+def test_who_has_no_file_hears_how_to_make_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without chat-proxy.toml, what is required there comes with the command that writes it; with it, without."""
+    monkeypatch.chdir(tmp_path)
+    for advice in (" (`chat-proxy init` writes one)", ""):
+        with refused("upstream.base_url", "upstream.api_key", "policy.models") as faults:
+            settings.load(None, {})
+        assert faults[0].message == f"is required; set it in chat-proxy.toml{advice} or as CHAT_PROXY_UPSTREAM_BASE_URL"
+        Path("chat-proxy.toml").write_text("", encoding="utf-8")
+
+
+def test_a_file_that_cannot_be_read_is_not_told_to_lack_anything(tmp_path: Path) -> None:
+    """What a broken or missing file may well say, or would decide, is no fault beside that; others' faults are told."""
+    file = tmp_path / "broken.toml"
+    file.write_text("[policy]\nmodels = [demo]\n", encoding="utf-8")
+    given = {"CHAT_PROXY_SERVER_WORKERS": "2", "CHAT_PROXY_UPSTREAM_API_KEY": "k" * 20}
+    for path in (file, tmp_path / "nowhere.toml"):
+        with refused("--config"):
+            settings.load(str(path), given)
+        with refused("--config", "server.port"):
+            settings.load(str(path), given | {"CHAT_PROXY_SERVER_PORT": "http"})
+
+
 def test_named_file_must_be_there(tmp_path: Path) -> None:
     """A file that was named and cannot be read is a fault that names it."""
     for path in (tmp_path / "nowhere.toml", tmp_path):

@@ -100,22 +100,23 @@ CONTRADICTIONS = (
         "session.secret",
         ("server.public_url", "session.secret"),
         lambda s: s.session.secret is None and not s.server.is_local,
-        "is required when public_url is not loopback; `chat-proxy new-secret` makes one",
+        "is required when public_url is not loopback; `chat-proxy new-secret` makes one for CHAT_PROXY_SESSION_SECRET",
     ),
     Contradiction(
         "session.passwords",
         ("session.mode", "session.passwords"),
         lambda s: s.session.mode == "password" and s.session.passwords is None,
-        "is required in this mode; `chat-proxy hash-password` makes its lines",
+        "is required in this mode; `chat-proxy hash-password` makes lines for the file that "
+        "CHAT_PROXY_SESSION_PASSWORDS_FILE names",
     ),
     *(
         Contradiction(
             f"oidc.{name}",
             ("session.mode", f"oidc.{name}"),
             lambda s, name=name: s.session.mode == "oidc" and not getattr(s.oidc, name),  # type: ignore[misc]
-            "is required in this mode; the provider gives it when the application is registered there",
+            f"is required in this mode; the provider gives it when the application is registered there{place}",
         )
-        for name in ("issuer", "client_id", "client_secret")
+        for name, place in (("issuer", ""), ("client_id", ""), ("client_secret", ", for CHAT_PROXY_OIDC_CLIENT_SECRET"))
     ),
     Contradiction(
         "oidc.issuer",

@@ -5,6 +5,7 @@ Rules:
 2. Secrets come from `$CREDENTIALS_DIRECTORY/<section>_<name>`, then `CHAT_PROXY_<SECTION>_<NAME>_FILE`, then
    the variable itself; never from the file that is likely to be committed.
 3. A name that nobody knows is a fault, with the nearest one that is known. Nothing is ignored but what Kubernetes adds.
+4. A file that cannot be read is one fault. What it may say is not told as missing, nor what would depend on that.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def load(file: str | None, environ: Mapping[str, str]) -> Settings:
     """
     faults: list[Fault] = []
     written = read_file(file, faults)
-    return Loader(written, file or DEFAULT_FILE, environ, faults).settings()
+    advice = "" if file or Path(DEFAULT_FILE).exists() else " (`chat-proxy init` writes one)"
+    return Loader(written, file or f"{DEFAULT_FILE}{advice}", environ, faults).settings()
 
 
 def from_variables(environ: Mapping[str, str]) -> Settings:
@@ -68,13 +70,15 @@ class Loader:
             name: value for name, value in environ.items() if name.startswith(PREFIX) and not is_kubernetes(name, value)
         }
         self.credentials = environ.get("CREDENTIALS_DIRECTORY")
+        self.is_blind = bool(faults)  # the file could not be read
         self.faults = faults
         self.sources: dict[str, str] = {}  # where each setting that was given came from
 
     def settings(self) -> Settings:
         self.find_unknown()
         settings = with_public_url(Settings(**{name: self.section(name, table) for name, table in SECTIONS.items()}))
-        self.faults += contradictions(settings, {fault.setting for fault in self.faults}, self.sources)
+        if not self.is_blind:
+            self.faults += contradictions(settings, {fault.setting for fault in self.faults}, self.sources)
         if self.faults:
             raise SettingsError(self.faults)
         return settings
@@ -101,7 +105,7 @@ class Loader:
         except Wrong as wrong:
             self.faults.append(Fault(name, self.sources[name], str(wrong)))
             return REQUIRED
-        if spec.default is REQUIRED:
+        if spec.default is REQUIRED and not self.is_blind:
             self.faults.append(Fault(name, "", f"is required; set it in {self.file} or as {variable}"))
         return spec.default
 
