@@ -124,7 +124,8 @@ def parser() -> argparse.ArgumentParser:
         prog="chat-proxy", description="Holds the API key between a chat page and a language model."
     )
     top.add_argument("--version", action="version", version=f"chat-proxy {__version__}")
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    top.set_defaults(run=lambda _: run_help(top))
+    commands = top.add_subparsers(metavar="COMMAND")
     command = commands.add_parser("demo", help="everything on this machine, with no key and no settings")
     command.add_argument("--port", type=port, default=8000, help="default: 8000")
     command.set_defaults(run=run_demo)
@@ -163,6 +164,12 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("init", help="writes a commented chat-proxy.toml")
     command.set_defaults(run=run_init)
     return top
+
+
+def run_help(top: argparse.ArgumentParser) -> int:
+    """Whoever names no command wants to know which ones there are."""
+    top.print_help(sys.stderr)
+    return 2
 
 
 def port(written: str) -> int:
@@ -351,7 +358,7 @@ def run_check(options: argparse.Namespace) -> int:
     told = Told(as_json=options.json)
     told.add(Finding("ok", "settings", "settings: every value is valid"))
     told.add(*(Finding("warning", "settings", warning) for warning in warnings_about(chosen)))
-    told.add(uvloop.run(check_upstream(chosen)))
+    told.add(*uvloop.run(check_upstream(chosen)))
     if chosen.limits.is_shared:
         told.add(uvloop.run(check_store(chosen)))
     if options.url:
@@ -430,19 +437,23 @@ def warnings_about(chosen: settings.Settings) -> list[str]:
     return found
 
 
-async def check_upstream(chosen: settings.Settings) -> Finding:
+async def check_upstream(chosen: settings.Settings) -> list[Finding]:
     transport = Transport(ssl_context=ssl_context(chosen))
     upstream = Upstream(
         chosen.upstream, transport, user_agent=f"chat-proxy/{__version__}", random=secrets.SystemRandom().random
     )
     try:
-        await upstream.probe()
+        listed = await upstream.probe()
     except Refusal as refusal:
-        what = f"upstream: {refusal.code} ({refusal.reason}); check upstream.base_url and the key"
-        return Finding("fault", "upstream", what)
+        wanted = "upstream.base_url (all that comes before /chat/completions, mostly ending in /v1) and the key"
+        return [Finding("fault", "upstream", f"upstream: {refusal.code} ({refusal.reason}); check {wanted}")]
     finally:
         await transport.aclose()
-    return Finding("ok", "upstream", "upstream: it answers, and accepts the key")
+    found = [Finding("ok", "upstream", "upstream: it answers, and accepts the key")]
+    if missing := [name for name in chosen.policy.models if listed and name not in listed]:
+        what = f"policy.models: the upstream does not list {', '.join(missing)}"
+        found.append(Finding("warning", "models", what, "it may refuse what is asked of such a model"))
+    return found
 
 
 async def check_store(chosen: settings.Settings) -> Finding:

@@ -48,7 +48,7 @@ LONGEST_PAUSE = 8.0  # seconds; a browser waits meanwhile
 LONGEST_WAIT = 86400.0  # seconds: whoever asks for more than a day has not meant it
 LONGEST_ERROR = 64 * 1024  # bytes of an error's body that are read for its code
 LONGEST_ANSWER = 8 << 20  # bytes of an answer that is not streamed
-ERROR_BODY_TIMEOUT = 5.0  # seconds for an error's body: only its code is wanted
+ERROR_BODY_TIMEOUT = 5.0  # seconds for an error's body, of which only the code is wanted; and for a list of models
 WRITE_TIMEOUT = 30.0  # seconds for the upstream to take more of the request's body
 KEY_CHECK = 1.0  # seconds between two looks at the key's file
 DECIMAL = re.compile(r"-?\d{1,15}(?:\.\d{0,15})?", re.ASCII)
@@ -72,7 +72,16 @@ class ErrorBody(msgspec.Struct):
     error: UpstreamError
 
 
+class Model(msgspec.Struct):
+    id: str
+
+
+class ModelList(msgspec.Struct):
+    data: list[Model]
+
+
 decode_error = msgspec.json.Decoder(ErrorBody).decode
+decode_models = msgspec.json.Decoder(ModelList).decode
 
 
 class ApiKey:
@@ -191,8 +200,8 @@ class Upstream:
             raise UpstreamProtocol(reason="the upstream sent our key in an answer", billed=True, leaked=True)
         return answer
 
-    async def probe(self) -> None:
-        """Asks for the list of models, which costs nothing. Raises a Refusal."""
+    async def probe(self) -> frozenset[str]:
+        """The names of the models it lists, which costs nothing; none where they cannot be read. Raises a Refusal."""
         headers = self.headers(self.key.value(), "check", b"application/json")
         request = httpx.Request("GET", self.models_url, headers=headers)
         request.extensions = {"timeout": self.timeouts}
@@ -203,9 +212,12 @@ class Upstream:
             raise GatewayTimeout(reason="first_byte_timeout") from None
         except httpx.TransportError as error:
             refuse_transport(error)
-        await response.aclose()
-        if response.status_code != 200:
-            await self.refuse_status(response)
+        try:
+            if response.status_code != 200:
+                await self.refuse_status(response)
+            return await models_in(response)
+        finally:
+            await response.aclose()
 
     # ---- attempts -------------------------------------------------------------------------------------------------
 
@@ -372,6 +384,15 @@ async def error_of(response: httpx.Response) -> UpstreamError:
         return decode_error(body or b"").error
     except (TimeoutError, httpx.TransportError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return UpstreamError()
+
+
+async def models_in(response: httpx.Response) -> frozenset[str]:
+    try:
+        async with asyncio.timeout(ERROR_BODY_TIMEOUT):
+            body = await read_at_most(response, LONGEST_ANSWER)
+        return frozenset(model.id for model in decode_models(body or b"").data)
+    except (TimeoutError, httpx.TransportError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return frozenset()
 
 
 def retry_after(headers: httpx.Headers, now: float) -> float | None:

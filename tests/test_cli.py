@@ -87,6 +87,13 @@ def test_usage_error(label: str, tmp_path: Path) -> None:
     assert done.stderr.startswith("usage: chat-proxy")
 
 
+def test_no_command(tmp_path: Path) -> None:
+    """Whoever names none is shown all that there are."""
+    done = run(tmp_path)
+    for command in ("demo", "serve", "check", "init", "sessions"):
+        assert re.search(rf"(?m)^    {command} ", done.stderr)
+
+
 VALUES = {
     "word for a port": (["demo", "--port", "http"], "--port: wants a port, from 0 to 65535"),
     "port out of range": (["upstream", "--port", "65536"], "--port: wants a port, from 0 to 65535"),
@@ -275,6 +282,28 @@ def test_check_warns_of_a_door_that_is_open(tmp_path: Path) -> None:
         assert "oidc.allowed_emails" not in done.stdout
 
 
+LISTS: dict[str, tuple[bytes, bool]] = {
+    "without it": (b'{"object":"list","data":[{"id":"m-2"},{"id":"other"}]}', True),
+    "with it": (b'{"object":"list","data":[{"id":"m-2"},{"id":"m"}]}', False),
+    "empty": (MODELS_LIST, False),
+    "no list": (b'{"models":["m-2"]}', False),
+    "no JSON": (b"<html>\xff", False),
+    "deep": (b'{"x":' + b"[" * 100_000, False),
+}
+
+
+@pytest.mark.parametrize("label", LISTS)
+def test_check_warns_of_a_model_that_is_not_listed(label: str, tmp_path: Path) -> None:
+    """A model that the upstream's list does not have is mostly a slip of the pen, but lists have gaps: no fault. A list
+    that cannot be read says nothing."""
+    body, warns = LISTS[label]
+    with ScriptedUpstream(answering("200 OK", body)) as upstream:
+        done = run(tmp_path, "check", **settings_for(upstream.base_url))
+    assert done.returncode == 0
+    assert ("warning  policy.models: the upstream does not list m\n" in done.stdout) == warns
+    assert ("policy.models" in done.stdout) == warns
+
+
 def test_check_warns_of_a_limit_below_one_answer(tmp_path: Path) -> None:
     """A token limit that no answer fits into is valid, and yet never meant."""
     with ScriptedUpstream(answering("200 OK", b"{}")) as upstream:
@@ -327,6 +356,7 @@ def test_check_tells_an_upstream_fault(label: str, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (1, "")
     fault = done.stdout.splitlines()[-1]
     assert fault.startswith(f"fault    upstream: {code} (upstream status {status[:3]})")
+    assert "/chat/completions" in fault  # what base_url must not end in
     assert not any(piece in done.stdout for piece in pieces(key))
 
 
