@@ -107,9 +107,10 @@ export function showAccount(elements, { session, limits }, now) {
 /** @param {Limit} limit */
 function short(limit) {
   const { what, window } = limitWords(limit.name);
-  const count = `${limit.remaining.toLocaleString("en")} of ${limit.limit.toLocaleString("en")} `;
   const wide = (/** @type {string} */ words) => make("span", { class: "wide" }, words);
-  return make("span", {}, count, wide(`${what} `), "left", wide(window ? ` this ${window}` : ""));
+  const count = limit.remaining.toLocaleString("en");
+  const most = wide(` of ${limit.limit.toLocaleString("en")}`); // on a small screen the meter shows it
+  return make("span", {}, count, most, ` ${what} left`, wide(window ? ` this ${window}` : ""));
 }
 
 /**
@@ -130,6 +131,7 @@ function row(limit, now) {
 
 /** @param {Limit} limit */
 function meter({ name, limit, remaining }) {
+  const { what, who, window } = limitWords(name);
   const most = Math.max(limit, 1);
   return make("meter", {
     min: "0",
@@ -138,7 +140,7 @@ function meter({ name, limit, remaining }) {
     high: String(most * 0.5),
     optimum: String(most),
     value: String(remaining),
-    "aria-label": `Left of ${name}`,
+    "aria-label": `${what}${window ? ` a ${window}` : ""} left${who ? `, ${who}` : ""}`,
   });
 }
 

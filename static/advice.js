@@ -19,7 +19,7 @@ const otherwise = (title, text) => ({ title, text, retry: false });
 
 const PAGE_FAULT =
   "This is a fault of the page, not of your message. Reload it; if it comes back, tell whoever runs this server.";
-const CUT = "What you see is only a part of the answer. Retry to ask for it again.";
+const CUT = "Retry to ask for it again."; // that a part is here, its mark says
 
 /** @type {Record<string, Advice>} */
 export const ADVICE = {
@@ -118,7 +118,7 @@ export const ADVICE = {
   stream_timeout: again("The model fell silent in the middle of the answer", CUT),
   stream_too_long: again(
     "The answer took longer than this server allows",
-    "What you see is only a part of it. Ask for the rest, or for something shorter.",
+    "Ask for the rest, or for something shorter.",
   ),
   stream_error: again("The model broke off with an error", CUT),
   // found by this page

@@ -381,6 +381,17 @@ def test_a_cut_answer_is_interrupted_not_complete(visit: Visit) -> None:
     expect(visit.page.get_by_role("status")).not_to_contain_text("Complete")
 
 
+def test_an_answer_that_broke_before_its_first_word_is_no_part(visit: Visit) -> None:
+    """Where nothing is to be seen, nothing is called a part of the answer."""
+    error = {"message": "x", "type": "t", "param": None, "code": "stream_interrupted"}
+    event = f"data: {json.dumps({'error': error})}\n\n"
+    visit.page.route("**/api/chat", lambda route: route.fulfill(content_type="text/event-stream", body=event))
+    visit.ask("hello")
+    visit.expect_state("failed")
+    expect(visit.alert).to_contain_text("The answer was interrupted")
+    expect(visit.answer).not_to_contain_text("part")
+
+
 def test_a_code_that_the_page_does_not_know(visit: Visit) -> None:
     """A code from a newer server is shown with that server's own message."""
     visit.staged = {418}
@@ -458,7 +469,11 @@ def test_limits_are_shown_and_go_down(visit: Visit) -> None:
     visit.ask("hello", "demo-fast")
     visit.expect_state("complete")
     expect(session.locator("b")).to_have_text("19 of 20")
-    expect(visit.page.locator("#tightest")).to_contain_text(re.compile(r"\d+ of \d+ requests left this minute"))
+    tightest = visit.page.locator("#tightest")
+    expect(tightest).to_contain_text(re.compile(r"\d+ of \d+ requests left this minute"))
+    expect(tightest.get_by_label(re.compile("^requests a minute left, (this session|your network)$"))).to_be_visible()
+    visit.page.set_viewport_size({"width": 360, "height": 740})
+    assert re.fullmatch(r"\d+ requests left", tightest.inner_text())  # also there it says what is left
 
 
 def test_each_script_has_its_own_direction(visit: Visit) -> None:
