@@ -8,7 +8,8 @@ from pathlib import Path
 
 from proxy import cli, settings
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 NEEDED = {"UPSTREAM_BASE_URL": "https://api.example.com", "UPSTREAM_API_KEY": "k" * 20, "POLICY_MODELS": "m"}
 IN_WORDS = ("required", "made in memory", "the packaged page", "chat-proxy.revoked.json")  # no values
 
@@ -61,3 +62,18 @@ def test_every_command_is_told() -> None:
     }
     listed = re.findall(r"(?m)^    ([a-z-]+)", cli.parser().format_help())
     assert told == set(listed)
+
+
+def test_contributors_are_told_what_the_test_command_does() -> None:
+    """What CONTRIBUTING.md installs and checks is what tests/run does, and each file that it names is there."""
+    guide, run = ((ROOT / name).read_text(encoding="utf-8") for name in ("CONTRIBUTING.md", "tests/run"))
+    block = re.sub(r" +#.*", "", guide.partition("```sh\n")[2].partition("```")[0])
+    done = [set(line.split()) for line in run.splitlines()]
+    others = []
+    for command in re.split(r" && |\n", block.strip()):
+        words = set(command.replace("/pip ", "/python -m pip ").split())
+        if not any(words <= line for line in done):
+            others.append(command)
+    assert others == [".venv/bin/python -m pytest tests/test_policy.py", "sh tests/run"]
+    for path in re.findall(r"(?:proxy|static|tests)/[\w/.]*\w", guide):
+        assert (ROOT / path).exists(), path
