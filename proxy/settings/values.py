@@ -316,9 +316,9 @@ class Secret:
 
 
 def key_text(written: str) -> str:
-    """A key as it can stand in a header: one line of visible ASCII."""
-    if not re.fullmatch(r"[!-~]+", written):
-        raise Wrong("wants one line of visible ASCII characters")
+    """A key as it can stand in a header: one line of visible ASCII. Quotes around it are not its own, but a file's."""
+    if not re.fullmatch(r"[!-~]+", written) or re.fullmatch(r"""(["']).*\1""", written):
+        raise Wrong("wants the secret alone, one line of visible ASCII characters: no quotes, no word before it")
     return written
 
 
