@@ -163,7 +163,10 @@ class Forbidden(Refusal):
 
 class CrossOrigin(Forbidden):
     code = "cross_origin"
-    message = "This server answers only its own page. Open the chat under its own address."
+    message = (
+        "This server answers only its own page. Open the chat under its own address. "
+        "Whoever runs it: what people type is server.public_url, or listed in server.extra_origins."
+    )
 
 
 class NotFound(Refusal):

@@ -631,6 +631,11 @@ def test_a_page_is_built_without_a_key(tmp_path: Path) -> None:
                 page.get(f"{url}/session").raise_for_status()
                 answered = page.post(f"{url}/chat", json=body).raise_for_status()
             assert answered.json()["model"] == "demo"
+            unnamed = {"host": "localhost:5174", "origin": "http://localhost:5174", "sec-fetch-site": "same-origin"}
+            with httpx.Client(trust_env=False, headers=unnamed) as page:
+                refused = page.post(f"{url}/chat", json=body)
+            assert refused.status_code == 403
+            assert "server.extra_origins" in refused.text  # it says what was forgotten
         finally:
             os.killpg(shell.pid, signal.SIGTERM)
 

@@ -83,12 +83,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def readme() -> str:
     """What it shows of the modules, with what it leaves to its reader."""
     text = (ROOT / "README.md").read_text()
-    module, hook = re.findall(r"```jsx?\n((?:import .*?/chat/|const .*?useChatStream).*?)```", text, re.DOTALL)
-    theirs = """import { useChatStream } from "./chat/react.js";
-        declare function show(text: string): void;
+    module, hook = re.findall(r"```jsx?\n(import .*?/chat/.*?)```", text, re.DOTALL)
+    imported, _, used = hook.partition("\n\n")
+    theirs = """declare function show(text: string): void;
         type Facts = { ending: string; partial: string; retryAfter: number | null };
         declare function showProblem(message: string, facts: Facts): void;"""
-    return f"{theirs}\n{module}\n{{{hook}}}".replace('"/chat/', '"./chat/')
+    return f"{imported}\n{theirs}\n{module}\n{{{used}}}".replace('"/chat/', '"./chat/')
 
 
 def tool(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
