@@ -759,6 +759,38 @@ def test_a_burst_never_overdraws(store: Redis) -> None:
         assert leases(client) == []
 
 
+# ---- what a change of the settings may not do to the account ---------------------------------------------------------
+
+
+def test_another_limit_forgets_nothing(store: Redis) -> None:
+    """Two servers with limits of their own, as while one setting is rolled out: what was used on one is used on the
+    other; and whoever is told there to wait is let in after that, though more was let in than the limit there."""
+
+    async def story() -> None:
+        many = {"LIMITS_PER_SESSION": "6/minute", "LIMITS_TOKENS_TOTAL": "9000/hour"}
+        few = {"LIMITS_PER_SESSION": "2/minute", "LIMITS_TOKENS_TOTAL": "5000/hour"}
+        async with allowance(store, **many) as loose, allowance(store, **few) as strict:
+            for _ in range(4):
+                await loose.charge(ask, ME)
+                await asyncio.sleep(0.05)  # or all leave at one time
+            async with await loose.hold(ME, 4000) as hold:
+                hold.settle(4000)
+            with pytest.raises(TooMany) as refused:
+                await strict.charge(ask, ME)
+            with pytest.raises(TokensExhausted):
+                await strict.hold(ME, 1001)
+            assert (await loose.charge(ask, ME))[0].remaining == 1
+            with store.client() as client:
+                (key,) = client.keys("*:per_session:*")
+                made = [made for _, made in client.zrange(key, 0, 3, withscores=True)]  # ms, as the store's clock
+                seconds, microseconds = client.time()
+            assert refused.value.retry_after is not None
+            then = (seconds + refused.value.retry_after) * 1000 + microseconds / 1000
+            assert sum(then < entry + 60_000 for entry in made) < 2
+
+    asyncio.run(story())
+
+
 # ---- what an outage may not do to the account -----------------------------------------------------------------------
 
 ME = Subject("s", "a")

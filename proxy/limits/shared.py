@@ -59,16 +59,19 @@ local function pay_back(key, id)
     redis.call('HDEL', key, 'paid:' .. id)
 end
 
--- What is in the counter now, and in how many milliseconds some of it will be free again. Where the clock has gone back
--- (or a server with another one has taken over), nothing is of later than now, or it would count for longer.
-local function look(kind, key, window)
+-- What is in the counter now, and in how many milliseconds there will be less than `limit` again: a server that allows
+-- more may have put more in. Where the clock has gone back (or a server with another one has taken over), nothing is of
+-- later than now, or it would count for longer.
+local function look(kind, key, window, limit)
     if kind == 'moving' then
         for _, member in ipairs(redis.call('ZRANGEBYSCORE', key, '(' .. now, '+inf')) do
             redis.call('ZADD', key, now, member)
         end
         redis.call('ZREMRANGEBYSCORE', key, '-inf', now - window)
-        local oldest = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')[2]
-        return redis.call('ZCARD', key), oldest and oldest + window - now or 0
+        local found = redis.call('ZCARD', key)
+        local first = math.max(0, found - limit)
+        local leaving = redis.call('ZRANGE', key, first, first, 'WITHSCORES')[2]
+        return found, leaving and leaving + window - now or 0
     elseif kind == 'fixed' then
         local ends = tonumber(redis.call('HGET', key, 'ends') or 0)
         if ends <= now then
@@ -119,8 +122,9 @@ local booked, answer = 1, {1}
 if redis.call('EXISTS', KEYS[1]) == 1 then return {0} end
 for n = 2, #KEYS do
     local key, at = KEYS[n], 4 + (n - 2) * 4
-    local found, free = look(ARGV[at], key, tonumber(ARGV[at + 3]))
-    if found + ARGV[at + 1] > tonumber(ARGV[at + 2]) then booked = 0 end
+    local limit = tonumber(ARGV[at + 2])
+    local found, free = look(ARGV[at], key, tonumber(ARGV[at + 3]), limit)
+    if found + ARGV[at + 1] > limit then booked = 0 end
     answer[#answer + 1], answer[#answer + 2] = found, free
 end
 answer[1] = booked
@@ -160,7 +164,7 @@ end
 for n = 2, #KEYS do
     local key, at = KEYS[n], 4 + (n - 2) * 4
     local kind, amount, used, window = ARGV[at], tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3])
-    look(kind, key, window)
+    look(kind, key, window, 0)
     if kind == 'held' and what == 'renew' then
         hold_lease(key, id, hold)
     elseif kind == 'held' then
@@ -184,7 +188,10 @@ return 1
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """So much of one counter. `kind` is moving, fixed or held; `name` the setting's; `seconds` the window's."""
+    """So much of one counter. `kind` is moving, fixed or held; `name` the setting's; `seconds` the window's.
+
+    The counter is the window's, whatever its limit: who changes that has not got back what was used.
+    """
 
     kind: str
     name: str
@@ -199,7 +206,7 @@ class Claim:
 
     @property
     def key(self) -> str:
-        hashed = hashlib.blake2b(f"{self.text} {self.whose}".encode(), digest_size=12).hexdigest()
+        hashed = hashlib.blake2b(f"{self.seconds} {self.whose}".encode(), digest_size=12).hexdigest()
         return f"{PREFIX}{self.name}:{hashed}"
 
 
