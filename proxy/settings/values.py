@@ -143,8 +143,15 @@ class Rate:
     text: str
 
 
+MOST_OF_A_RATE = 10**15 - 1  # the largest number that RateLimit may hold (RFC 9651 section 3.3.1)
+LONGEST_WINDOW = 100 * 365 * 86400  # seconds; in milliseconds Redis can still count them exactly
+
+
 def rates(written: str) -> tuple[Rate, ...]:
-    """`20/minute;500/day` in the notation of the `limits` package; empty means no limit."""
+    """`20/minute;500/day` in the notation of the `limits` package; empty means no limit. Shortest windows first.
+
+    Of several for one window the smallest holds: the others could never refuse anything.
+    """
     found = []
     for part in filter(None, (part.strip() for part in re.split("[;,|]", written))):
         try:
@@ -153,9 +160,12 @@ def rates(written: str) -> tuple[Rate, ...]:
             raise Wrong("wants rates like 20/minute;500/day") from None
         if item.amount < 1:
             raise Wrong("wants rates of at least 1; an empty text means no limit")
+        if item.amount > MOST_OF_A_RATE or item.get_expiry() > LONGEST_WINDOW:
+            raise Wrong(f"wants rates of at most {MOST_OF_A_RATE} in 100 years; an empty text means no limit")
         multiple = f"{item.multiples} " if item.multiples > 1 else ""
         found.append(Rate(item.amount, item.get_expiry(), f"{item.amount}/{multiple}{item.GRANULARITY.name}"))
-    return tuple(sorted(dict.fromkeys(found), key=lambda rate: rate.seconds))
+    loosest_first = sorted(found, key=lambda rate: (rate.seconds, -rate.amount))
+    return tuple({rate.seconds: rate for rate in loosest_first}.values())
 
 
 def host_in_url(host: str | None) -> str:
