@@ -25,6 +25,7 @@ from proxy.events import Ending, Events, KeyEcho
 from proxy.metrics import Gaps
 
 LINGER = 1.0  # seconds between `[DONE]` and the end of the upstream's response; it is the next packet, if not the same
+KEEP_ALIVE = b": keep-alive\n\n"
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -360,4 +361,5 @@ class Relay:
         """A comment in the upstream's silence, so that nothing on the way takes the connection for dead."""
         self._commented = now
         if not self.events.partial and not self._ended:  # never inside an event
-            self._step({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
+            self.bytes_sent += len(KEEP_ALIVE)
+            self._step({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})

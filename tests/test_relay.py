@@ -825,6 +825,7 @@ async def test_silence_is_filled_with_comments() -> None:
     assert stage.browser.got.replace(COMMENT, b"") == delta("first") + b"data: {}\n\n" + DONE
     assert stage.told is None
     assert stage.events.count == 3
+    assert stage.relay.bytes_sent == len(stage.browser.got)
 
 
 @on_both_loops
