@@ -216,7 +216,7 @@ class Access:
     async def login(self, visit: Visit) -> Session:
         """A session for who knows the password. Raises InvalidCredentials, InvalidRequest, TooMany, Busy."""
         assert self.passwords is not None
-        await self.limits.charge(guess, Subject("login", visit.caller.key))
+        visit.standings = await self.limits.charge(guess, Subject("login", visit.caller.key))
         try:
             given = decode_login(await visit.body(LONGEST_LOGIN))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):

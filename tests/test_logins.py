@@ -234,6 +234,7 @@ def test_wrong_tries_slow_a_name_down() -> None:
             reply = login(proxy, user, RIGHT, x_forwarded_for=here)
             assert (reply.status, reply.error["code"]) == (429, "rate_limited")
             assert reply.headers["retry-after"] == "1"
+            assert '"logins 10/minute";r=' in reply.headers["ratelimit"]
         assert login(proxy).status == 200
 
 
