@@ -319,7 +319,8 @@ def with_usage(fields: dict[str, Raw]) -> Raw:
 
 
 def limit_output(fields: dict[str, Raw], rules: settings.Policy) -> tuple[int, Edits]:
-    """The limit in force for one choice, and the edits that put it in force."""
+    """The most that one choice may have, and the edits that see to that. Of two limits upstreams read one or the other,
+    so what counts is the larger."""
     highest = rules.max_output_tokens
     limit = Raw(b"%d" % highest)
     given = {name: integer(fields[name], name) for name in OUTPUT_LIMITS if not absent(fields, name)}
@@ -327,7 +328,7 @@ def limit_output(fields: dict[str, Raw], rules: settings.Policy) -> tuple[int, E
     edits |= {name: limit for name, value in given.items() if value > highest}
     if not given:
         edits[rules.output_limit_field] = limit
-    return min([highest, *given.values()]), edits
+    return min(highest, max(given.values(), default=highest)), edits
 
 
 def rewritten(fields: dict[str, Raw], edits: Edits) -> bytes:
