@@ -602,6 +602,7 @@ UNKNOWN_IN_FILE: dict[str, tuple[str, str, str]] = {
     "setting": ("[server]\nprot = 1\n", "server.prot", "server.port"),
     "setting of another section": ("[server]\nbase_url = 'x'\n", "server.base_url", "upstream.base_url"),
     "setting without a section": ("models = ['m']\n", "models", "policy.models"),
+    "short setting without a section": ("port = 1\n", "port", "server.port"),
     "section in a section": ("[log.level]\ninfo = 1\n[limit.per_session]\na = 1\n", "limit", "limits"),
 }
 

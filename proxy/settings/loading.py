@@ -172,6 +172,7 @@ class Loader:
     def unknown(self, name: str, source: str, known: Iterable[str], what: str) -> None:
         folded = {candidate.casefold(): candidate for candidate in known}
         near = difflib.get_close_matches(name.casefold(), folded, n=1)
+        near = near or [candidate for candidate in folded if candidate.endswith(f".{name.casefold()}")]
         hint = f"; did you mean {folded[near[0]]}?" if near else ""
         self.faults.append(Fault(name, source, f"there is no such {what}{hint}"))
 
