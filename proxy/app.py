@@ -331,6 +331,7 @@ class ChatProxy:
         except Interruption as interruption:
             raise refusal_before_start(interruption, attempts) from None
         bill.note_answer(answer)
+        visit.log["bytes"] = len(answer)
         await visit.answer(200, answer, limit_headers(visit.standings))
 
     # ---- the small routes -----------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def test_whole_answer() -> None:
         reply = chat(proxy, stream=False)
         assert (reply.status, reply.body) == (200, answer)
         assert reply.headers["content-type"] == "application/json"
-        assert proxy.line()["tokens"] == 7
+        assert (proxy.line()["tokens"], proxy.line()["bytes"]) == (7, len(answer))
         assert proxy.tokens_used()["tokens_per_session"] == 7
 
 
