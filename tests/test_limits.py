@@ -920,7 +920,7 @@ def test_the_oldest_are_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(requests, "MOST_KEYS", 1000)
     monkeypatch.setattr(tokens, "MOST_WINDOWS", 1000)
     clock = Clock()
-    limits, purses = counting(clock, "1/day"), Tokens(Limits(), clock)
+    limits, purses = counting(clock, "1/day"), purse(clock, "200000/day", "1000000/day", "10000/day")
     for number in range(10_000):
         limits.charge(ask, Subject(str(number), str(number)))
         reserve(purses, Subject(str(number), str(number)), 1).settle(1)
@@ -929,3 +929,4 @@ def test_the_oldest_are_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(TooMany):
         limits.charge(ask, Subject("9999", "9999"))
     assert purses.standings(Subject("9999", "9999"))[0].remaining == 199_999
+    exhausted(purses, Subject("another", "another"), 1)  # what all have used together is never forgotten
