@@ -226,7 +226,7 @@ class ChatProxy:
     @asynccontextmanager
     async def lifespan(self, app: Any) -> AsyncIterator[None]:
         await self.access.start()
-        self.limits.start()
+        await self.limits.start()
         yield
         await self.access.stop()
         await self.limits.aclose()

@@ -116,7 +116,7 @@ class History:
         store.take, store.keep, store.on_found = take, keep, merge
 
     async def run(self) -> None:
-        self.allowance.start()
+        await self.allowance.start()
         await asyncio.gather(*(self.hit_on() for _ in range(self.plan.tasks)))
         while not self.allowance.is_up or self.allowance.unsettled:  # noqa: ASYNC110  # there is no event for it
             await asyncio.sleep(0.01)

@@ -429,6 +429,7 @@ def test_who_leaves_while_the_store_is_asked_causes_no_call(loop: str, store: Re
         running(upstream.base_url, loop=loop, LIMITS_STORE=link.url, SERVER_DRAIN_SECONDS="0") as proxy,
     ):
         assert chat(proxy).status == 200
+        assert proxy.line()["ending"] == "complete"
         calls = len(upstream.seen)
         link.delay = DEADLINE * 0.6
         for stream in (True, False):
@@ -506,6 +507,20 @@ def test_a_store_far_away_is_found_again(store: Redis, monkeypatch: pytest.Monke
 
     with Link(store) as link:
         asyncio.run(story(link.url))
+
+
+def test_connections_are_there_before_anybody_asks(store: Redis) -> None:
+    """A server that has just begun need not open one for the first who come, all at once: they would be too late."""
+
+    async def story(link: Link) -> None:
+        async with allowance(store, LIMITS_STORE=link.url) as limits:
+            await limits.start()
+            opened = link.connections
+            await asyncio.gather(*(limits.charge(ask, ME) for _ in range(shared.AT_ONCE)))
+            assert link.connections == opened
+
+    with Link(store) as link:
+        asyncio.run(story(link))
 
 
 def test_another_server_takes_over(store: Redis, tmp_path: Path) -> None:

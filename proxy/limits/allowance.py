@@ -104,8 +104,9 @@ class Allowance:
         """Does the store answer? Always, where there is none."""
         return self.shared is None or self.shared.is_up
 
-    def start(self) -> None:
+    async def start(self) -> None:
         if self.shared is not None:
+            await self.shared.open()
             self._renewing = asyncio.create_task(self.renew())
 
     async def aclose(self) -> None:

@@ -383,11 +383,16 @@ class Shared:
         try:
             await self.within(OPENING, self.client.connection_pool.disconnect(inuse_connections=False))
             await self.book(OPENING)
-            await asyncio.gather(*(self.book(OPENING) for _ in range(AT_ONCE)), return_exceptions=True)
+            await self.open()
             await self.book(DEADLINE)
         except StoreGone:
             return False
         return True
+
+    async def open(self) -> None:
+        """Sees to a connection for each call: opening one may take longer than a call has, and whoever asks first would
+        take the store for gone."""
+        await asyncio.gather(*(self.book(OPENING) for _ in range(AT_ONCE)), return_exceptions=True)
 
     async def book(self, deadline: float) -> None:
         """Anything, to see whether it can be done. Raises StoreGone."""
