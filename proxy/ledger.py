@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 from proxy.errors import Interruption, Refusal, UpstreamAuth
 from proxy.events import Ending, Events, Usage, usage_of
@@ -19,6 +20,13 @@ from proxy.upstream import Attempts
 from proxy.visit import Visit
 
 BYTES_PER_TOKEN = 3  # of an answer whose upstream counted nothing: the policy's figure for prompts
+LINE: dict[str, Any] = {
+    **dict.fromkeys(("request_id", "session", "address", "route", "model", "status", "code", "ending")),
+    **dict.fromkeys(("ttft_ms", "duration_ms", "events")),
+    "tokens": 0,
+    **dict.fromkeys(("bytes", "reason")),
+}
+"""Each line has all of these; null is what it did not come to."""
 
 
 class Bill:
@@ -98,18 +106,17 @@ class Ledger:
         if visit.code is not None:
             by_upstream = visit.code.startswith("upstream")
             (self.metrics.upstream_errors if by_upstream else self.metrics.refusals).labels(visit.code).inc()
-        self.logs.line(
-            "request",
-            request_id=visit.request_id,
-            address=visit.caller.shown,
-            route=f"{visit.method} {route}" if route else None,
-            status=visit.status,
-            code=visit.code,
-            ending=visit.ending,
-            duration_ms=round((time.monotonic() - visit.started) * 1000, 1),
-            reason=visit.reason,
-            **visit.log,
-        )
+        known = {
+            "request_id": visit.request_id,
+            "address": visit.caller.shown,
+            "route": f"{visit.method} {route}" if route else None,
+            "status": visit.status,
+            "code": visit.code,
+            "ending": visit.ending,
+            "duration_ms": round((time.monotonic() - visit.started) * 1000, 1),
+            "reason": visit.reason,
+        }
+        self.logs.line("request", **(LINE | known | visit.log))
         if visit.trace is not None:
             visit.trace.end(
                 request_id=visit.request_id,
@@ -124,7 +131,7 @@ class Ledger:
         """The same for what the guard refused before it became a request."""
         self.metrics.requests.labels(str(refusal.status)).inc()
         self.metrics.refusals.labels(refusal.code).inc()
-        self.logs.line("request", address=address, route=None, status=refusal.status, code=refusal.code)
+        self.logs.line("request", **(LINE | {"address": address, "status": refusal.status, "code": refusal.code}))
 
     def alarm_if_due(self, visit: Visit, refusal: Refusal) -> None:
         """The key does not work, or comes back: both want the operator, not the visitor."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 
-from harness import DONE, GOOD, Peer, ScriptedUpstream, chat, delta, finish, running, send, streaming
+from harness import DONE, GOOD, Peer, ScriptedUpstream, chat, delta, eventually, finish, running, send, streaming
 
 
 def test_stream_passes_unchanged() -> None:
@@ -113,3 +113,19 @@ def test_comments_in_silence() -> None:
         assert body.replace(b": keep-alive\n\n", b"") == whole
     with ScriptedUpstream(script) as upstream, running(upstream.base_url) as proxy:
         assert chat(proxy).body == whole
+
+
+def test_each_line_has_the_same_fields() -> None:
+    """Whoever reads the log need not ask which are there: what a request did not come to is null, tokens 0."""
+    names = "request_id session address route model status code ending ttft_ms duration_ms events tokens bytes reason"
+    fields = names.split()
+    with ScriptedUpstream(streaming(*GOOD)) as upstream, running(upstream.base_url) as proxy:
+        chat(proxy)
+        send(proxy, "GET", "/api/session")
+        send(proxy, "GET", "/api/nothing")
+        send(proxy, "GET", "/api/session", headers={"x-long": "x" * 100_000})  # refused before it is a request
+        lines = eventually(lambda: found if len(found := proxy.lines()) == 4 else [])
+    assert [line["status"] for line in lines] == [200, 200, 404, 431]
+    assert [list(line)[3 : 3 + len(fields)] for line in lines] == [fields] * 4
+    assert [line["tokens"] > 0 for line in lines] == [True, False, False, False]
+    assert [line["model"] for line in lines] == ["m", None, None, None]

@@ -354,11 +354,13 @@ def test_counting_alone_until_it_is_back(how: str, loop: str, store: Redis, monk
 def test_refusing_until_it_is_back(loop: str, store: Redis) -> None:
     """Row 34, `refuse`: 503 with a Retry-After, until the store is back."""
     with two(store, loop, LIMITS_WHEN_STORE_FAILS="refuse") as (proxy, _):
-        assert chat(proxy).status == 200
+        visitor = {"cookie": send(proxy, "GET", "/api/session").cookie}
+        assert send(proxy, "GET", "/api/session", headers=visitor).json["limits"]
         lose(store, "killed")
         reply = chat(proxy)
         assert (reply.status, reply.error["code"]) == (503, "limits_unavailable")
         assert int(reply.headers["retry-after"]) >= 1
+        assert send(proxy, "GET", "/api/session", headers=visitor).json["limits"] == []  # nobody knows what is left
         find(store, "killed")
         eventually(lambda: chat(proxy).status == 200, 20.0)
 

@@ -132,7 +132,8 @@ class Allowance:
         return [standing(claim, found, claim.amount) for claim, found in zip(claims, taken.found, strict=True)]
 
     async def standings(self, event: Event, subject: Subject) -> list[Standing]:
-        """Where the subject stands in requests and tokens; nothing is booked."""
+        """Where the subject stands in requests and tokens; nothing is booked. Of a store that is gone, and that nobody
+        stands in for, nothing is known."""
         here = [*self.requests.standings(event, subject), *self.tokens.standings(subject)]
         if self.shared is None or not here:
             return here
@@ -140,7 +141,7 @@ class Allowance:
         claims = [claim for claim in claims if claim.name != "tokens_total"]  # not the page's business
         taken = await self.shared.take(claims)
         if taken is None:
-            return here
+            return [] if self.refuses_alone else here
         return [standing(claim, found, 0) for claim, found in zip(claims, taken.found, strict=True)]
 
     # ---- live answers ---------------------------------------------------------------------------------------------
