@@ -39,10 +39,12 @@ def failed_login(status: int, request_id: str) -> bytes:
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Signing in did not work</title>
+<main>
 <h1>Signing in did not work</h1>
 <p>{FAILED_LOGINS[status]}</p>
 <p><a href="/api/session/login">Sign in again</a>, or go back to <a href="/">the chat</a>.</p>
 <p><small>Request {request_id}</small></p>
+</main>
 </html>
 """.encode()
 
