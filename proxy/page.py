@@ -10,8 +10,8 @@ from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from proxy.errors import Headers
-from proxy.visit import API_HEADERS
+from proxy.errors import Headers, MethodNotAllowed
+from proxy.visit import API_HEADERS, bare_refusal
 
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -49,16 +49,22 @@ def failed_login(status: int, request_id: str) -> bytes:
 """.encode()
 
 
+PROBED = ("GET", "HEAD")
+
+
 class Probe:
     """`/healthz` and `/readyz`: 200 or 503, for anyone, under any host name, not in the log."""
 
-    def __init__(self, is_well: Callable[[], bool]) -> None:
+    def __init__(self, is_well: Callable[[], bool], base_headers: Headers) -> None:
         self.is_well = is_well
+        self.headers: Headers = [(b"content-type", b"application/json"), *base_headers, *API_HEADERS]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] not in PROBED:
+            await bare_refusal(send, MethodNotAllowed(headers=[(b"allow", ", ".join(PROBED).encode())]))
+            return
         status, body = (200, b'{"status":"ok"}') if self.is_well() else (503, b'{"status":"draining"}')
-        length = (b"content-length", b"%d" % len(body))
-        headers = [(b"content-type", b"application/json"), length, *API_HEADERS]
+        headers = [*self.headers, (b"content-length", b"%d" % len(body))]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send(
             {"type": "http.response.body", "body": body if scope["method"] != "HEAD" else b"", "more_body": False}

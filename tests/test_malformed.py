@@ -429,9 +429,10 @@ def statuses(method: str, address: str) -> set[int]:
         return methods.get(method, {405})
     if address.lower().startswith("/api"):
         return {404}
+    is_read = method in ("GET", "HEAD")
     if unquote(address) in PROBES:
-        return {200}
-    return {200, 404} if method in ("GET", "HEAD") else {404}
+        return {200} if is_read else {405}
+    return {200, 404} if is_read else {404}
 
 
 def check_reply(reply: Reply, method: str, address: str, headers: dict[str, str]) -> None:

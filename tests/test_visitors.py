@@ -866,6 +866,16 @@ def test_draining_is_for_new_work(wide: Running) -> None:
             assert reply.headers["set-cookie"] is None
 
 
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "TRACE"])
+@pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+def test_probes_are_read_only(wide: Running, path: str, method: str) -> None:
+    """A probe answers GET and HEAD; a POST that was sent to the wrong address is not told that all is well."""
+    reply = send(wide, method, path, headers={"Host": "evil.example"})
+    assert code_of(reply) == (405, "method_not_allowed")
+    assert reply.headers["allow"] == "GET, HEAD"
+    assert Program(wide).send("HEAD", path).status == 200
+
+
 # ---- https ---------------------------------------------------------------------------------------------------------
 
 
@@ -894,7 +904,7 @@ def test_https_knows_no_plain_cookie(secure: Running) -> None:
     assert page.id not in reply.cookie
 
 
-@pytest.mark.parametrize("path", ["/api/session", "/api/v1/models", "/api/nothing", "/", "/nothing"])
+@pytest.mark.parametrize("path", ["/api/session", "/api/v1/models", "/api/nothing", "/", "/nothing", "/healthz"])
 def test_https_is_remembered(secure: Running, path: str) -> None:
     """Every answer under an https public_url tells browsers to come by https only."""
     assert Browser(secure).send("GET", path).headers["strict-transport-security"].startswith("max-age=31536000")
