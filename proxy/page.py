@@ -85,6 +85,10 @@ class PageFiles(StaticFiles):
         return ("", None) if is_example and self.directory in OWN_FOLDERS else super().lookup_path(path)
 
 
+class UnusableRange(Exception):
+    """Starlette is about to refuse a Range, in words of its own."""
+
+
 class Page:
     """The chat page's files, with headers that let nothing run but themselves."""
 
@@ -96,11 +100,15 @@ class Page:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
+                if message["status"] in (400, 416):
+                    raise UnusableRange
                 message["headers"] = [*map(relative, message["headers"]), *self.headers]
             await send(message)
 
         try:
             await self.files(scope, receive, send_with_headers)
+        except UnusableRange:
+            await self(without_range(scope), receive, send)
         except HTTPException:
             await self.nothing(scope, receive, send)
 
@@ -112,6 +120,11 @@ def relative(header: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
     """
     name, value = header
     return (name, b"/" + value.split(b"/", 3)[3].lstrip(b"/")) if name == b"location" else header
+
+
+def without_range(scope: Scope) -> Scope:
+    """The same request for the whole file: any server may take a Range for that (RFC 9110 section 14.2)."""
+    return {**scope, "headers": [header for header in scope["headers"] if header[0] != b"range"]}
 
 
 def page_folder(configured: str | None) -> Path | None:

@@ -968,6 +968,30 @@ def test_the_page_is_not_sent_twice(wide: Running) -> None:
     assert (again.status, again.body) == (304, b"")
 
 
+UNUSABLE = [
+    *("bytes", "bytes=", "bytes=-", "bytes=a-b", "bytes=5-2", "items=0-3", "bytes=--5", "bytes=0x1-2"),
+    *("bytes=99999999-", "bytes=-0", "bytes=0-0,99999999-"),
+]
+
+
+@pytest.mark.parametrize("written", UNUSABLE)
+def test_a_range_that_cannot_be_served_is_ignored(wide: Running, written: str) -> None:
+    """Malformed or beyond the file's end, it gets the whole file under our headers, and no words but ours."""
+    whole = Program(wide).send("GET", "/page.js")
+    reply = Program(wide).send("GET", "/page.js", Range=written)
+    assert (reply.status, reply.body) == (200, whole.body)
+    assert {**reply.headers, "date": ""} == {**whole.headers, "date": ""}
+
+
+def test_a_part_of_a_file(wide: Running) -> None:
+    """A Range of the file is all that is sent, under the headers of the whole."""
+    whole = Program(wide).send("GET", "/page.js")
+    part = Program(wide).send("GET", "/page.js", Range="bytes=2-5")
+    assert (part.status, part.body) == (206, whole.body[2:6])
+    assert part.headers["content-range"] == f"bytes 2-5/{len(whole.body)}"
+    assert part.headers["content-security-policy"] == whole.headers["content-security-policy"]
+
+
 @pytest.fixture(scope="module")
 def own_page(upstream: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A server of a page of its own, with things beside and inside its folder that are nobody's business."""
