@@ -40,7 +40,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     _counted_as: str | None = None  # among the sockets of one subscriber
     _spent = 0  # bytes of the request at hand beside its body: its head, chunk sizes, extensions, trailers
-    _refused = False
+    _is_over = False  # our last word is said
 
     # ---- the socket comes and goes --------------------------------------------------------------------------------
 
@@ -55,6 +55,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.guard.leave(self, self._counted_as)
+        if self.cycle is not None:
+            self.cycle.transport = self.transport  # a LastAnswer would keep us
         self._unset_keepalive_if_required()  # uvicorn forgets it after a reset, and the timer would keep all of this
         super().connection_lost(exc)
 
@@ -84,8 +86,8 @@ class GuardedProtocol(HttpToolsProtocol):
     # ---- a request comes in ---------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        if self._refused:
-            return  # what still comes is read only so that the refusal is not lost in a reset
+        if self._is_over:
+            return  # what still comes is read only so that our last word is not lost in a reset
         if self.is_answering and not self.is_in_body:
             # A second request while one is live, however little of it has come: uvicorn would put it in the first
             # one's place and stop reading, and so nobody would see the first one's disconnect.
@@ -95,7 +97,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self.guard.expect(self)
         self._spent += len(data)
         super().data_received(data)
-        if self._spent > self.most_beside_body and not self._refused:
+        if self._spent > self.most_beside_body and not self._is_over:
             self.refuse(HeadersTooLarge())
 
     @property
@@ -111,6 +113,8 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         if self.guard.is_retiring:
             self.cycle.keep_alive = False
+        if not self.cycle.keep_alive:
+            self.cycle.transport = cast(asyncio.Transport, LastAnswer(self))
 
     def check_head(self) -> None:
         """Raises a Refusal, which the parser brings to send_400_response."""
@@ -159,7 +163,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """Whoever asked for one has been refused, or was hung up on."""
 
     def refuse(self, refusal: Refusal) -> None:
-        """Answers, and closes our half. The other half is read for a while, or the answer might be lost in a reset."""
+        """Answers, and closes."""
         if self.is_in_body and self.cycle.response_started:
             self.hang_up()
             return
@@ -169,8 +173,19 @@ class GuardedProtocol(HttpToolsProtocol):
             self.cycle.message_event.set()
         else:
             self.guard.note(self.client[0] if self.client else None, refusal)
-        self._refused = True
         self.transport.write(as_bytes(refusal))
+        self.say_no_more()
+
+    def close(self) -> None:
+        """Behind the last answer, which may have come before the body of its request."""
+        if self.is_in_body and not self.transport.is_closing():
+            self.say_no_more()
+        else:
+            self.transport.close()
+
+    def say_no_more(self) -> None:
+        """Closes our half. The other half is read for a while, or the answer might be lost in a reset."""
+        self._is_over = True
         self.transport.write_eof()
         self.guard.wait_for(self)
 
@@ -182,11 +197,22 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def give_up(self) -> None:
         """HEAD_SECONDS are over."""
-        if self._spent and not self._refused:
+        if self._spent and not self._is_over:
             self.refuse(RequestTimeout())
             self.transport.close()
         else:
             self.transport.abort()
+
+
+class LastAnswer:
+    """A connection's transport as uvicorn uses it for the last answer, which it closes when all of that is written."""
+
+    __slots__ = ("close", "is_closing", "write")
+
+    def __init__(self, connection: GuardedProtocol) -> None:
+        self.write = connection.transport.write
+        self.is_closing = connection.transport.is_closing
+        self.close = connection.close
 
 
 def check_head(version: str, target: bytes, headers: Headers) -> None:

@@ -404,6 +404,52 @@ def test_a_body_that_is_too_large_is_told_so(loop: str) -> None:
         assert upstream.connections == 0
 
 
+LAST = {
+    "POST /api/chat HTTP/1.1": (413, "body_too_large"),
+    "POST /api/chat HTTP/1.0": (413, "body_too_large"),
+    "POST /api/nowhere HTTP/1.1": (404, "not_found"),
+    "POST /healthz HTTP/1.1": (405, "method_not_allowed"),
+}
+
+
+@both_loops
+@pytest.mark.parametrize("request_line", LAST)
+def test_the_last_answer_is_not_lost(loop: str, request_line: str) -> None:
+    """... in a reset, where the body is still coming and the connection ends with the answer, as nginx asks for it."""
+    with serving(loop, SERVER_MAX_BODY_BYTES="1024") as (proxy, upstream), connect(proxy) as sock:
+        size = 8_000_000
+        lines = ("Content-Type: application/json", f"Content-Length: {size}", "Connection: close")
+        sock.sendall(head(proxy, *lines, request=request_line) + b" " * size)
+        assert refused(to_the_end(sock)) == LAST[request_line]
+        assert upstream.connections == 0
+
+
+@both_loops
+def test_who_goes_on_sending_after_the_last_answer_is_cut(loop: str, hurried: None) -> None:
+    """It is read for a while only, and then forgotten, as anybody else who owes us something."""
+    lines = ("Content-Type: text/plain", "Content-Length: 80000000", "Connection: close")
+    with serving(loop) as (proxy, _), connect(proxy) as sock:
+        connection = weakref.ref(eventually(lambda: next(iter(proxy.service.guard.open), None)))
+        sock.sendall(head(proxy, *lines, request=POST))
+        assert refused(to_the_end(sock)) == (415, "unsupported_media_type")
+        with suppress(ConnectionError):
+            for _ in range(int(SOON / 0.01)):
+                sock.sendall(b" " * 1000)
+                time.sleep(0.01)
+            raise AssertionError("it was read to the end")
+        eventually(lambda: connection() is None)
+
+
+@both_loops
+def test_a_last_answer_leaves_nothing(loop: str) -> None:
+    """Its connection is forgotten when it goes, not when the cycle collector comes by."""
+    with serving(loop) as (proxy, _), connect(proxy) as sock:
+        connection = weakref.ref(eventually(lambda: next(iter(proxy.service.guard.open), None)))
+        sock.sendall(chat_request(proxy).replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1))
+        assert DONE in to_the_end(sock)
+        eventually(lambda: connection() is None)
+
+
 ENDLESS = {
     "trailers": b"A: b\r\n" * 10000,
     "one trailer": b"A: " + b"b" * 60000,
