@@ -20,7 +20,15 @@ import httpx
 import msgspec
 
 from proxy.edge import Edge, cookies_named
-from proxy.errors import InvalidCredentials, InvalidRequest, LoginRequired, Refusal, SessionExpired, Unauthenticated
+from proxy.errors import (
+    InvalidCredentials,
+    InvalidJson,
+    InvalidRequest,
+    LoginRequired,
+    Refusal,
+    SessionExpired,
+    Unauthenticated,
+)
 from proxy.limits import Subject
 from proxy.limits.allowance import Allowance
 from proxy.limits.requests import guess, mint, refuse
@@ -219,8 +227,10 @@ class Access:
         visit.standings = await self.limits.charge(guess, Subject("login", visit.caller.key))
         try:
             given = decode_login(await visit.body(LONGEST_LOGIN))
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        except msgspec.ValidationError:
             raise InvalidRequest('A login is {"password": ...}, with "user" where there are users.') from None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            raise InvalidJson from None
         try:
             await self.passwords.check(given.user, given.password, visit.caller.key)
         except InvalidCredentials:
