@@ -82,6 +82,7 @@ class ModelList(msgspec.Struct):
 
 decode_error = msgspec.json.Decoder(ErrorBody).decode
 decode_models = msgspec.json.Decoder(ModelList).decode
+decode_any = msgspec.json.Decoder(msgspec.Raw).decode
 
 
 class ApiKey:
@@ -181,7 +182,10 @@ class Upstream:
     async def complete(
         self, body: bytes, request_id: str, attempts: Attempts, traceparent: bytes | None = None
     ) -> bytes:
-        """A whole answer, at most LONGEST_ANSWER bytes of JSON, within total_timeout. Raises a Refusal."""
+        """A whole answer, at most LONGEST_ANSWER bytes of JSON, within total_timeout. Raises a Refusal.
+
+        One that ends with its connection, and too early, shows that only in its JSON.
+        """
         patience = self.configured.total_timeout
         try:
             async with asyncio.timeout(patience):
@@ -198,6 +202,8 @@ class Upstream:
             raise UpstreamProtocol(reason=f"answer is over {LONGEST_ANSWER} bytes", billed=True)
         if self.key.pieces.search(answer):
             raise UpstreamProtocol(reason="the upstream sent our key in an answer", billed=True, leaked=True)
+        if not is_json(answer):
+            raise UpstreamProtocol(reason="answer is not whole JSON", billed=True)
         return answer
 
     async def probe(self) -> frozenset[str]:
@@ -375,6 +381,14 @@ async def read_at_most(response: httpx.Response, most: int) -> bytes | None:
             return None
         parts.append(part)
     return b"".join(parts)
+
+
+def is_json(answer: bytes) -> bool:
+    try:
+        decode_any(answer)
+    except (msgspec.MsgspecError, RecursionError):
+        return False
+    return True
 
 
 async def error_of(response: httpx.Response) -> UpstreamError:

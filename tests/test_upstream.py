@@ -144,6 +144,12 @@ async def resets_in_its_answer(peer: Peer) -> None:
     peer.reset()
 
 
+async def ends_within_its_answer(peer: Peer) -> None:
+    """... which has no other end than that of the connection."""
+    await peer.send(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n" + ANSWER[:-1])
+    peer.writer.close()
+
+
 async def streams(peer: Peer) -> None:
     await peer.sse(*GOOD)
     peer.writer.close()
@@ -343,6 +349,13 @@ ROWS = {
         UpstreamProtocol, True, stream=False,
     ),
     "a whole answer that is reset": Row(resets_in_its_answer, UpstreamProtocol, True, stream=False, reason="ReadError"),
+    "a whole answer that ends early": Row(
+        ends_within_its_answer, UpstreamProtocol, True, stream=False, reason="not whole JSON"
+    ),
+    "a whole answer of nothing": Row(saying("200 OK", body=b""), UpstreamProtocol, True, stream=False),
+    "a whole answer that is no JSON": Row(saying("200 OK", body=b"<html>"), UpstreamProtocol, True, stream=False),
+    "a whole answer that is more": Row(saying("200 OK", body=b"{}{}"), UpstreamProtocol, True, stream=False),
+    "a whole answer without an end": Row(saying("200 OK", body=b"[" * 100_000), UpstreamProtocol, True, stream=False),
     "a whole answer that is too long": Row(
         saying("200 OK", body=b" " * (upstream.LONGEST_ANSWER + 1_000_000)), UpstreamProtocol, True, stream=False
     ),
