@@ -4,7 +4,7 @@ Rules:
 1. The request's headers are built from nothing. The transport is called directly: no cookie jar, no redirects, no
    environment proxies, nothing of one visitor that could travel with another's request.
 2. Retried is only what cannot have cost anything: a connection that never stood, and the statuses that say "not now".
-   All of it happens inside `first_byte_timeout`.
+   All of it begins inside `first_byte_timeout`.
 3. Nothing the upstream says is repeated to the browser, except a `code` and `param` of harmless shape.
 4. httpx's errors are translated here and nowhere else.
 """
@@ -238,7 +238,7 @@ class Upstream:
     ) -> httpx.Response:
         """A response of status 200 and the wanted content type within `patience` seconds, all retries included.
 
-        Raises a Refusal.
+        None of those begins later than first_byte_timeout (rule 2). Raises a Refusal.
         """
         attempts.key = self.key.value()
         headers = [
@@ -250,14 +250,16 @@ class Upstream:
         ]
         request = httpx.Request("POST", self.url, headers=headers, stream=httpx.ByteStream(body))
         request.extensions = {"timeout": self.timeouts, "sent": attempts.mark_sent}
+        clock = asyncio.get_running_loop().time
+        retry_until = clock() + min(patience, self.configured.first_byte_timeout)
         try:
-            async with asyncio.timeout(patience) as deadline:
+            async with asyncio.timeout(patience):
                 while True:
                     try:
                         return await self.attempt(request, wanted)
                     except Refusal as refusal:
                         pause = self.pause_after(refusal, attempts)
-                        if pause is None or asyncio.get_running_loop().time() + pause >= (deadline.when() or 0):
+                        if pause is None or clock() + pause >= retry_until:
                             raise
                     attempts.sent = False
                     attempts.retries += 1

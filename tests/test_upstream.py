@@ -297,6 +297,9 @@ ROWS = {
     "15 429 later than we wait": Row(
         saying("429 Too Many Requests", "retry-after: 2"), UpstreamRateLimited, retry_after=2
     ),
+    "15 429 later than we wait, not streamed": Row(
+        saying("429 Too Many Requests", "retry-after: 2"), UpstreamRateLimited, retry_after=2, stream=False
+    ),
     "15 429 later than anyone waits": Row(
         saying("429 Too Many Requests", "retry-after: 3600"), UpstreamRateLimited, retry_after=3600,
         should_retry="false",
