@@ -893,11 +893,12 @@ def test_a_word_is_no_secret() -> None:
         assert pieces_of(key).search(key.encode())
 
 
-alphabet = st.text(string.ascii_letters + string.digits, min_size=8, max_size=60)
+random_parts = st.text(string.ascii_letters + string.digits, min_size=8, max_size=60)
+random_parts = random_parts.filter(secret_in)  # Hypothesis draws words of the source, too, such as "placeholder"
 
 
 @tuned(max_examples=200)
-@given(st.sampled_from(["", "sk-", "sk-proj-", "sk-or-v1-", "gsk_"]), alphabet, st.text(max_size=20), st.data())
+@given(st.sampled_from(["", "sk-", "sk-proj-", "sk-or-v1-", "gsk_"]), random_parts, st.text(max_size=20), st.data())
 def test_every_piece_is_found(prefix: str, random_part: str, around: str, data: st.DataObject) -> None:
     """No eight characters of the random part go unseen, in any surroundings and case."""
     start = data.draw(st.integers(0, len(random_part) - upstream.PIECE))
