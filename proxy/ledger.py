@@ -22,11 +22,11 @@ from proxy.visit import Visit
 BYTES_PER_TOKEN = 3  # of an answer whose upstream counted nothing: the policy's figure for prompts
 LINE: dict[str, Any] = {
     **dict.fromkeys(("request_id", "session", "address", "route", "model", "status", "code", "ending")),
-    **dict.fromkeys(("ttft_ms", "duration_ms", "events")),
-    "tokens": 0,
-    **dict.fromkeys(("bytes", "reason")),
+    **dict.fromkeys(("ttft_ms", "duration_ms")),
+    **dict.fromkeys(("events", "tokens", "bytes"), 0),
+    "reason": None,
 }
-"""Each line has all of these; null is what it did not come to."""
+"""Each line has all of these, whatever its request came to."""
 
 
 class Bill:
