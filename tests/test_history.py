@@ -411,14 +411,14 @@ def test_the_limits_hold_in_memory() -> None:
 
 async def remembered(hits: int) -> Histories:
     now, found = 0.0, Histories()
-    live: list[tuple[float, Hold, list[str]]] = []
+    live: list[tuple[float, float, Hold, list[str]]] = []  # by their ends, those of one moment in any order
     variables = {"UPSTREAM_BASE_URL": "http://127.0.0.1/v1", "UPSTREAM_API_KEY": "k" * 30, "POLICY_MODELS": "m"}
     chosen = from_variables({f"CHAT_PROXY_{name}": value for name, value in {**variables, **SETTINGS}.items()})
     limits = Allowance(chosen.limits, 1000, lambda: now, lambda lost: None, lambda bug: None)
     for _ in range(hits):
         now += random.choice((0, 0, 0, 1, 1, 2)) / 64
-        while live and live[0][0] <= now:
-            _, hold, words = heappop(live)
+        while live and live[0][0] < now:
+            _, _, hold, words = heappop(live)
             async with hold:
                 hold.settle(int(words[2]))
             found.granted("hold", words)
@@ -433,10 +433,10 @@ async def remembered(hits: int) -> Histories:
                 hold = await limits.hold(subject, amount)
                 used = amount if number % 2 else random.randint(0, amount)
                 words = [*subject[:2], str(used), str(now), str(now), "memory", str(until)]
-                heappush(live, (until + random.random() / 1e6, hold, words))
+                heappush(live, (until, random.random(), hold, words))
         except (TooMany, TokensExhausted, TooManyStreams):
             found.refused += 1
-    for _, hold, words in live:
+    for _, _, hold, words in live:
         async with hold:
             hold.settle(int(words[2]))
         found.granted("hold", words)
