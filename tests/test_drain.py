@@ -483,10 +483,10 @@ def test_second_sigterm_of_a_process(tmp_path: Path) -> None:
         crowd.may_finish = size // 2
         before = crowd.written.copy()
         eventually(lambda: process.logged() and len(process.logged()) > size // 2)
+        eventually(lambda: all(crowd.written[number] > before[number] for number in range(size // 2, size)))
         process.tell(signal.SIGTERM)
         endings = [crowd.ending(number, client) for number, client in enumerate(clients)]
         assert endings == ["whole"] * (size // 2) + ["draining"] * (size // 2)
-        assert all(crowd.written[number] > before[number] for number in range(size // 2, size))
         assert process.exit_code() == 0
 
 

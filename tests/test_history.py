@@ -504,6 +504,7 @@ class Visitors:
                 body = answer.read()
             except (http.client.HTTPException, OSError):
                 connection.close()  # its worker was killed
+                one.status = one.status if one.status == 200 else 0  # a refusal without its reason is no answer
             else:
                 one.code = json.loads(body)["error"]["code"] if one.status != 200 else ""
             time.sleep(random.random() * 0.2)
