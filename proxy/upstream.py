@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from typing import NoReturn, cast
+from typing import NoReturn, TypeVar, cast
 
 import httpx
 import msgspec
@@ -43,6 +43,9 @@ from proxy.transport import ResponseStream
 
 REJECTED = frozenset({400, 404, 413, 422})
 RETRIED = frozenset({502, 503, 529})  # and 429
+
+T = TypeVar("T")
+
 FIRST_PAUSE = 0.5  # seconds before the first retry; doubled each time (the guide's 2 ** attempt, begun earlier)
 LONGEST_PAUSE = 8.0  # seconds; a browser waits meanwhile
 LONGEST_WAIT = 86400.0  # seconds: whoever asks for more than a day has not meant it
@@ -393,22 +396,24 @@ def is_json(answer: bytes) -> bool:
     return True
 
 
-async def error_of(response: httpx.Response) -> UpstreamError:
+async def decoded(response: httpx.Response, most: int, decode: Callable[[bytes], T]) -> T | None:
+    """The body, where that can be read, soon and in at most `most` bytes."""
     try:
         async with asyncio.timeout(ERROR_BODY_TIMEOUT):
-            body = await read_at_most(response, LONGEST_ERROR)
-        return decode_error(body or b"").error
+            body = await read_at_most(response, most)
+        return decode(body or b"")
     except (TimeoutError, httpx.TransportError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return UpstreamError()
+        return None
+
+
+async def error_of(response: httpx.Response) -> UpstreamError:
+    told = await decoded(response, LONGEST_ERROR, decode_error)
+    return told.error if told else UpstreamError()
 
 
 async def models_in(response: httpx.Response) -> frozenset[str]:
-    try:
-        async with asyncio.timeout(ERROR_BODY_TIMEOUT):
-            body = await read_at_most(response, LONGEST_ANSWER)
-        return frozenset(model.id for model in decode_models(body or b"").data)
-    except (TimeoutError, httpx.TransportError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return frozenset()
+    listed = await decoded(response, LONGEST_ANSWER, decode_models)
+    return frozenset(model.id for model in listed.data) if listed else frozenset()
 
 
 def retry_after(headers: httpx.Headers, now: float) -> float | None:
