@@ -22,14 +22,23 @@ import msgspec
 from starlette.routing import Mount, Route, Router
 from starlette.types import Receive, Scope, Send
 
-from proxy import __version__, policy
-from proxy.access import CALLBACK, Access
-from proxy.diagnosis import Diagnosis
-from proxy.edge import Edge, gather
+from proxy import __version__
+from proxy.accounts.access import CALLBACK, Access
+from proxy.accounts.login import LoginFailed
+from proxy.accounts.login.failed_page import failed_login
+from proxy.accounts.session import Session
+from proxy.chat import policy
+from proxy.chat.exchange import Event, Exchange, State
+from proxy.chat.relay import Relay
+from proxy.chat.sse import Events
+from proxy.chat.upstream import Upstream, UpstreamCall, secret_in
+from proxy.chat.usage import UsageMeter
+from proxy.check.report import CHAT, LOOK
+from proxy.check.routes import Diagnosis
 from proxy.errors import (
     Draining,
     GatewayTimeout,
-    Headers,
+    HeaderList,
     InternalError,
     Interruption,
     LimitsUnavailable,
@@ -40,28 +49,26 @@ from proxy.errors import (
     StreamFailed,
     TooMany,
 )
-from proxy.events import Events
-from proxy.exchange import Event, Exchange, State
-from proxy.ledger import Bill, Ledger
-from proxy.limits import Standing, Subject, limit_headers
-from proxy.limits.allowance import Allowance
+from proxy.limits.limiter import Limiter
 from proxy.limits.requests import ask, diagnose, refuse
-from proxy.login import LoginFailed
-from proxy.logs import Bridge, Logs
-from proxy.metrics import Metrics
-from proxy.observed import CHAT, LOOK
-from proxy.page import Page, Probe, failed_login, page_folder
-from proxy.relay import ClientGone, Leash, Relay
-from proxy.session import Session
+from proxy.limits.status import LimitStatus, Subject, limit_headers
 from proxy.settings import Settings, refused_by_opentelemetry
-from proxy.transport import ResponseStream
-from proxy.upstream import Attempts, Upstream, secret_in
-from proxy.visit import STREAM_HEADERS, Visit, bare_refusal
+from proxy.telemetry.logs import Bridge, Logs
+from proxy.telemetry.metrics import Metrics
+from proxy.telemetry.recorder import RequestRecorder
+from proxy.transport.connection import ResponseStream
+from proxy.web.cancel import CancelScope, ClientGone
+from proxy.web.client import Edge
+from proxy.web.context import RequestContext
+from proxy.web.headers import STREAM_HEADERS, bare_refusal, join_repeated
+from proxy.web.probes import Probe
+from proxy.web.static_files import Page, page_folder
 
 if TYPE_CHECKING:
-    from proxy.traces import Traces
+    from proxy.telemetry.traces import Traces
 
-Handler = Callable[[Visit], Awaitable[None]]
+
+Handler = Callable[[RequestContext], Awaitable[None]]
 
 HSTS = (b"strict-transport-security", b"max-age=31536000; includeSubDomains")
 
@@ -79,39 +86,39 @@ class Resource:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         proxy = self.proxy
-        visit = proxy.visit(scope, receive, send, self.route)
+        context = proxy.new_context(scope, receive, send, self.route)
         proxy.enter()
         try:
             try:
-                handler = await self.handler(visit)
-                await handler(visit)
+                handler = await self.handler(context)
+                await handler(context)
             except Refusal as refusal:
-                proxy.ledger.alarm_if_due(visit, refusal)
-                await visit.refuse(await proxy.limited(visit, refusal))
+                proxy.ledger.alarm_if_due(context, refusal)
+                await context.refuse(await proxy.limited(context, refusal))
         except ClientGone:
-            visit.ending = "aborted"
+            context.ending = "aborted"
         except Exception as error:  # noqa: BLE001  # the one place where a bug becomes an answer
-            proxy.logs.bug(error, request_id=visit.request_id)
-            visit.code = InternalError.code
-            if not visit.began:
-                await visit.refuse(InternalError())
+            proxy.logs.bug(error, request_id=context.request_id)
+            context.code = InternalError.code
+            if not context.began:
+                await context.refuse(InternalError())
         finally:
-            proxy.ledger.close(visit, self.route)
+            proxy.ledger.close(context, self.route)
             proxy.leave()
 
-    async def handler(self, visit: Visit) -> Handler:
+    async def handler(self, context: RequestContext) -> Handler:
         if self.proxy.draining:
-            await visit.drop_body()
+            await context.drop_body()
             raise Draining
         if not self.methods:
             raise NotFound
-        if visit.method not in self.methods:
+        if context.method not in self.methods:
             raise MethodNotAllowed(headers=[(b"allow", ", ".join(self.methods).encode())])
-        self.proxy.edge.check_host(visit.found)
-        return self.methods[visit.method]
+        self.proxy.edge.check_host(context.headers)
+        return self.methods[context.method]
 
 
-class Examined(Resource):
+class DiagnosticRoute(Resource):
     """An address at which a bearer of a ticket is shown what becomes of requests and answers there.
 
     The Host is let be: what became of it on the way is what a bearer wants to know. To anybody else the address is
@@ -122,16 +129,16 @@ class Examined(Resource):
         super().__init__(proxy, route, **methods)
         self.show = show
 
-    async def handler(self, visit: Visit) -> Handler:
-        if self.proxy.draining or not self.proxy.access.admits_check(visit):
-            return await super().handler(visit)
-        visit.log["check"] = True
-        visit.standings = await self.proxy.limits.charge(diagnose, Subject("check", "check"))
+    async def handler(self, context: RequestContext) -> Handler:
+        if self.proxy.draining or not self.proxy.access.admits_check(context):
+            return await super().handler(context)
+        context.log["check"] = True
+        context.standings = await self.proxy.limits.charge(diagnose, Subject("check", "check"))
         return self.examine
 
-    async def examine(self, visit: Visit) -> None:
+    async def examine(self, context: RequestContext) -> None:
         with suppress(ClientGone):  # no chat was broken off
-            await self.show(visit)
+            await self.show(context)
 
 
 class ChatProxy:
@@ -152,7 +159,7 @@ class ChatProxy:
         self.logs = logs
         self.wall = wall
         self.edge = Edge(server)
-        self.limits = Allowance(settings.limits, server.max_streams, clock, self.note_store, logs.bug)
+        self.limits = Limiter(settings.limits, server.max_streams, clock, self.note_store, logs.bug)
         self.access = Access(
             settings, self.edge, self.limits, transport, logs, clock=clock, wall=wall, randomness=randomness
         )
@@ -161,11 +168,11 @@ class ChatProxy:
         )
         self.transport = transport
         self.metrics = Metrics(settings.policy.models)
-        self.ledger = Ledger(self.metrics, logs)
+        self.ledger = RequestRecorder(self.metrics, logs)
         self.metrics.streams.set_function(lambda: self.limits.leases.live)
         self.metrics.store_up.set_function(lambda: self.limits.is_up)
         self.traces = self.open_traces() if settings.traces.enabled else None
-        self.base_headers: Headers = [HSTS] if server.is_https else []
+        self.base_headers: HeaderList = [HSTS] if server.is_https else []
         self.run_id = randomness(6).hex()  # with a number behind it, the id of a request: unique, and cheap
         self.numbers = itertools.count(1)
         self.draining = False
@@ -173,7 +180,7 @@ class ChatProxy:
         self.busy = 0  # requests being answered
         self.quiet = asyncio.Event()  # set while there are none
         self.quiet.set()
-        self.live: set[Leash] = set()  # those among them that the drain lets go on for a while
+        self.live: set[CancelScope] = set()  # those among them that the drain lets go on for a while
         self.diagnosis = Diagnosis(
             settings,
             self.edge,
@@ -190,7 +197,7 @@ class ChatProxy:
         """Raises SettingsError for variables that OpenTelemetry refuses, some of them when it is imported."""
         bridge, upstream = Bridge(self.logs), self.settings.upstream.base_url
         try:
-            from proxy.traces import Traces  # opentelemetry is needed here only
+            from proxy.telemetry.traces import Traces  # opentelemetry is needed here only
 
             return Traces(self.settings.traces, upstream, bridge=bridge, note=self.note_traces)
         except Exception as error:  # noqa: BLE001  # of any kind, as it comes
@@ -210,9 +217,9 @@ class ChatProxy:
         page = page_folder(self.settings.server.static_dir)
         return Router(
             [
-                *(Route(path, Examined(self, path, show, POST=self.chat)) for path in CHAT),
+                *(Route(path, DiagnosticRoute(self, path, show, POST=self.chat)) for path in CHAT),
                 *(Route(path, Resource(self, path, **methods)) for path, methods in api.items()),
-                Route(LOOK, Examined(self, LOOK, show)),
+                Route(LOOK, DiagnosticRoute(self, LOOK, show)),
                 Route("/healthz", Probe(lambda: True, self.base_headers)),
                 Route("/readyz", Probe(lambda: not self.draining, self.base_headers)),
                 Mount("/api", nothing),
@@ -236,34 +243,34 @@ class ChatProxy:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            address = self.nothing if is_disguised(scope) else self.router
+            address = self.nothing if has_escaped_path(scope) else self.router
             await address(scope, receive, send)
-        except Exception as error:  # noqa: BLE001  # a bug before there is a visit, or in serving a file
+        except Exception as error:  # noqa: BLE001  # a bug before there is a context, or in serving a file
             self.logs.bug(error)
             await bare_refusal(send, InternalError())
 
     # ---- the way of a request -------------------------------------------------------------------------------------
 
-    async def chat(self, visit: Visit) -> None:
-        self.edge.check_origin(visit.found)
-        self.edge.check_body(visit.found)
-        body = await visit.body(self.settings.server.max_body_bytes)
-        session = await self.access.session_of(visit)
-        subject = self.access.subject_of(session, visit)
-        visit.standings = await self.limits.charge(ask, subject)
+    async def chat(self, context: RequestContext) -> None:
+        self.edge.check_origin(context.headers)
+        self.edge.check_body(context.headers)
+        body = await context.body(self.settings.server.max_body_bytes)
+        session = await self.access.session_of(context)
+        subject = self.access.subject_of(session, context)
+        context.standings = await self.limits.charge(ask, subject)
         order = policy.apply(body, self.settings.policy, exact_usage=self.settings.limits.exact_usage)
         del body  # prompts are long, and answers take their time
-        visit.log["model"] = order.model
+        context.log["model"] = order.model
         most = order.prompt_tokens + order.choices * order.output_tokens
-        attempts, bill = Attempts(), Bill(order.prompt_tokens)
+        attempts, bill = UpstreamCall(), UsageMeter(order.prompt_tokens)
         async with await self.limits.hold(subject, most, bill.so_far) as hold:
             try:
                 if self.is_cut:  # the body, or the store, took longer than the drain had time
                     raise Draining
                 if order.stream:
-                    await self.stream(visit, order, attempts, bill)
+                    await self.stream(context, order, attempts, bill)
                 else:
-                    await self.complete(visit, order, attempts, bill)
+                    await self.complete(context, order, attempts, bill)
             except Refusal as refusal:
                 bill.note_no_answer(paid=refusal.billed)
                 raise
@@ -272,25 +279,27 @@ class ChatProxy:
                 raise
             finally:
                 hold.settle(bill.used.prompt_tokens + bill.used.completion_tokens)
-                self.ledger.count(visit, order, attempts, bill.used)
+                self.ledger.count(context, order, attempts, bill.used)
 
-    async def stream(self, visit: Visit, order: policy.Order, attempts: Attempts, bill: Bill) -> None:
+    async def stream(
+        self, context: RequestContext, order: policy.ChatRequest, attempts: UpstreamCall, bill: UsageMeter
+    ) -> None:
         """Relays one stream to its end, whatever the end. Raises while nothing has begun."""
         exchange = Exchange()
         source: ResponseStream | None = None
         relay: Relay | None = None
         broke: Interruption | None = None
         try:
-            async with Leash(visit.receive, self.live) as leash:
-                await leash.listen()
-                source = await self.upstream.stream(order.body, visit.request_id, attempts, visit.traceparent)
+            async with CancelScope(context.receive, self.live) as cancel_scope:
+                await cancel_scope.listen()
+                source = await self.upstream.stream(order.body, context.request_id, attempts, context.traceparent)
                 order.body = b""
-                relay = self.relay(visit, order, source, leash, attempts.key)
+                relay = self.relay(context, order, source, cancel_scope, attempts.key)
                 bill.events = relay.events
                 exchange.on(Event.BEGIN)
-                await relay.run(visit.head(200, [*STREAM_HEADERS, *limit_headers(visit.standings)]))
+                await relay.run(context.head(200, [*STREAM_HEADERS, *limit_headers(context.standings)]))
         except ClientGone:
-            self.ledger.note_abort(leash)
+            self.ledger.note_abort(cancel_scope)
             if relay is None:
                 raise
             exchange.on(Event.COMPLETE if relay.has_said_all else Event.LEAVE)
@@ -301,7 +310,7 @@ class ChatProxy:
         except Exception as error:
             if relay is None:
                 raise
-            self.logs.bug(error, request_id=visit.request_id)
+            self.logs.bug(error, request_id=context.request_id)
             broke = StreamFailed()
         finally:
             if source is not None:
@@ -311,58 +320,67 @@ class ChatProxy:
         if exchange.state is State.STREAMING:
             broke = await relay.finish(broke)
             exchange.on(Event.BREAK if broke else Event.COMPLETE)
-        self.ledger.note_stream(visit, relay, exchange.state, broke)
+        self.ledger.note_stream(context, relay, exchange.state, broke)
 
-    def relay(self, visit: Visit, order: policy.Order, source: ResponseStream, leash: Leash, key: str) -> Relay:
+    def relay(
+        self,
+        context: RequestContext,
+        order: policy.ChatRequest,
+        source: ResponseStream,
+        cancel_scope: CancelScope,
+        key: str,
+    ) -> Relay:
         upstream, comment = self.settings.upstream, self.settings.server.comment_seconds
         events = Events(secret_in(key), order.choices, withhold_usage=order.usage_for_us)
         idle, total = upstream.idle_timeout, upstream.total_timeout
-        return Relay(source, visit.send, events, leash, idle=idle, total=total, comment=comment)
+        return Relay(source, context.send, events, cancel_scope, idle=idle, total=total, comment=comment)
 
-    async def complete(self, visit: Visit, order: policy.Order, attempts: Attempts, bill: Bill) -> None:
+    async def complete(
+        self, context: RequestContext, order: policy.ChatRequest, attempts: UpstreamCall, bill: UsageMeter
+    ) -> None:
         """Passes on one whole answer."""
         try:
-            async with Leash(visit.receive, self.live) as leash:
-                await leash.listen()
-                answer = await self.upstream.complete(order.body, visit.request_id, attempts, visit.traceparent)
+            async with CancelScope(context.receive, self.live) as cancel_scope:
+                await cancel_scope.listen()
+                answer = await self.upstream.complete(order.body, context.request_id, attempts, context.traceparent)
         except ClientGone:
-            self.ledger.note_abort(leash)
+            self.ledger.note_abort(cancel_scope)
             raise
         except Interruption as interruption:
             raise refusal_before_start(interruption, attempts) from None
         bill.note_answer(answer)
-        visit.log["bytes"] = len(answer)
-        await visit.answer(200, answer, limit_headers(visit.standings))
+        context.log["bytes"] = len(answer)
+        await context.answer(200, answer, limit_headers(context.standings))
 
     # ---- the small routes -----------------------------------------------------------------------------------------
 
-    async def show_session(self, visit: Visit) -> None:
-        await self.answer_account(visit, await self.access.session_for_page(visit))
+    async def show_session(self, context: RequestContext) -> None:
+        await self.answer_account(context, await self.access.session_for_page(context))
 
-    async def log_in(self, visit: Visit) -> None:
-        self.edge.check_origin(visit.found)
-        self.edge.check_body(visit.found)
-        await self.answer_account(visit, await self.access.login(visit))
+    async def log_in(self, context: RequestContext) -> None:
+        self.edge.check_origin(context.headers)
+        self.edge.check_body(context.headers)
+        await self.answer_account(context, await self.access.login(context))
 
-    async def start_login(self, visit: Visit) -> None:
-        self.edge.check_origin(visit.found)
+    async def start_login(self, context: RequestContext) -> None:
+        self.edge.check_origin(context.headers)
         try:
-            await visit.redirect(await self.access.start_login(visit))
+            await context.redirect(await self.access.start_login(context))
         except LoginFailed as failed:
-            await self.tell_failed_login(visit, failed)
+            await self.tell_failed_login(context, failed)
 
-    async def finish_login(self, visit: Visit) -> None:
+    async def finish_login(self, context: RequestContext) -> None:
         """Comes from another site: what guards it is the flow's cookie, not the origin rule."""
         try:
-            await visit.redirect(await self.access.finish_login(visit))
+            await context.redirect(await self.access.finish_login(context))
         except LoginFailed as failed:
-            await self.tell_failed_login(visit, failed)
+            await self.tell_failed_login(context, failed)
 
-    async def tell_failed_login(self, visit: Visit, failed: LoginFailed) -> None:
-        visit.reason = failed.reason
-        await visit.tell(failed.status, failed_login(failed.status, visit.request_id))
+    async def tell_failed_login(self, context: RequestContext, failed: LoginFailed) -> None:
+        context.reason = failed.reason
+        await context.tell(failed.status, failed_login(failed.status, context.request_id))
 
-    async def answer_account(self, visit: Visit, session: Session | None) -> None:
+    async def answer_account(self, context: RequestContext, session: Session | None) -> None:
         """Who the visitor is, what may be asked for, what is left; without a session only what anybody may know."""
         shown = {
             "session": {
@@ -371,14 +389,14 @@ class ChatProxy:
                 "expires_at": self.access.sessions.expires_at(session) if session else None,
             },
             "models": self.settings.policy.models,
-            "limits": [self.shown(standing) for standing in await self.standings(session, visit)],
+            "limits": [self.shown(standing) for standing in await self.standings(session, context)],
         }
-        await visit.answer(200, encode(shown), [])
+        await context.answer(200, encode(shown), [])
 
-    async def standings(self, session: Session | None, visit: Visit) -> list[Standing]:
-        return await self.limits.standings(ask, self.access.subject_of(session, visit)) if session else []
+    async def standings(self, session: Session | None, context: RequestContext) -> list[LimitStatus]:
+        return await self.limits.standings(ask, self.access.subject_of(session, context)) if session else []
 
-    def shown(self, standing: Standing) -> dict[str, Any]:
+    def shown(self, standing: LimitStatus) -> dict[str, Any]:
         return {
             "name": f"{standing.name} {standing.text}",
             "limit": standing.limit,
@@ -386,33 +404,33 @@ class ChatProxy:
             "reset_at": int(self.wall() + standing.resets_in) + 1,
         }
 
-    async def end_session(self, visit: Visit) -> None:
+    async def end_session(self, context: RequestContext) -> None:
         """Logs out; of nothing, too. Raises TooMany: what is revoked is remembered for long."""
-        self.edge.check_origin(visit.found)
-        await self.limits.charge(refuse, Subject("refused", visit.caller.key))
-        self.access.logout(visit)
-        await visit.answer(200, encode({"logout_url": await self.access.logout_url()}), [])
+        self.edge.check_origin(context.headers)
+        await self.limits.charge(refuse, Subject("refused", context.caller.key))
+        self.access.logout(context)
+        await context.answer(200, encode({"logout_url": await self.access.logout_url()}), [])
 
-    async def list_models(self, visit: Visit) -> None:
+    async def list_models(self, context: RequestContext) -> None:
         models = [
             {"id": name, "object": "model", "created": 0, "owned_by": "chat-proxy"}
             for name in self.settings.policy.models
         ]
-        await visit.answer(200, encode({"object": "list", "data": models}), [])
+        await context.answer(200, encode({"object": "list", "data": models}), [])
 
     # ---- what all requests share ----------------------------------------------------------------------------------
 
-    def visit(self, scope: Scope, receive: Receive, send: Send, route: str | None) -> Visit:
-        found = gather(scope["headers"])
+    def new_context(self, scope: Scope, receive: Receive, send: Send, route: str | None) -> RequestContext:
+        headers = join_repeated(scope["headers"])
         peer = scope["client"]
-        caller = self.edge.caller(peer[0] if peer else None, found)
-        request_id = self.edge.request_id(caller, found) or f"{self.run_id}-{next(self.numbers):x}"
-        visit = Visit(
-            scope, receive, send, caller=caller, found=found, base_headers=self.base_headers, request_id=request_id
+        caller = self.edge.caller(peer[0] if peer else None, headers)
+        request_id = self.edge.request_id(caller, headers) or f"{self.run_id}-{next(self.numbers):x}"
+        context = RequestContext(
+            scope, receive, send, caller=caller, headers=headers, base_headers=self.base_headers, request_id=request_id
         )
         if self.traces is not None:
-            visit.trace = self.traces.begin(visit.method, route, *self.edge.trace_parent(caller, found))
-        return visit
+            context.trace = self.traces.begin(context.method, route, *self.edge.trace_parent(caller, headers))
+        return context
 
     def enter(self) -> None:
         self.busy += 1
@@ -423,12 +441,12 @@ class ChatProxy:
         if not self.busy:
             self.quiet.set()
 
-    async def limited(self, visit: Visit, refusal: Refusal) -> Refusal:
+    async def limited(self, context: RequestContext, refusal: Refusal) -> Refusal:
         """Refusing costs something too: who is refused too often is told to wait instead."""
         if refusal.status not in (401, 403):
             return refusal
         try:
-            await self.limits.charge(refuse, Subject("refused", visit.caller.key))
+            await self.limits.charge(refuse, Subject("refused", context.caller.key))
         except (TooMany, LimitsUnavailable) as instead:
             return instead
         return refusal
@@ -436,8 +454,8 @@ class ChatProxy:
     def cut(self) -> None:
         """Ends every live answer with an event, or a refusal where none has begun: the drain's time is over."""
         self.is_cut = True
-        for leash in list(self.live):
-            leash.pull(StreamDrained())
+        for cancel_scope in list(self.live):
+            cancel_scope.cancel(StreamDrained())
 
     # ---- what it is told ------------------------------------------------------------------------------------------
 
@@ -466,13 +484,13 @@ class ChatProxy:
         self.logs.line("secrets_read")
 
 
-def is_disguised(scope: Scope) -> bool:
+def has_escaped_path(scope: Scope) -> bool:
     """An address of the API in escapes: whoever looks at paths in front of us may have taken it for another."""
     path: str = scope.get("path", "")  # a lifespan scope has none
     return path.startswith("/api") and path.encode() != scope["raw_path"]
 
 
-def refusal_before_start(interruption: Interruption, attempts: Attempts) -> Refusal:
+def refusal_before_start(interruption: Interruption, attempts: UpstreamCall) -> Refusal:
     """What an interruption is while the answer can still be a status."""
     if isinstance(interruption, StreamDrained):
         return Draining(billed=attempts.sent)

@@ -26,7 +26,7 @@ import json
 from math import ceil
 from typing import ClassVar, Self
 
-Headers = list[tuple[bytes, bytes]]
+HeaderList = list[tuple[bytes, bytes]]
 
 PATIENCE = 60.0  # seconds of Retry-After beyond which a client had better not sit and retry by itself
 DEFAULT_WAIT = 1.0  # seconds of Retry-After on a 429 or 503 when nobody knows better; the contract wants one always
@@ -61,7 +61,7 @@ class Refusal(Exception):
         retry_after: float | None = None,
         should_retry: bool | None = None,
         reason: str | None = None,
-        headers: Headers | None = None,
+        headers: HeaderList | None = None,
         billed: bool = False,
         leaked: bool = False,
         retriable: bool = False,
@@ -80,7 +80,7 @@ class Refusal(Exception):
     def body(self) -> bytes:
         return error_body(self.message, self.type, self.code, self.param)
 
-    def headers(self) -> Headers:
+    def headers(self) -> HeaderList:
         headers = list(self.extra_headers)
         wait = self.retry_after
         if wait is None and self.status in (429, 503):

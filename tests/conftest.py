@@ -11,12 +11,12 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
-from browser import browser, context
-from crowd import is_quiet, place
-from faults import FAULTS
-from harness import LOOPS
 from hypothesis import HealthCheck, settings
-from redis_server import redis_folder, store
+from support.browser import browser, context
+from support.crowd import is_quiet, place
+from support.faults import FAULTS
+from support.harness import LOOPS
+from support.redis_server import redis_folder, store
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     covered = {(number, loop) for item in items for number in numbers_of(item) for loop in loops_of(item)}
     if unknown := {number for number, _ in covered} - set(FAULTS):
         raise pytest.UsageError(f"no such fault: {sorted(unknown)}")
-    if {item.path for item in items} != set(Path(__file__).parent.glob("test_*.py")):
+    if {item.path for item in items} != set(Path(__file__).parent.rglob("test_*.py")):
         return  # a part of the suite was asked for
     missing = [
         f"{number} ({name}) on {loop}"

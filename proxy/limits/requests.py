@@ -24,8 +24,8 @@ from slowapi.errors import RateLimitExceeded
 from slowapi.wrappers import Limit
 
 from proxy.errors import TooMany, TooManySessions
-from proxy.limits import Standing, Subject, keep_newest, limit_headers
-from proxy.limits.shared import Claim
+from proxy.limits.status import LimitStatus, Subject, keep_newest, limit_headers
+from proxy.limits.store.redis import Charge
 from proxy.settings import Limits, Rate
 
 Clock = Callable[[], float]
@@ -115,11 +115,11 @@ class RequestLimits(Limiter):
         found: list[Limit] = self._route_limits.get(f"{event.__module__}.{event.__name__}", [])
         return found
 
-    def standings(self, event: Event, subject: Subject) -> list[Standing]:
+    def standings(self, event: Event, subject: Subject) -> list[LimitStatus]:
         """Where the subject stands in every window of the event; nothing is charged."""
         return [self.standing(counted, taken=0) for counted in self.count(event, subject)]
 
-    def charge(self, event: Event, subject: Subject) -> list[Standing]:
+    def charge(self, event: Event, subject: Subject) -> list[LimitStatus]:
         """Books one event in all its windows, or in none. Raises TooMany, TooManySessions, with a true Retry-After."""
         windows = self.count(event, subject)
         full = [counted for counted in windows if counted.used >= counted.limit.limit.amount]
@@ -130,14 +130,14 @@ class RequestLimits(Limiter):
             self.storage.enter(key, limit.limit.get_expiry())
         return [self.standing(counted, taken=1) for counted in windows]
 
-    def claims(self, event: Event, subject: Subject) -> list[Claim]:
+    def claims(self, event: Event, subject: Subject) -> list[Charge]:
         """One event in all its windows, for a store that others share."""
         claims = []
         for limit in self.registered(event):
             whose, scope = key_of(limit, subject)
             item: RateLimitItem = limit.limit
             text = cast(str, limit.error_message)
-            claims.append(Claim("moving", scope, whose, 1, item.amount, item.get_expiry(), text))
+            claims.append(Charge("moving", scope, whose, 1, item.amount, item.get_expiry(), text))
         return claims
 
     def count(self, event: Event, subject: Subject) -> list[Counted]:
@@ -152,17 +152,17 @@ class RequestLimits(Limiter):
     def storage(self) -> MovingWindows:
         return cast(MovingWindows, self.limiter.storage)
 
-    def standing(self, counted: Counted, *, taken: int) -> Standing:
+    def standing(self, counted: Counted, *, taken: int) -> LimitStatus:
         """A moving window frees a place when its oldest entry leaves it."""
         limit, _, oldest, used = counted
         item: RateLimitItem = limit.limit
         remaining = item.amount - used - taken
         window = item.get_expiry()
         text = cast(str, limit.error_message)  # the rate as it was configured, where slowapi keeps words of ours
-        return Standing(limit.scope, item.amount, max(0, remaining), oldest + window - self.clock(), window, text)
+        return LimitStatus(limit.scope, item.amount, max(0, remaining), oldest + window - self.clock(), window, text)
 
 
-def too_many(event: Event, full: list[Standing]) -> TooMany:
+def too_many(event: Event, full: list[LimitStatus]) -> TooMany:
     """The refusal by these windows."""
     refusal = TooManySessions if event is mint else TooMany
     return refusal(retry_after=max(standing.resets_in for standing in full), headers=limit_headers(full))

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from proxy.errors import TokensExhausted
-from proxy.limits import Standing, Subject, keep_newest, limit_headers
-from proxy.limits.shared import Claim
+from proxy.limits.status import LimitStatus, Subject, keep_newest, limit_headers
+from proxy.limits.store.redis import Charge
 from proxy.settings import Limits, Rate
 
 MOST_WINDOWS = 100_000  # about 35 MB; beyond it the oldest are forgotten
@@ -49,7 +49,7 @@ class Reservation:
 
 
 @dataclass(frozen=True, slots=True)
-class Purse:
+class TokenLimit:
     """One configured limit and whose tokens it counts."""
 
     name: str
@@ -63,9 +63,15 @@ class Tokens:
     def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
         self.clock = clock
         self.purses = [
-            *(Purse("tokens_per_session", rate, lambda subject: subject.session) for rate in limits.tokens_per_session),
-            *(Purse("tokens_per_address", rate, lambda subject: subject.address) for rate in limits.tokens_per_address),
-            *(Purse("tokens_total", rate, lambda subject: "all") for rate in limits.tokens_total),
+            *(
+                TokenLimit("tokens_per_session", rate, lambda subject: subject.session)
+                for rate in limits.tokens_per_session
+            ),
+            *(
+                TokenLimit("tokens_per_address", rate, lambda subject: subject.address)
+                for rate in limits.tokens_per_address
+            ),
+            *(TokenLimit("tokens_total", rate, lambda subject: "all") for rate in limits.tokens_total),
         ]
         self.windows: dict[tuple[int, str], Window] = {}
         self.sweep_at = SWEEP_AFTER
@@ -89,15 +95,15 @@ class Tokens:
             raise TokensExhausted(retry_after=wait, headers=limit_headers(short))
         return {key: window for _, key, window in held}
 
-    def claims(self, subject: Subject, amount: int) -> list[Claim]:
+    def claims(self, subject: Subject, amount: int) -> list[Charge]:
         """The same for a store that others share."""
         return [self.claim(purse, key, amount) for purse, key in self.keys(subject)]
 
-    def claim(self, purse: Purse, key: tuple[int, str], amount: int) -> Claim:
+    def claim(self, purse: TokenLimit, key: tuple[int, str], amount: int) -> Charge:
         rate = purse.rate
-        return Claim("fixed", purse.name, key[1], amount, rate.amount, rate.seconds, rate.text)
+        return Charge("fixed", purse.name, key[1], amount, rate.amount, rate.seconds, rate.text)
 
-    def used(self) -> list[tuple[Claim, int]]:
+    def used(self) -> list[tuple[Charge, int]]:
         """What was used in the windows that still run."""
         now = self.clock()
         return [
@@ -109,7 +115,7 @@ class Tokens:
     def forget(self) -> None:
         self.windows.clear()
 
-    def standings(self, subject: Subject) -> list[Standing]:
+    def standings(self, subject: Subject) -> list[LimitStatus]:
         """Where the subject stands; what the whole server has left is not the page's business."""
         return [
             self.standing_of(purse, self.window(purse, key))
@@ -117,12 +123,12 @@ class Tokens:
             if purse.name != "tokens_total"
         ]
 
-    def standing_of(self, purse: Purse, window: Window) -> Standing:
+    def standing_of(self, purse: TokenLimit, window: Window) -> LimitStatus:
         rate = purse.rate
         remaining = max(0, rate.amount - window.used)
-        return Standing(purse.name, rate.amount, remaining, window.ends - self.clock(), rate.seconds, rate.text)
+        return LimitStatus(purse.name, rate.amount, remaining, window.ends - self.clock(), rate.seconds, rate.text)
 
-    def keys(self, subject: Subject) -> list[tuple[Purse, tuple[int, str]]]:
+    def keys(self, subject: Subject) -> list[tuple[TokenLimit, tuple[int, str]]]:
         """The purses that the subject pays from. Who is named cannot get round a limit by a new session, so the
         address, which others may share, does not pay."""
         found = []
@@ -135,7 +141,7 @@ class Tokens:
             found.append((purse, (number, whose)))
         return found
 
-    def window(self, purse: Purse, key: tuple[int, str]) -> Window:
+    def window(self, purse: TokenLimit, key: tuple[int, str]) -> Window:
         """The window that runs for the key, or the one that would begin now."""
         window, now = self.windows.get(key), self.clock()
         return window if window and window.ends > now else Window(now + purse.rate.seconds)

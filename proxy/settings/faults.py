@@ -56,7 +56,7 @@ def refused_by_opentelemetry(error: Exception) -> SettingsError:
 
 
 @dataclass(frozen=True, slots=True)
-class Contradiction:
+class CrossRule:
     """A fault that shows only when several settings are seen together; `needs` must be free of faults of their own."""
 
     setting: str
@@ -90,19 +90,19 @@ def address(listening: Server | Metrics) -> tuple[str, int]:
 
 
 CONTRADICTIONS = (
-    Contradiction(
+    CrossRule(
         "server.public_url",
         ("server.public_url",),
         lambda s: not s.server.is_https and not s.server.is_local,
         "wants https, unless it is a loopback address: a session cookie over plain http can be stolen",
     ),
-    Contradiction(
+    CrossRule(
         "session.secret",
         ("server.public_url", "session.secret"),
         lambda s: s.session.secret is None and not s.server.is_local,
         "is required when public_url is not loopback; `chat-proxy new-secret` makes one for CHAT_PROXY_SESSION_SECRET",
     ),
-    Contradiction(
+    CrossRule(
         "session.passwords",
         ("session.mode", "session.passwords"),
         lambda s: s.session.mode == "password" and s.session.passwords is None,
@@ -110,7 +110,7 @@ CONTRADICTIONS = (
         "CHAT_PROXY_SESSION_PASSWORDS_FILE names",
     ),
     *(
-        Contradiction(
+        CrossRule(
             f"oidc.{name}",
             ("session.mode", f"oidc.{name}"),
             lambda s, name=name: s.session.mode == "oidc" and not getattr(s.oidc, name),  # type: ignore[misc]
@@ -118,74 +118,74 @@ CONTRADICTIONS = (
         )
         for name, place in (("issuer", ""), ("client_id", ""), ("client_secret", ", for CHAT_PROXY_OIDC_CLIENT_SECRET"))
     ),
-    Contradiction(
+    CrossRule(
         "oidc.issuer",
         ("oidc.issuer",),
         lambda s: s.oidc.issuer.startswith("http://") and not is_loopback(urlsplit(s.oidc.issuer).hostname or ""),
         "wants https: whoever is on the way could log in as anybody",
     ),
-    Contradiction(
+    CrossRule(
         "session.mode",
         ("session.mode",),
         lambda s: s.session.mode in LOGIN_PACKAGES and not is_installed(LOGIN_PACKAGES[s.session.mode]),
         "needs packages that are not installed: pip install 'chat-proxy[login]'",
     ),
-    Contradiction(
+    CrossRule(
         "server.workers",
         ("server.workers", "limits.store"),
         lambda s: s.server.workers > 1 and not s.limits.is_shared,
         "wants limits.store on Redis when it is more than one: each worker would allow the whole of every limit, "
         "and a logout would be known to one of them only",
     ),
-    Contradiction(
+    CrossRule(
         "limits.store",
         ("limits.store",),
         lambda s: s.limits.is_shared and not is_installed("redis"),
         "needs packages that are not installed: pip install 'chat-proxy[redis]'",
     ),
-    Contradiction(
+    CrossRule(
         "traces.enabled",
         ("traces.enabled",),
         lambda s: s.traces.enabled and not is_installed(TRACES_PACKAGE),
         "needs packages that are not installed: pip install 'chat-proxy[otel]'",
     ),
-    Contradiction(
+    CrossRule(
         "traces.propagate",
         ("traces.enabled", "traces.propagate"),
         lambda s: s.traces.propagate and not s.traces.enabled,
         "wants traces.enabled: without it there is no span that the upstream could be told of",
     ),
-    Contradiction(
+    CrossRule(
         "upstream.base_url",
         ("upstream.base_url", "upstream.allow_http"),
         lambda s: exposes_key(s.upstream),
         "wants https: plain http would show the key to the network (upstream.allow_http = true permits it)",
     ),
-    Contradiction(
+    CrossRule(
         "upstream.ca_file",
         ("upstream.ca_file",),
         lambda s: bool(s.upstream.ca_file) and not holds_certificates(s.upstream.ca_file),
         "cannot be read, or holds no certificate in PEM format",
     ),
-    Contradiction(
+    CrossRule(
         "policy.models",
         ("policy.models",),
         lambda s: not s.policy.models or not all(s.policy.models),
         "is empty, or one of its names is; name at least one model",
     ),
-    Contradiction(
+    CrossRule(
         "server.static_dir",
         ("server.static_dir",),
         lambda s: bool(s.server.static_dir) and not Path(s.server.static_dir or "").is_dir(),
         "is not a folder",
     ),
-    Contradiction(
+    CrossRule(
         "session.idle",
         ("session.idle", "session.lifetime"),
         lambda s: s.session.idle > s.session.lifetime,
         "is longer than session.lifetime",
     ),
-    Contradiction(
+    CrossRule(
         "metrics.port",
         ("metrics.port", "metrics.host", "server.port", "server.host"),
         lambda s: bool(s.metrics.port) and not s.server.socket and address(s.metrics) == address(s.server),

@@ -20,7 +20,7 @@ from typing import Any
 
 from proxy.settings.faults import Fault, SettingsError, contradictions
 from proxy.settings.tables import SECTIONS, Settings
-from proxy.settings.values import REQUIRED, Kind, Secret, Wrong
+from proxy.settings.values import REQUIRED, InvalidValue, Secret, SettingType
 
 PREFIX = "CHAT_PROXY_"
 DEFAULT_FILE = "chat-proxy.toml"
@@ -92,7 +92,7 @@ class Loader:
         return table(**values)
 
     def value(self, section: str, spec: dataclasses.Field[Any]) -> Any:
-        kind: Kind = spec.metadata["kind"]
+        kind: SettingType = spec.metadata["kind"]
         name, variable = f"{section}.{spec.name}", variable_of(section, spec.name)
         table = self.written.get(section)
         try:
@@ -102,7 +102,7 @@ class Loader:
             if isinstance(table, dict) and spec.name in table:
                 self.sources[name] = self.file
                 return kind.check(table[spec.name])
-        except Wrong as wrong:
+        except InvalidValue as wrong:
             self.faults.append(Fault(name, self.sources[name], str(wrong)))
             return REQUIRED
         if spec.default is REQUIRED and not self.is_blind:
@@ -120,7 +120,7 @@ class Loader:
             self.faults.append(Fault(name, self.sources[name], f"cannot be read: {error.strerror}"))
         except UnicodeDecodeError:
             self.faults.append(Fault(name, self.sources[name], "is not UTF-8 text"))
-        except Wrong as wrong:
+        except InvalidValue as wrong:
             self.faults.append(Fault(name, self.sources[name], str(wrong)))
         else:
             if spec.default is REQUIRED:
@@ -200,7 +200,7 @@ def utf8(raw: str) -> str:
     try:
         raw.encode()
     except UnicodeEncodeError:
-        raise Wrong("is not UTF-8 text") from None
+        raise InvalidValue("is not UTF-8 text") from None
     return raw
 
 

@@ -24,7 +24,7 @@ SHORTEST_SECRET = 16  # characters; `new-secret` makes 43
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
-class Wrong(ValueError):
+class InvalidValue(ValueError):
     """A value that its kind refuses; the text says what would be right."""
 
 
@@ -32,7 +32,7 @@ class Wrong(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class SettingType:
     """How a value is read: `decode` turns an environment variable's text into what TOML would have given,
     `check` validates and converts it, raising Wrong."""
 
@@ -45,31 +45,31 @@ def decoded_as(convert: Callable[[str], object], wanted: str) -> Callable[[str],
         try:
             return convert(text.strip())
         except (ValueError, KeyError):
-            raise Wrong(f"wants {wanted}") from None
+            raise InvalidValue(f"wants {wanted}") from None
 
     return decode
 
 
-def whole(lowest: int, highest: int) -> Kind:
+def whole(lowest: int, highest: int) -> SettingType:
     wanted = f"a whole number from {lowest} to {highest}"
 
     def check(value: object) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= highest:
-            raise Wrong(f"wants {wanted}")
+            raise InvalidValue(f"wants {wanted}")
         return value
 
-    return Kind(decoded_as(int, wanted), check)
+    return SettingType(decoded_as(int, wanted), check)
 
 
-def seconds(lowest: float, highest: float) -> Kind:
+def seconds(lowest: float, highest: float) -> SettingType:
     wanted = f"seconds, from {lowest:g} to {highest:g}"
 
     def check(value: object) -> float:
         if not isinstance(value, int | float) or isinstance(value, bool) or not lowest <= value <= highest:
-            raise Wrong(f"wants {wanted}")
+            raise InvalidValue(f"wants {wanted}")
         return float(value)
 
-    return Kind(decoded_as(float, wanted), check)
+    return SettingType(decoded_as(float, wanted), check)
 
 
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
@@ -77,44 +77,44 @@ BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 def check_boolean(value: object) -> bool:
     if not isinstance(value, bool):
-        raise Wrong("wants true or false")
+        raise InvalidValue("wants true or false")
     return value
 
 
-boolean = Kind(decoded_as(lambda text: BOOLEANS[text.lower()], "true or false"), check_boolean)
+boolean = SettingType(decoded_as(lambda text: BOOLEANS[text.lower()], "true or false"), check_boolean)
 
 
 def check_text(value: object) -> str:
     if not isinstance(value, str):
-        raise Wrong("wants text in quotes")
+        raise InvalidValue("wants text in quotes")
     return value
 
 
-text = Kind(str, check_text)
+text = SettingType(str, check_text)
 
 
-def texts(convert: Callable[[str], Any] = str) -> Kind:
+def texts(convert: Callable[[str], Any] = str) -> SettingType:
     """A list of texts, each converted; in the environment separated by commas, in blanks or not."""
 
     def check(value: object) -> tuple[Any, ...]:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise Wrong('wants a list of texts, like ["one", "two"]')
+            raise InvalidValue('wants a list of texts, like ["one", "two"]')
         return tuple(dict.fromkeys(convert(item) for item in value))
 
-    return Kind(lambda raw: [part.strip() for part in raw.split(",") if part.strip()], check)
+    return SettingType(lambda raw: [part.strip() for part in raw.split(",") if part.strip()], check)
 
 
-def choice(*offered: str) -> Kind:
+def choice(*offered: str) -> SettingType:
     def check(value: object) -> str:
         if not isinstance(value, str) or value not in offered:
-            raise Wrong(f"wants one of {', '.join(offered)}")
+            raise InvalidValue(f"wants one of {', '.join(offered)}")
         return value
 
-    return Kind(str.strip, check)
+    return SettingType(str.strip, check)
 
 
-def converted(convert: Callable[[str], Any]) -> Kind:
-    return Kind(str, lambda value: convert(check_text(value)))
+def converted(convert: Callable[[str], Any]) -> SettingType:
+    return SettingType(str, lambda value: convert(check_text(value)))
 
 
 # ---- what a table says of a setting ------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def converted(convert: Callable[[str], Any]) -> Kind:
 REQUIRED: Any = object()
 
 
-def setting(kind: Kind, default: Any = REQUIRED) -> Any:
+def setting(kind: SettingType, default: Any = REQUIRED) -> Any:
     """A dataclass field that the loader fills; without a default it must be set."""
     return field(default=default, metadata={"kind": kind})
 
@@ -157,11 +157,11 @@ def rates(written: str) -> tuple[Rate, ...]:
         try:
             item = limits.parse(part)
         except ValueError:
-            raise Wrong("wants rates like 20/minute;500/day") from None
+            raise InvalidValue("wants rates like 20/minute;500/day") from None
         if item.amount < 1:
-            raise Wrong("wants rates of at least 1; an empty text means no limit")
+            raise InvalidValue("wants rates of at least 1; an empty text means no limit")
         if item.amount > MOST_OF_A_RATE or item.get_expiry() > LONGEST_WINDOW:
-            raise Wrong(f"wants rates of at most {MOST_OF_A_RATE} in 100 years; an empty text means no limit")
+            raise InvalidValue(f"wants rates of at most {MOST_OF_A_RATE} in 100 years; an empty text means no limit")
         multiple = f"{item.multiples} " if item.multiples > 1 else ""
         found.append(Rate(item.amount, item.get_expiry(), f"{item.amount}/{multiple}{item.GRANULARITY.name}"))
     loosest_first = sorted(found, key=lambda rate: (rate.seconds, -rate.amount))
@@ -183,7 +183,9 @@ def origin(written: str) -> str:
         url = urlsplit(written.strip())
         host, port = host_in_url(url.hostname), url.port
     except ValueError:
-        raise Wrong("wants an origin like https://chat.example.org, a name in other letters as xn--...") from None
+        raise InvalidValue(
+            "wants an origin like https://chat.example.org, a name in other letters as xn--..."
+        ) from None
     if (
         url.scheme not in ("http", "https")
         or port == 0
@@ -192,7 +194,7 @@ def origin(written: str) -> str:
         or url.fragment
         or "@" in url.netloc
     ):
-        raise Wrong("wants an origin like https://chat.example.org: no path, no user")
+        raise InvalidValue("wants an origin like https://chat.example.org: no path, no user")
     return f"{url.scheme}://{host}" + ("" if port in (None, USUAL_PORTS[url.scheme]) else f":{port}")
 
 
@@ -221,7 +223,7 @@ def base_url(written: str) -> str:
     except ValueError:
         valid = False
     if not valid or "@" in url.netloc or not re.fullmatch(r"[!-~]+", written) or re.search(r"[?#\\]", written):
-        raise Wrong("wants a URL like https://api.selamgpt.com/v1: no user, no query")
+        raise InvalidValue("wants a URL like https://api.selamgpt.com/v1: no user, no query")
     return url.scheme + written[len(url.scheme) :].rstrip("/")
 
 
@@ -238,7 +240,7 @@ def listening_host(written: str) -> str:
     written = written.strip()
     if re.fullmatch(r"[A-Za-z0-9._:%-]+", written) and not re.search(r"[^.]{64}|^\.|\.\.", written):
         return written
-    raise Wrong("wants an address of this machine, like 127.0.0.1, or 0.0.0.0 for all of them")
+    raise InvalidValue("wants an address of this machine, like 127.0.0.1, or 0.0.0.0 for all of them")
 
 
 def peer(written: str) -> Network | str:
@@ -247,18 +249,18 @@ def peer(written: str) -> Network | str:
     try:
         return ipaddress.ip_network(written, strict=False)
     except ValueError:
-        raise Wrong("wants addresses or networks like 10.0.0.0/8, or unix for socket peers") from None
+        raise InvalidValue("wants addresses or networks like 10.0.0.0/8, or unix for socket peers") from None
 
 
 def header_name(written: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", written):
-        raise Wrong("wants a header's name, like Authorization")
+        raise InvalidValue("wants a header's name, like Authorization")
     return written
 
 
 def header_word(written: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9._~+/-]*", written):
-        raise Wrong("wants one word, like Bearer, or an empty text")
+        raise InvalidValue("wants one word, like Bearer, or an empty text")
     return written
 
 
@@ -278,7 +280,9 @@ def store(written: str) -> str:
     except ValueError:
         valid = False
     if not valid:
-        raise Wrong("wants memory://, redis://host:6379/0, rediss://, unix:///path or redis+sentinel://host:26379/name")
+        raise InvalidValue(
+            "wants memory://, redis://host:6379/0, rediss://, unix:///path or redis+sentinel://host:26379/name"
+        )
     return written.replace("unix://", "redis+unix://", 1) if written.startswith("unix://") else written
 
 
@@ -311,7 +315,7 @@ class Secret:
             return self
         try:
             value = self.check(self.path.read_text(encoding="utf-8").strip())
-        except (OSError, UnicodeDecodeError, Wrong):
+        except (OSError, UnicodeDecodeError, InvalidValue):
             return self
         return Secret(value, self.path, self.check)
 
@@ -328,14 +332,16 @@ class Secret:
 def key_text(written: str) -> str:
     """A key as it can stand in a header: one line of visible ASCII. Quotes around it are not its own, but a file's."""
     if not re.fullmatch(r"[!-~]+", written) or re.fullmatch(r"""(["']).*\1""", written):
-        raise Wrong("wants the secret alone, one line of visible ASCII characters: no quotes, no word before it")
+        raise InvalidValue("wants the secret alone, one line of visible ASCII characters: no quotes, no word before it")
     return written
 
 
 def session_keys(written: str) -> str:
     lines = lines_of(written)
     if any(len(line) < SHORTEST_SECRET for line in lines) or not lines:
-        raise Wrong(f"wants at least {SHORTEST_SECRET} characters a line; `chat-proxy new-secret` makes a good one")
+        raise InvalidValue(
+            f"wants at least {SHORTEST_SECRET} characters a line; `chat-proxy new-secret` makes a good one"
+        )
     return "\n".join(lines)
 
 
@@ -347,7 +353,7 @@ def password_lines(written: str) -> str:
     lines = lines_of(written)
     users = [line.partition(":")[0] for line in lines if not line.startswith("$")]
     if not all(PASSWORD_LINE.fullmatch(line) for line in lines):
-        raise Wrong("wants lines like user:hash, or one hash for all; `chat-proxy hash-password` makes them")
+        raise InvalidValue("wants lines like user:hash, or one hash for all; `chat-proxy hash-password` makes them")
     if not lines or len(set(users)) != len(users) or (len(lines) > 1 and len(users) != len(lines)):
-        raise Wrong("wants one line a user, each user once; or one hash without a user, alone")
+        raise InvalidValue("wants one line a user, each user once; or one hash without a user, alone")
     return "\n".join(lines)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from harness import environment, free_port
+from support.harness import environment, free_port
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent

@@ -15,8 +15,8 @@ import statistics
 import time
 from contextlib import suppress
 
+from proxy.accounts.login.password import Passwords, hashed
 from proxy.errors import InvalidCredentials
-from proxy.login.password import Passwords, hashed
 
 SHUFFLES = 5000
 

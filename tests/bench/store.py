@@ -22,8 +22,9 @@ from typing import Any
 import redis
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from support.redis_server import Redis
+
 from bench.compare import STREAMS, Target, cell, chat_proxy, cpus, faults_of, measure
-from redis_server import Redis
 
 QUESTIONS = 3  # of one request: may it, may it hold tokens and a stream, and what it has used
 

@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
-from harness import DONE, Peer, delta, finish
+from support.harness import DONE, Peer, delta, finish
 
 PATIENCE = 15.0  # seconds for whatever takes no more than the longest deadline
 SMALL = 16384  # bytes of a client's receive buffer, where the server is to block

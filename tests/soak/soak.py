@@ -29,8 +29,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.compare import ROOT
-from commands import COMMAND
-from harness import ScriptedUpstream, environment, free_port, random_key
+from support.commands import COMMAND
+from support.harness import ScriptedUpstream, environment, free_port, random_key
 
 from soak.crowd import FAULTS, GOOD, PATIENCE, Load, Model, read_answer
 

@@ -1,0 +1,442 @@
+"""The client side: one chat request to the upstream, with our key, our deadlines, our retries.
+
+Rules:
+1. The request's headers are built from nothing. The transport is called directly: no cookie jar, no redirects, no
+   environment proxies, nothing of one visitor that could travel with another's request.
+2. Retried is only what cannot have cost anything: a connection that never stood, and the statuses that say "not now".
+   All of it begins inside `first_byte_timeout`.
+3. Nothing the upstream says is repeated to the browser, except a `code` and `param` of harmless shape.
+4. httpx's errors are translated here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import re
+import socket
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from typing import NoReturn, TypeVar, cast
+
+import httpx
+import msgspec
+
+from proxy import settings
+from proxy.errors import (
+    BadGateway,
+    Busy,
+    GatewayTimeout,
+    Refusal,
+    UpstreamAuth,
+    UpstreamProtocol,
+    UpstreamRateLimited,
+    UpstreamRejected,
+    UpstreamUnreachable,
+)
+from proxy.transport.connection import ResponseStream
+from proxy.web.headers import join_repeated
+
+REJECTED = frozenset({400, 404, 413, 422})
+RETRIED = frozenset({502, 503, 529})  # and 429
+
+T = TypeVar("T")
+
+FIRST_PAUSE = 0.5  # seconds before the first retry; doubled each time (the guide's 2 ** attempt, begun earlier)
+LONGEST_PAUSE = 8.0  # seconds; a browser waits meanwhile
+LONGEST_WAIT = 86400.0  # seconds: whoever asks for more than a day has not meant it
+LONGEST_ERROR = 64 * 1024  # bytes of an error's body that are read for its code
+LONGEST_ANSWER = 8 << 20  # bytes of an answer that is not streamed
+ERROR_BODY_TIMEOUT = 5.0  # seconds for an error's body, of which only the code is wanted; and for a list of models
+WRITE_TIMEOUT = 30.0  # seconds for the upstream to take more of the request's body
+KEY_CHECK = 1.0  # seconds between two looks at the key's file
+DECIMAL = re.compile(r"-?\d{1,15}(?:\.\d{0,15})?", re.ASCII)
+HARMLESS = re.compile(r"[a-z0-9_.\[\]]{1,64}")
+PLAIN_NAME = re.compile(r"[a-z0-9.+/-]{1,40}")  # of a media type or a content coding
+KEY_PREFIX = re.compile(r"(?:[a-z]{1,12}[-_]){0,3}")  # sk-proj-; of a random part it would seldom take anything
+PIECE = 8  # characters of a key that identify it
+PLACEHOLDERS = frozenset(  # what servers that want no key are given, where it is not shorter than a piece
+    {"dummy-key", "lm-studio", "no-key-required", "not-needed", "not_needed", "placeholder", "sk-no-key-required"}
+)
+
+Random = Callable[[], float]
+
+
+class UpstreamError(msgspec.Struct):
+    code: object = None
+    param: object = None
+
+
+class ErrorBody(msgspec.Struct):
+    error: UpstreamError
+
+
+class Model(msgspec.Struct):
+    id: str
+
+
+class ModelList(msgspec.Struct):
+    data: list[Model]
+
+
+decode_error = msgspec.json.Decoder(ErrorBody).decode
+decode_models = msgspec.json.Decoder(ModelList).decode
+decode_any = msgspec.json.Decoder(msgspec.Raw).decode
+
+
+class ApiKey:
+    """The key and its file: a new key in the file is used from the next request on.
+
+    `pieces` finds any PIECE characters of the key's random part in lower or upper case; of the one before it, too,
+    since requests that went out with that may still be answered.
+    """
+
+    def __init__(self, secret: settings.Secret, clock: Callable[[], float]) -> None:
+        self._secret = secret
+        self._clock = clock
+        self._look_again = clock() + KEY_CHECK
+        self.pieces = pieces_of(secret.value)
+
+    def value(self) -> str:
+        if self._secret.path is not None and self._clock() >= self._look_again:
+            self.reload()
+        return self._secret.value
+
+    def reload(self) -> None:
+        self._look_again = self._clock() + KEY_CHECK
+        again = self._secret.again()
+        if again != self._secret:
+            self.pieces = pieces_of(again.value, self._secret.value)
+            self._secret = again
+
+
+def secret_in(key: str) -> bytes:
+    """What no answer may hold; nothing where the key is too short for a secret, or known to be none."""
+    return b"" if len(key) < PIECE or key.lower() in PLACEHOLDERS else key.encode()
+
+
+def pieces_of(*keys: str) -> re.Pattern[bytes]:
+    """A pattern that finds any PIECE characters of a key's random part: what follows words like `sk-proj-`.
+
+    Where that part is shorter, it finds the whole key.
+    """
+    pieces = set()
+    for key in filter(secret_in, keys):
+        secret_part = KEY_PREFIX.sub("", key, count=1)
+        if len(secret_part) < PIECE:
+            pieces.add(key)
+        pieces |= {secret_part[i : i + PIECE] for i in range(len(secret_part) - PIECE + 1)}
+    return re.compile(("|".join(re.escape(piece) for piece in sorted(pieces)) or "(?!)").encode(), re.IGNORECASE)
+
+
+@dataclass(slots=True)
+class UpstreamCall:
+    """What calling the upstream took. `sent`: it holds a whole request of ours, so it may be doing paid work.
+
+    `key` is the one the request went out with: the configured one may be another by the time of the answer.
+    """
+
+    retries: int = 0
+    sent: bool = False
+    key: str = ""
+
+    def mark_sent(self) -> None:
+        self.sent = True
+
+
+class Upstream:
+    """One upstream, as configured."""
+
+    def __init__(
+        self,
+        configured: settings.Upstream,
+        transport: httpx.AsyncBaseTransport,
+        *,
+        user_agent: str,
+        random: Random,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.configured = configured
+        self.transport = transport
+        self.key = ApiKey(configured.api_key, clock)
+        self.url = httpx.URL(configured.base_url + "/chat/completions")
+        self.models_url = httpx.URL(configured.base_url + "/models")
+        self.user_agent = user_agent.encode()
+        # None for reading: all of it here stands under an asyncio.timeout, and each read would set one more timer
+        self.timeouts = {"connect": configured.connect_timeout, "read": None, "write": WRITE_TIMEOUT, "pool": None}
+        self.random = random
+        self.wall = wall
+
+    # ---- the two calls --------------------------------------------------------------------------------------------
+
+    async def stream(
+        self, body: bytes, request_id: str, attempts: UpstreamCall, traceparent: bytes | None = None
+    ) -> ResponseStream:
+        """The upstream's stream, its headers checked. Raises a Refusal."""
+        patience = self.configured.first_byte_timeout
+        response = await self.open(body, request_id, attempts, b"text/event-stream", patience, traceparent)
+        return cast(ResponseStream, response.stream)
+
+    async def complete(
+        self, body: bytes, request_id: str, attempts: UpstreamCall, traceparent: bytes | None = None
+    ) -> bytes:
+        """A whole answer, at most LONGEST_ANSWER bytes of JSON, within total_timeout. Raises a Refusal.
+
+        One that ends with its connection, and too early, shows that only in its JSON.
+        """
+        patience = self.configured.total_timeout
+        try:
+            async with asyncio.timeout(patience):
+                response = await self.open(body, request_id, attempts, b"application/json", patience, traceparent)
+                try:
+                    answer = await read_at_most(response, LONGEST_ANSWER)
+                finally:
+                    await response.aclose()
+        except TimeoutError:
+            raise GatewayTimeout(should_retry=False, reason="total_timeout", billed=True) from None
+        except httpx.TransportError as error:
+            raise UpstreamProtocol(reason=f"body: {type(error).__name__}", billed=True) from error
+        if answer is None:
+            raise UpstreamProtocol(reason=f"answer is over {LONGEST_ANSWER} bytes", billed=True)
+        if self.key.pieces.search(answer):
+            raise UpstreamProtocol(reason="the upstream sent our key in an answer", billed=True, leaked=True)
+        if not is_json(answer):
+            raise UpstreamProtocol(reason="answer is not whole JSON", billed=True)
+        return answer
+
+    async def probe(self) -> frozenset[str]:
+        """The names of the models it lists, which costs nothing; none where they cannot be read. Raises a Refusal."""
+        headers = self.headers(self.key.value(), "check", b"application/json")
+        request = httpx.Request("GET", self.models_url, headers=headers)
+        request.extensions = {"timeout": self.timeouts}
+        try:
+            async with asyncio.timeout(self.configured.first_byte_timeout):
+                response = await self.transport.handle_async_request(request)
+        except TimeoutError:
+            raise GatewayTimeout(reason="first_byte_timeout") from None
+        except httpx.TransportError as error:
+            refuse_transport(error)
+        try:
+            if response.status_code != 200:
+                await self.refuse_status(response)
+            return await models_in(response)
+        finally:
+            await response.aclose()
+
+    # ---- attempts -------------------------------------------------------------------------------------------------
+
+    async def open(
+        self,
+        body: bytes,
+        request_id: str,
+        attempts: UpstreamCall,
+        wanted: bytes,
+        patience: float,
+        traceparent: bytes | None = None,
+    ) -> httpx.Response:
+        """A response of status 200 and the wanted content type within `patience` seconds, all retries included.
+
+        None of those begins later than first_byte_timeout (rule 2). Raises a Refusal.
+        """
+        attempts.key = self.key.value()
+        headers = [
+            (b"host", self.url.netloc),  # given here with the length, since httpx takes longer to find them out
+            *self.headers(attempts.key, request_id, wanted),
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)),
+            *([(b"traceparent", traceparent)] if traceparent else []),
+        ]
+        request = httpx.Request("POST", self.url, headers=headers, stream=httpx.ByteStream(body))
+        request.extensions = {"timeout": self.timeouts, "sent": attempts.mark_sent}
+        clock = asyncio.get_running_loop().time
+        retry_until = clock() + min(patience, self.configured.first_byte_timeout)
+        try:
+            async with asyncio.timeout(patience):
+                while True:
+                    try:
+                        return await self.attempt(request, wanted)
+                    except Refusal as refusal:
+                        pause = self.pause_after(refusal, attempts)
+                        if pause is None or clock() + pause >= retry_until:
+                            raise
+                    attempts.sent = False
+                    attempts.retries += 1
+                    await asyncio.sleep(pause)
+        except TimeoutError:
+            raise GatewayTimeout(should_retry=False, reason="no answer in time", billed=attempts.sent) from None
+        except Refusal as refusal:
+            if attempts.retries:
+                refusal.should_retry = False
+            raise
+
+    async def attempt(self, request: httpx.Request, wanted: bytes) -> httpx.Response:
+        """A good response. Raises a Refusal, which says whether it may be retried."""
+        try:
+            response = await self.transport.handle_async_request(request)
+        except httpx.ConnectError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.EMFILE, errno.ENFILE):
+                raise Busy(reason=describe(error)) from error
+            if not isinstance(error.__cause__, ssl.SSLError):
+                raise UpstreamUnreachable(reason=describe(error), retriable=True) from error
+            refuse_transport(error)
+        except httpx.TransportError as error:
+            refuse_transport(error)
+        if response.status_code == 200:
+            try:
+                self.check_headers(response, wanted)
+            except Exception:  # a bug, too, must not leave the model talking
+                await response.aclose()
+                raise
+            return response
+        try:
+            await self.refuse_status(response)
+        finally:
+            await response.aclose()
+
+    def pause_after(self, refusal: Refusal, attempts: UpstreamCall) -> float | None:
+        """Seconds to wait before the next attempt; None when there is to be none."""
+        if not refusal.retriable or attempts.retries >= self.configured.retries:
+            return None
+        if refusal.retry_after is not None:
+            return refusal.retry_after
+        return min(LONGEST_PAUSE, FIRST_PAUSE * 2.0**attempts.retries) * (0.5 + self.random() / 2)
+
+    # ---- requests -------------------------------------------------------------------------------------------------
+
+    def headers(self, key: str, request_id: str, wanted: bytes) -> list[tuple[bytes, bytes]]:
+        scheme = f"{self.configured.auth_scheme} " if self.configured.auth_scheme else ""
+        return [
+            (self.configured.auth_header.lower().encode(), f"{scheme}{key}".encode()),
+            (b"accept", wanted),
+            (b"accept-encoding", b"identity"),
+            (b"user-agent", self.user_agent),
+            (b"x-request-id", request_id.encode()),
+        ]
+
+    # ---- responses ------------------------------------------------------------------------------------------------
+
+    def check_headers(self, response: httpx.Response, wanted: bytes) -> None:
+        """Raises UpstreamProtocol unless the answer is what was asked for."""
+        found = join_repeated((name.lower(), value) for name, value in response.headers.raw)
+        kind = found.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        encoding = found.get(b"content-encoding", b"identity").strip().lower()
+        if kind == wanted and encoding == b"identity":
+            return
+        named = [self.shown(name.decode("latin-1"), PLAIN_NAME) or "unreadable" for name in (kind, encoding)]
+        raise UpstreamProtocol(reason=f"content-type {named[0]}, content-encoding {named[1]}", billed=True)
+
+    async def refuse_status(self, response: httpx.Response) -> NoReturn:
+        """Turns a status that is not 200 into our refusal."""
+        status = response.status_code
+        reason = f"upstream status {status}"
+        wait = retry_after(response.headers, self.wall())
+        if status in REJECTED:
+            error = await error_of(response)
+            code, param = self.shown(error.code, HARMLESS), self.shown(error.param, HARMLESS)
+            raise UpstreamRejected(upstream_code=code, param=param, reason=reason)
+        if status in (401, 403):
+            raise UpstreamAuth(reason=reason)
+        if status == 429:
+            raise UpstreamRateLimited(retry_after=wait, reason=reason, retriable=True)
+        if status < 400:
+            raise UpstreamProtocol(reason=reason, billed=status < 300)
+        raise BadGateway(retry_after=wait, reason=reason, billed=status == 504, retriable=status in RETRIED)
+
+    def shown(self, value: object, shape: re.Pattern[str]) -> str | None:
+        """What the upstream sent, where it has a harmless shape and holds nothing of our key."""
+        if isinstance(value, str) and shape.fullmatch(value) and not self.key.pieces.search(value.encode()):
+            return value
+        return None
+
+
+def refuse_transport(error: httpx.TransportError) -> NoReturn:
+    reason = describe(error)
+    if isinstance(error, httpx.ConnectTimeout):
+        raise GatewayTimeout(should_retry=False, reason=reason) from error
+    if isinstance(error, httpx.ConnectError):
+        raise UpstreamUnreachable(reason=reason) from error
+    if isinstance(error, httpx.TimeoutException):
+        raise GatewayTimeout(should_retry=False, reason=reason, billed=True) from error
+    if isinstance(error, httpx.NetworkError):
+        raise UpstreamUnreachable(reason=reason, billed=True) from error
+    raise UpstreamProtocol(reason=reason, billed=True) from error
+
+
+def describe(error: httpx.TransportError) -> str:
+    """What happened, for the log: kinds of error only, since their texts may quote what was sent."""
+    cause = error.__cause__
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return f"{type(error).__name__}: {cause.verify_message}"
+    if isinstance(cause, socket.gaierror | OSError):
+        return f"{type(error).__name__}: {cause.strerror or type(cause).__name__}"
+    return type(error).__name__
+
+
+async def read_at_most(response: httpx.Response, most: int) -> bytes | None:
+    """The whole body, or None when it is longer than `most` bytes."""
+    parts, size = [], 0
+    async for part in cast(AsyncIterator[bytes], response.stream):
+        size += len(part)
+        if size > most:
+            return None
+        parts.append(part)
+    return b"".join(parts)
+
+
+def is_json(answer: bytes) -> bool:
+    try:
+        decode_any(answer)
+    except (msgspec.MsgspecError, RecursionError):
+        return False
+    return True
+
+
+async def decoded(response: httpx.Response, most: int, decode: Callable[[bytes], T]) -> T | None:
+    """The body, where that can be read, soon and in at most `most` bytes."""
+    try:
+        async with asyncio.timeout(ERROR_BODY_TIMEOUT):
+            body = await read_at_most(response, most)
+        return decode(body or b"")
+    except (TimeoutError, httpx.TransportError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+async def error_of(response: httpx.Response) -> UpstreamError:
+    told = await decoded(response, LONGEST_ERROR, decode_error)
+    return told.error if told else UpstreamError()
+
+
+async def models_in(response: httpx.Response) -> frozenset[str]:
+    listed = await decoded(response, LONGEST_ANSWER, decode_models)
+    return frozenset(model.id for model in listed.data) if listed else frozenset()
+
+
+def retry_after(headers: httpx.Headers, now: float) -> float | None:
+    """Seconds to wait as the upstream asked: retry-after-ms (OpenAI's), else Retry-After, seconds or date (RFC 9110).
+
+    Never negative, and at most LONGEST_WAIT; None when it asked nothing that can be read.
+    """
+    milliseconds, written = number(headers.get("retry-after-ms", "")), headers.get("retry-after", "")
+    wait = number(written) if milliseconds is None else milliseconds / 1000
+    if wait is None:
+        wait = seconds_until(written, now)
+    return None if wait is None else min(max(0.0, wait), LONGEST_WAIT)
+
+
+def number(written: str) -> float | None:
+    """A decimal number; not what else float() takes, such as nan."""
+    return float(written) if DECIMAL.fullmatch(written.strip()) else None
+
+
+def seconds_until(date: str, now: float) -> float | None:
+    """The seconds from `now` to an HTTP date, in any of its forms; all of them mean UTC (RFC 9110 section 5.6.7)."""
+    try:
+        moment = parsedate_to_datetime(date)
+        return moment.replace(tzinfo=moment.tzinfo or UTC).timestamp() - now
+    except (ValueError, OverflowError):
+        return None

@@ -1,0 +1,185 @@
+"""The server: the listener, uvicorn with a guarded protocol, signals, drain.
+
+Rules:
+1. We make the listening socket ourselves; accepted ones inherit its options, whatever uvicorn does: TCP_NODELAY, and
+   TCP_USER_TIMEOUT, with which the kernel closes what a client leaves untaken, be it without power or just not reading;
+   SO_KEEPALIVE, so that it finds out about the power also while there is nothing to take. (tcp(7). On a Unix socket
+   nginx is the client, and has a send_timeout of its own.)
+2. First SIGTERM or Ctrl-C: no new work, live answers go on for `drain_seconds`, then end with an event. Second: now.
+3. Descriptors are kept in reserve: who is refused while they run short is told so, and those served notice nothing.
+4. One that retires, since another process has taken over its listener, refuses and cuts nobody: it answers on the
+   connections it has, each once more at most, and drains when the last has gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import resource
+import signal
+import socket
+import ssl
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import certifi
+from starlette.types import Receive, Scope, Send
+
+from proxy.app import ChatProxy
+from proxy.server.protocol import Guard, GuardedProtocol
+from proxy.server.runner import bridged, uvicorn_for
+from proxy.settings import Settings
+from proxy.telemetry.logs import Logs
+from proxy.transport.connection import Transport
+
+LAST_WORDS = 2.0  # seconds for the final events of a drain to reach their browsers
+LAST_REQUESTS = 5.0  # seconds for requests on idle connections of one that retires: a busy pool has used them by then
+DESCRIPTORS_USED = 0.8  # of those allowed: beyond it newcomers are refused, so that those served can go on
+OWN_DESCRIPTORS = 32  # that no visitor causes: listeners, the log, the event loop's, the libraries' files
+GC_THRESHOLDS = (50_000, 20, 50)  # streams make little garbage in cycles; the default looks for it far too often
+
+
+class MetricsPage:
+    """`/metrics`, on a listener of its own that the outside does not see."""
+
+    def __init__(self, exposition: Callable[[], Awaitable[bytes]]) -> None:
+        self.exposition = exposition
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        found = scope["path"] == "/metrics"
+        body = await self.exposition() if found else b"see /metrics\n"
+        headers = [
+            (b"content-type", b"text/plain; version=0.0.4; charset=utf-8"),
+            (b"content-length", b"%d" % len(body)),
+        ]
+        await send({"type": "http.response.start", "status": 200 if found else 404, "headers": headers})
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+class Service:
+    """One running chat-proxy: its servers and the way it ends."""
+
+    def __init__(
+        self, settings: Settings, listener: socket.socket, logs: Logs, metrics_listener: socket.socket | None = None
+    ) -> None:
+        self.listener = listener
+        self.metrics_listener = metrics_listener
+        self.logs = logs
+        self.drain_seconds = settings.server.drain_seconds
+        self.transport = Transport(ssl_context=ssl_context(settings))
+        self.app = ChatProxy(settings, transport=self.transport, logs=logs)
+        self.most_sockets = resource.getrlimit(resource.RLIMIT_NOFILE)[0] * DESCRIPTORS_USED - OWN_DESCRIPTORS
+        self.guard = Guard(
+            self.app,
+            most_sockets=settings.server.connections_per_address,
+            subscriber=self.app.edge.subscriber_at,
+            is_proxy=self.app.edge.is_proxy_at,
+            note=self.app.note_no_request,
+            is_crowded=self.is_crowded,
+        )
+        keep_alive = settings.server.keep_alive_seconds
+        self.server = uvicorn_for(self.guard, keep_alive, http=GuardedProtocol, lifespan="on")
+        self.metrics = uvicorn_for(MetricsPage(self.exposition), keep_alive, lifespan="off")
+        self.retiring = asyncio.Event()
+        self.ending = asyncio.Event()
+        self.at_once = asyncio.Event()
+
+    async def run(self, on_signal: Callable[[], None] | None = None) -> None:
+        """Serves until a signal, then drains. Returns when the last answer has ended."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, on_signal or self.end)
+        loop.add_signal_handler(signal.SIGHUP, self.app.reload_secrets)
+        try:
+            with bridged(self.logs):
+                await self.serve()
+        finally:
+            self.logs.close()
+
+    async def serve(self) -> None:
+        servers = [(self.server, self.listener)]
+        if self.metrics_listener is not None:
+            servers.append((self.metrics, self.metrics_listener))
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
+        asyncio.get_running_loop().set_exception_handler(self.note_uncaught)
+        self.guard.start()
+        async with asyncio.TaskGroup() as tasks:
+            for server, listener in servers:
+                tasks.create_task(server.serve(sockets=[listener]))
+            await first_of(None, self.retiring, self.ending)
+            if not self.ending.is_set():
+                await self.retire()
+            await self.drain()
+            for server, _ in servers:
+                server.end()
+        self.guard.stop()
+
+    def note_uncaught(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """What was raised where nobody waits. The loop itself would tell stderr, with all that its text quotes."""
+        if (error := context.get("exception")) is not None:
+            self.logs.bug(error)
+        else:
+            self.logs.line("library", "error", logger="asyncio", message=context["message"][:200])
+
+    async def exposition(self) -> bytes:
+        return self.app.metrics.exposition()
+
+    def is_crowded(self) -> bool:
+        """Visitors and their upstream calls hold so many sockets that descriptors may run out."""
+        return len(self.guard.open) + self.transport.open_sockets > self.most_sockets
+
+    def end(self) -> None:
+        """What a signal does: the first begins the drain, the second ends it."""
+        if self.ending.is_set():
+            self.at_once.set()
+        self.ending.set()
+
+    async def retire(self) -> None:
+        """Leaves newcomers to others, and goes on until nobody is connected any more, or it is told to end."""
+        for listening in self.server.servers:
+            listening.close()
+        self.guard.retire(LAST_REQUESTS)
+        self.logs.line("retiring", connections=len(self.guard.open))
+        await first_of(LAST_REQUESTS, self.guard.left_by_all, self.ending)
+        self.guard.close_idle()
+        await first_of(None, self.guard.left_by_all, self.ending)
+
+    async def drain(self) -> None:
+        """Lets live answers run on, then ends them with an event, and waits for the events to get through."""
+        self.app.draining = True
+        self.logs.line("draining", live=len(self.app.live))
+        await first_of(self.drain_seconds, self.app.quiet, self.at_once)
+        self.app.cut()
+        await first_of(LAST_WORDS, self.app.quiet)
+        for connection in tuple(self.guard.open):
+            if connection.is_answering:  # somebody who does not take our last words
+                connection.transport.abort()
+
+
+async def first_of(seconds: float | None, *events: asyncio.Event) -> None:
+    """Returns when one of the events is set, or the time is over."""
+    waiting = [asyncio.ensure_future(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def allow_all_descriptors() -> None:
+    """Raises the soft limit to the hard one: the usual 1024 are for programs that use select(), which we do not."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # some systems call it unlimited and then do not allow that
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def ssl_context(settings: Settings) -> ssl.SSLContext | None:
+    """None for the transport's own roots, or those with the operator's beside them."""
+    if not settings.upstream.ca_file:
+        return None
+    context = ssl.create_default_context(cafile=certifi.where())
+    context.load_verify_locations(settings.upstream.ca_file)
+    return context

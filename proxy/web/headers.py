@@ -1,0 +1,68 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from starlette.types import Send
+
+from proxy.errors import (
+    HeaderList,
+    Refusal,
+)
+
+if TYPE_CHECKING:
+    pass
+
+Headers = dict[bytes, bytes]
+
+
+def join_repeated(fields: Iterable[tuple[bytes, bytes]]) -> Headers:
+    """Header fields by lower-case name; the values of a repeated name are joined (RFC 9110 section 5.3)."""
+    headers: Headers = {}
+    for name, value in fields:
+        if name in headers:
+            value = headers[name] + (b"; " if name == b"cookie" else b", ") + value
+        headers[name] = value
+    return headers
+
+
+# ---- cookies -------------------------------------------------------------------------------------------------------
+
+
+def cookies_named(headers: Headers, name: bytes) -> list[bytes]:
+    """Every value that the Cookie header gives to `name`, as it stands there (RFC 6265 section 5.4)."""
+    values = []
+    for pair in headers.get(b"cookie", b"").split(b";"):
+        key, _, value = pair.strip().partition(b"=")
+        if key == name:
+            values.append(value)
+    return values
+
+
+API_HEADERS: HeaderList = [
+    (b"cache-control", b"no-store, no-transform"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"content-security-policy", b"default-src 'none'"),
+]
+JSON = (b"content-type", b"application/json")
+STREAM_HEADERS: HeaderList = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
+
+
+def bare_headers(refusal: Refusal, body: bytes) -> HeaderList:
+    """Of an answer to a request of which nothing is known."""
+    return [JSON, (b"content-length", b"%d" % len(body)), *refusal.headers(), *API_HEADERS]
+
+
+async def bare_refusal(send: Send, refusal: Refusal) -> None:
+    """An answer to a request of which nothing is known. Raises when another answer has begun; uvicorn then hangs up."""
+    body = refusal.body()
+    await send({"type": "http.response.start", "status": refusal.status, "headers": bare_headers(refusal, body)})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def set_cookie(name: str, value: str, max_age: int, *, secure: bool, same_site: str = "Strict") -> bytes:
+    """A Set-Cookie value (RFC 6265bis). HttpOnly: no script reads it; Strict: no foreign page sends it."""
+    flags = "; Secure" if secure else ""
+    return f"{name}={value}; Path=/; Max-Age={max_age}; HttpOnly; SameSite={same_site}{flags}".encode()

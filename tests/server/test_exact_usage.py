@@ -1,0 +1,140 @@
+"""limits.exact_usage: the upstream is asked what a stream has cost, and the page sees the stream it would have seen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.harness import DONE, LOOPS, Peer, Running, ScriptedUpstream, chat, delta, finish, random_key, running
+
+from proxy.chat import policy
+from proxy.chat.sse import Events
+from proxy.settings import from_variables
+from proxy.telemetry.usage import Usage
+
+KEY = random_key()
+COST = {"prompt_tokens": 7, "completion_tokens": 11, "total_tokens": 18}
+EXTRA = b'data: {"id":"c1","choices":[],"usage":%b}\n\n' % json.dumps(COST).encode()
+LAST = finish().replace(b'"finish_reason":"stop"}]', b'"finish_reason":"stop"}],"usage":%b' % json.dumps(COST).encode())
+NULL = delta("one").replace(b'"created":1', b'"created":1,"usage":null')
+PLAIN = (delta("one"), delta("two"), finish())
+
+
+async def upstream(peer: Peer) -> None:
+    """Answers as the last message says; like OpenAI's, it tells its usage in an extra chunk only to who asks."""
+    while True:
+        asked = (await peer.request()).json
+        wants = (asked.get("stream_options") or {}).get("include_usage")
+        match asked["messages"][-1]["content"]:
+            case "extra":
+                await peer.sse(*PLAIN, *([EXTRA] if wants else []), DONE)
+            case "null in each":
+                await peer.sse(NULL, NULL, finish(), *([EXTRA] if wants else []), DONE)
+            case "one read":
+                await peer.sse(b"".join([*PLAIN, *([EXTRA] if wants else []), DONE]))
+            case "last":
+                await peer.sse(*PLAIN[:-1], LAST, DONE)
+            case "never":
+                await peer.sse(*PLAIN, DONE)
+
+
+@pytest.fixture(scope="module", params=LOOPS)
+def exact(request: pytest.FixtureRequest) -> Iterator[tuple[Running, ScriptedUpstream]]:
+    with (
+        ScriptedUpstream(upstream) as model,
+        running(model.base_url, loop=request.param, LIMITS_EXACT_USAGE="true") as proxy,
+    ):
+        yield proxy, model
+
+
+def asked(proxy: Running, what: str, **fields: Any) -> tuple[bytes, int]:
+    """The answer's bytes, and what was booked for it."""
+    before, lines = proxy.tokens_used().get("tokens_per_session", 0), len(proxy.lines())
+    body = chat(proxy, messages=[{"role": "user", "content": what}], **fields).body
+    proxy.line(lines + 1)
+    return body, proxy.tokens_used()["tokens_per_session"] - before
+
+
+@pytest.mark.parametrize("what", ["extra", "null in each", "one read", "last", "never"])
+def test_the_page_sees_what_it_would_have_seen(what: str, exact: tuple[Running, ScriptedUpstream]) -> None:
+    proxy, model = exact
+    with running(model.base_url) as without:
+        plain, estimate = asked(without, what)
+    body, booked = asked(proxy, what)
+    assert body == plain
+    assert booked == (estimate if what == "never" else COST["total_tokens"])
+    assert model.seen[-1].json["stream_options"] == {"include_usage": True}
+    assert "stream_options" not in model.seen[-2].json
+
+
+def test_a_page_that_asks_itself_gets_it(exact: tuple[Running, ScriptedUpstream]) -> None:
+    proxy, _ = exact
+    body, booked = asked(proxy, "extra", stream_options={"include_usage": True})
+    assert body == b"".join([*PLAIN, EXTRA, DONE])
+    assert booked == COST["total_tokens"]
+
+
+def test_other_options_of_the_page_stay(exact: tuple[Running, ScriptedUpstream]) -> None:
+    proxy, model = exact
+    for options in ({"include_usage": False}, {"include_obfuscation": False}, None):
+        body, _ = asked(proxy, "extra", stream_options=options)
+        assert body == b"".join([*PLAIN, DONE])
+        assert model.seen[-1].json["stream_options"] == {**(options or {}), "include_usage": True}
+
+
+def test_answers_that_are_whole_are_not_asked_about() -> None:
+    rules = from_variables(
+        {
+            "CHAT_PROXY_UPSTREAM_BASE_URL": "http://127.0.0.1/v1",
+            "CHAT_PROXY_UPSTREAM_API_KEY": KEY,
+            "CHAT_PROXY_POLICY_MODELS": "m",
+        }
+    ).policy
+    body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}).encode()
+    order = policy.apply(body, rules, exact_usage=True)
+    assert (order.body, order.usage_for_us) == (body, False)
+
+
+STREAM = b"".join([*PLAIN, b": comment\n\n", EXTRA, LAST, DONE])
+
+
+@given(st.sets(st.integers(1, len(STREAM) - 1), max_size=8))
+def test_it_is_withheld_wherever_the_reads_cut_it(places: set[int]) -> None:
+    ends = [0, *sorted(places), len(STREAM)]
+    events = Events(KEY.encode(), withhold_usage=True)
+    passed = b"".join(events.feed(STREAM[start:end]) for start, end in pairwise(ends))
+    assert passed == STREAM.replace(EXTRA, b"")
+    assert events.usage == Usage(7, 11)
+    assert events.count == len(PLAIN) + 2
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        b'data: {"choices":null,"usage":{"prompt_tokens":1,"completion_tokens":1}}\n\n',
+        b'data: {"usage":{"prompt_tokens":1,"completion_tokens":1}}\n\n',
+        b'data: {"choices":[],"usage":{"prompt_tokens":0,"completion_tokens":7.5}}\n\n',
+        b'data: {"choices":[],"usage":{"prompt_tokens":"x"}}\n\n',
+    ],
+)
+def test_what_we_asked_for_is_withheld_whether_it_can_be_believed_or_not(chunk: bytes) -> None:
+    assert Events(KEY.encode(), withhold_usage=True).feed(chunk) == b""
+    assert Events(KEY.encode()).feed(chunk) == chunk
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        b'data: {"choices":[],"usage":null}\n\n',
+        b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":1},"error":{"message":"x"}}\n\n',
+        b'data: {"choices":[{"index":0}],"usage":{"prompt_tokens":1,"completion_tokens":1}}\n\n',
+    ],
+)
+def test_nothing_else_is_withheld(chunk: bytes) -> None:
+    assert Events(KEY.encode(), withhold_usage=True).feed(chunk) == chunk
+    assert Events(KEY.encode()).feed(EXTRA) == EXTRA

@@ -1,0 +1,595 @@
+"""The limits hold: a checker over histories of what was granted, in memory and on a real Redis, through its faults.
+
+The checker is history.py, and the processes that make the histories are history_hits.py. CHAT_PROXY_FULL=1 makes a
+million hits, and a hundredth of that over HTTP; by default a tenth of each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.commands import Process, serving, settings_for
+from support.harness import (
+    DONE,
+    FULL,
+    PATIENCE,
+    Peer,
+    Script,
+    ScriptedUpstream,
+    chat,
+    delta,
+    eventually,
+    finish,
+    running,
+    streaming,
+    unmeasured,
+)
+from support.history import STORE, Grant, Violation, apart, fixed, moving, together
+from support.redis_server import Redis
+
+from proxy.chat.policy import apply
+from proxy.errors import TokensExhausted, TooMany, TooManyStreams
+from proxy.limits.limiter import Limiter, Permit
+from proxy.limits.requests import ask
+from proxy.limits.status import Subject
+from proxy.limits.store import redis as shared
+from proxy.settings import from_variables
+from server.test_store import leases, used
+from server.test_workers import HELD, START, WIDE, ends, lines
+
+HITS = 1_000_000 if FULL else 100_000
+ROUND = 7_500  # hits between the first fault and the last
+TESTS = Path(__file__).parents[1]
+PROCESSES = 8
+UNHEARD = "unheard"
+FROZEN_AT_MOST = 20.0  # seconds
+PAUSE = 0.03  # seconds between two hits of a task, of which each process has eight
+GRAIN = 0.0015  # seconds: Redis counts in milliseconds
+
+# ---- the checker ----------------------------------------------------------------------------------------------------
+
+
+def at(time: float, amount: int = 1, late: float = 0.0, key: str = "k", by: str = STORE, until: float = 0.0) -> Grant:
+    return Grant(key, amount, time, time + late, by, until)
+
+
+Check = Callable[[list[Grant], int, float], list[Violation]]
+PLANTED: dict[str, tuple[Check, list[Grant], list[float]]] = {
+    "moving: all at once": (moving, [at(0), at(0), at(0)], [0]),
+    "moving: as many as may be": (moving, [at(0), at(0.5), at(1), at(1.5)], []),
+    "moving: one too early": (moving, [at(0), at(0.5), at(0.99), at(1.6)], [0]),
+    "moving: across two minutes of the clock": (moving, [at(0.1), at(0.9), at(1.05)], [0.1]),
+    "moving: one that is worth three": (moving, [at(0, 3)], [0]),
+    "moving: two keys are two": (moving, [at(0), at(0), at(0, key="other"), at(0, key="other")], []),
+    "moving: in the second of two keys": (moving, [at(0), *[at(5, key="other")] * 3], [5]),
+    "moving: perhaps a window later": (moving, [at(0), at(0.5), at(0.9, late=0.2)], []),
+    "moving: late, but surely within": (moving, [at(0, late=0.5), at(0.1, late=0.6), at(0.2, late=0.7)], [0]),
+    "moving: at the end of much": (moving, [*(at(n * 0.5) for n in range(100)), at(49.6)], [49]),
+    "fixed: as many as may be": (fixed, [at(0), at(0.9), at(1.0), at(1.1)], []),
+    "fixed: one too many": (fixed, [at(0), at(0.9), at(0.99)], [0]),
+    "fixed: one too many in the second": (fixed, [at(0), at(0.9), at(1.0), at(1.1), at(1.9)], [1.0]),
+    "fixed: a window that begins too early": (fixed, [at(0), at(0.9), at(0.95), at(1.0)], [0]),
+    "fixed: after a pause": (fixed, [at(0), at(7.5), at(8.0), at(8.4)], [7.5]),
+    "fixed: tokens": (fixed, [at(0, 1), at(0.2, 1), at(1.1, 1), at(1.2, 2)], [1.1]),
+    "fixed: perhaps of the next": (fixed, [at(0, late=0.1), at(0.2), at(0.95, late=0.1), at(1.2), at(1.3)], []),
+    "fixed: late, but surely within": (fixed, [at(0, late=0.3), at(0.1, late=0.3), at(0.2, late=0.3)], [0]),
+    "fixed: surely within the second": (fixed, [at(0), at(1.0, late=0.1), at(1.3), at(1.8)], [1.0]),
+    "together: one after the other": (
+        lambda grants, limit, _: together(grants, limit),
+        [at(0, until=1), at(0, until=2), at(1, until=3), at(2, until=4)],
+        [],
+    ),
+    "together: three": (
+        lambda grants, limit, _: together(grants, limit),
+        [at(0, until=1), at(0, until=2), at(0.5, late=0.4, until=3)],
+        [0.9],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PLANTED)
+def test_the_checker_finds_what_was_planted(case: str) -> None:
+    """Two a second are allowed; of each history it names the windows with more, and no others."""
+    check, grants, expected = PLANTED[case]
+    random.shuffle(grants)
+    found = check(grants, 2, 1.0)
+    assert sorted({violation.began for violation in found}) == expected
+    assert all(violation.granted > 2 for violation in found)
+
+
+times = st.lists(st.tuples(st.integers(0, 200), st.integers(1, 3), st.integers(0, 15)), min_size=1, max_size=60)
+
+
+@given(times)
+def test_the_checker_is_right_about_moving_windows(walk: list[tuple[int, int, int]]) -> None:
+    """With exact times it says what the definition says; the less exact, the less it says, never anything else."""
+    exact = [at(tick / 64, amount) for tick, amount, _ in walk]
+    too_many = {
+        start.asked
+        for start in exact
+        if sum(grant.amount for grant in exact if start.asked <= grant.asked < start.asked + 1) > 4
+    }
+    assert {violation.began for violation in moving(exact, 4, 1.0)} == too_many
+    blurred = [at((tick - late) / 64, amount, 2 * late / 64) for tick, amount, late in walk]
+    if moving(blurred, 4, 1.0):
+        assert too_many
+
+
+@given(times)
+def test_the_checker_is_right_about_fixed_windows(walk: list[tuple[int, int, int]]) -> None:
+    exact = [at(tick / 64, amount) for tick, amount, _ in sorted(walk)]
+    too_many, ends, total = set(), 0.0, 0
+    began = 0.0
+    for grant in exact:
+        if grant.asked >= ends:
+            began, ends, total = grant.asked, grant.asked + 1, 0
+        total += grant.amount
+        if total > 4:
+            too_many.add(began)
+    assert {violation.began for violation in fixed(exact, 4, 1.0)} == too_many
+    blurred = [at((tick - late) / 64, amount, 2 * late / 64) for tick, amount, late in walk]
+    if fixed(blurred, 4, 1.0):
+        assert too_many
+
+
+def test_a_reset_begins_a_new_history() -> None:
+    """What surely was booked before or after it is there; what may have been on either side, is worth nothing."""
+    grants = [at(0), at(0.9, late=0.05), at(0.9, late=0.2), at(1.05), at(1.05, late=0.3), at(1.2), at(3)]
+    parts = apart(grants, [(1.0, 1.1), (2.0, 2.0)])
+    assert [[grant.asked for grant in part if grant.amount] for part in parts] == [[0, 0.9], [1.2], [3]]
+    assert [[grant.asked for grant in part if not grant.amount] for part in parts] == [[0.9, 1.05, 1.05]] * 2 + [[]]
+    assert apart(grants, []) == [grants]
+
+
+# ---- many processes on one store, and what is done to them ----------------------------------------------------------
+
+SETTINGS = {
+    "LIMITS_PER_SESSION": "5/second",
+    "LIMITS_PER_ADDRESS": "12/second",
+    "LIMITS_STREAMS_PER_SESSION": "2",
+    "LIMITS_STREAMS_PER_ADDRESS": "5",
+    "LIMITS_TOKENS_PER_SESSION": "400/second",
+    "LIMITS_TOKENS_PER_ADDRESS": "1200/second",
+    "LIMITS_TOKENS_TOTAL": "2000/second",
+}
+LIMITS: list[tuple[str, str, Callable[..., list[Violation]], int]] = [
+    ("ask", "session", moving, 5),
+    ("ask", "address", moving, 12),
+    ("hold", "session", fixed, 400),
+    ("hold", "address", fixed, 1200),
+    ("hold", "all", fixed, 2000),
+]
+STREAMS = {"session": 2, "address": 5}
+
+
+@dataclass
+class Histories:
+    """What some processes wrote: who was granted what, by kind and by whose account it is. Of kind "unheard" is what
+    may have been granted without being written down: to a process that was killed, or that did not wait for the store.
+    """
+
+    grants: dict[tuple[str, str], list[Grant]] = field(default_factory=dict)
+    kept: list[Grant] = field(default_factory=list)
+    refused: int = 0
+    unavailable: int = 0
+    merges: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    held_at_the_end: list[int] = field(default_factory=list)
+    bugs: list[str] = field(default_factory=list)
+
+    def read(self, name: str, path: Path) -> None:
+        asked: dict[str, list[str]] = {}
+        for line in path.read_text().splitlines():
+            what, *words = line.split(" ")
+            if what in ("ask", "hold"):
+                self.granted(what, words)
+            elif what == "asks":
+                asked[words[3]] = words
+            elif what == "told":
+                del asked[words[0]]
+            elif what == "kept":
+                by = UNHEARD if words[1] == words[2] else name
+                self.kept.append(Grant(words[0], 0, float(words[1]), float(words[2]), by))
+            elif what == "found":
+                self.merges.setdefault(name, []).append((float(words[0]), float(words[0])))
+            elif what == "end":
+                self.held_at_the_end.append(int(words[0]))
+            elif what == "bug":
+                self.bugs.append(line)
+            else:
+                self.refused += what == "no"
+                self.unavailable += what == "out"
+        for session, address, when, _ in asked.values():
+            self.granted("unheard", [session, address, "0", when, when, name, "0"])
+
+    def granted(self, what: str, words: list[str]) -> None:
+        session, address, amount, asked, answered, by, until = words
+        for whose, key in (("session", session), ("address", address), ("all", "all")):
+            grant = Grant(key, int(amount), float(asked), float(answered), by, float(until))
+            self.grants.setdefault((what, whose), []).append(grant)
+
+    def count(self, by: str | None = None) -> int:
+        return sum(by in (None, grant.by) for what in ("ask", "hold") for grant in self.grants[what, "session"])
+
+    def by(self, what: str, whose: str, name: str) -> list[Grant]:
+        return [grant for grant in self.grants[what, whose] if grant.by == name]
+
+    def unheard(self, whose: str, name: str) -> list[Grant]:
+        """By one process, or what any process has asked the store; without an amount."""
+        grants = self.grants.get(("unheard", whose), [])
+        kept = [grant for grant in self.kept if name == STORE and whose_key(grant.key) == whose]
+        return kept + [replace(grant, by=UNHEARD) for grant in grants if name in (STORE, grant.by)]
+
+    def violations(self, resets: list[tuple[float, float]]) -> list[tuple[str, Violation]]:
+        """Of what the store granted between two resets; and of what each process granted alone: requests in any window
+        whatever, tokens between two merges, for it then tells the store and begins anew.
+        """
+        names = {grant.by for grant in self.grants["ask", "session"] + self.grants["hold", "session"]}
+        found = []
+        for name in names:
+            for what, whose, check, limit in LIMITS:
+                begins_anew = resets if name == STORE else self.merges.get(name, []) if what == "hold" else []
+                granted = self.by(what, whose, name) + (self.unheard(whose, name) if what == "hold" else [])
+                for part in apart(granted, begins_anew):
+                    found += [(name, one) for one in check([widened(grant) for grant in part], limit, 1.0, GRAIN)]
+            for whose, limit in STREAMS.items():
+                for part in apart(self.by("hold", whose, name), resets if name == STORE else []):
+                    found += [(name, one) for one in together([stream(grant) for grant in part], limit)]
+        return found
+
+
+def whose_key(key: str) -> str:
+    return "all" if key == "all" else {"s": "session", "a": "address"}[key[0]]
+
+
+def widened(grant: Grant) -> Grant:
+    """What was asked of a frozen store may have begun a window when it was thawed."""
+    return replace(grant, answered=grant.asked + FROZEN_AT_MOST) if grant.by == UNHEARD else grant
+
+
+def stream(grant: Grant) -> Grant:
+    return Grant(grant.key, 1, grant.asked, grant.answered, grant.by, grant.until)
+
+
+class Crowd:
+    """Processes that hit one store. Each writes a file of its name; who is killed is replaced, with what is left."""
+
+    def __init__(self, folder: Path, hits: int, **limits: str) -> None:
+        self.folder = folder
+        self.limits = {**SETTINGS, **limits}
+        self.hits = hits
+        self.pids: dict[str, int] = {}
+        self.readers: dict[str, BinaryIO] = {}
+        self.lines: Counter[str] = Counter()
+        self.ended: set[str] = set()
+
+    def __enter__(self) -> Crowd:
+        command = [sys.executable, "-m", "support.history_hits"]
+        pipe = subprocess.PIPE
+        self.parent = subprocess.Popen(command, env=unmeasured(), cwd=TESTS, stdin=pipe, stdout=pipe, text=True)
+        for number in range(PROCESSES):
+            self.start(f"process-{number}", self.hits // PROCESSES)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for name, reader in self.readers.items():
+            if name not in self.ended:
+                self.kill(name)
+            reader.close()
+        self.parent.communicate()
+
+    def start(self, name: str, hits: int) -> None:
+        path = self.folder / name
+        path.touch()
+        self.readers[name] = path.open("rb")
+        plan = {"name": name, "hits": hits, "path": str(path), "limits": self.limits, "pause": PAUSE}
+        assert self.parent.stdin is not None
+        assert self.parent.stdout is not None
+        self.parent.stdin.write(json.dumps(plan) + "\n")
+        self.parent.stdin.flush()
+        self.pids[name] = int(self.parent.stdout.readline())
+
+    def kill(self, name: str) -> None:
+        self.ended.add(name)
+        with suppress(ProcessLookupError):
+            os.kill(self.pids[name], signal.SIGKILL)
+
+    def done(self) -> int:
+        """Hits so far; a few other lines do not matter."""
+        for name, reader in self.readers.items():
+            written = reader.read()
+            self.lines[name] += sum(written.count(word) for word in (b"ask ", b"hold ", b"no\n", b"out\n"))
+            if b"end " in written:
+                self.ended.add(name)
+        return self.lines.total()
+
+    def until(self, share: float) -> None:
+        eventually(lambda: self.done() >= share * self.hits, PATIENCE + self.hits / 100)
+
+    def replace(self, number: int) -> None:
+        """SIGKILL, in the midst of what it does."""
+        before = [name for name in self.pids if name.startswith(f"process-{number}")]
+        self.kill(before[-1])
+        self.done()
+        left = self.hits // PROCESSES - sum(self.lines[name] for name in before)
+        self.start(f"process-{number}.{len(before)}", max(0, left))
+
+    def histories(self) -> Histories:
+        """When all have ended."""
+        eventually(lambda: self.done() and len(self.ended) == len(self.pids), PATIENCE + self.hits / 100)
+        found = Histories()
+        for name in self.pids:
+            found.read(name, self.folder / name)
+        return found
+
+
+@contextmanager
+def between(moments: list[tuple[float, float]]) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    moments.append((began, time.monotonic()))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Redis]:
+    server = Redis(tmp_path)
+    yield server
+    server.stop()
+
+
+@pytest.mark.parametrize("policy", ["local", "refuse"])
+def test_the_limits_hold_on_a_store_through_its_faults(policy: str, store: Redis, tmp_path: Path) -> None:
+    """Eight processes, one of which is killed, and a store that is emptied, frozen and restarted. The store never
+    grants more than the limits; with `local` each process alone grants no more than they say once more for each outage;
+    with `refuse`, nothing. Afterwards nothing is held.
+    """
+    hits = HITS * 3 // 4 if policy == "local" else HITS // 4
+    rounds = max(1, hits // ROUND)
+    emptied: list[tuple[float, float]] = []
+    limits = {"LIMITS_STORE": store.url, "LIMITS_WHEN_STORE_FAILS": policy}
+    with Crowd(tmp_path, hits, **limits) as crowd:
+        for number in range(rounds):
+            crowd.until((number + 0.1) / rounds)
+            with between(emptied), store.client() as client:
+                client.flushall()
+            crowd.until((number + 0.25) / rounds)
+            store.freeze()
+            crowd.until((number + 0.35) / rounds)  # so they have noticed
+            store.thaw()
+            crowd.until((number + 0.6) / rounds)
+            crowd.replace(number % PROCESSES)
+            crowd.until((number + 0.75) / rounds)
+            with between(emptied):
+                store.stop()
+                time.sleep(0.2)
+                store.start()
+        histories = crowd.histories()
+    assert histories.bugs == []
+    assert histories.violations(emptied) == []
+    assert set(histories.held_at_the_end) == {0}
+    assert len(histories.held_at_the_end) >= PROCESSES  # who had just ended when it was its turn was replaced, too
+    with store.client() as client:
+        assert leases(client) == []  # what the killed one held went with the store
+    assert histories.count() + histories.refused + histories.unavailable >= 0.99 * hits
+    assert histories.refused > hits // 20
+    if policy == "local":
+        assert histories.unavailable == 0
+        assert all(histories.count(f"process-{number}") for number in range(PROCESSES))
+    else:
+        assert histories.unavailable > 0
+        assert histories.count() == histories.count(STORE)
+
+
+# ---- one process, in memory -----------------------------------------------------------------------------------------
+
+
+def test_the_limits_hold_in_memory() -> None:
+    """Every grant at an exact time, of a clock that the test moves in steps which floats hold exactly."""
+    histories = asyncio.run(remembered(HITS))
+    assert histories.violations([]) == []
+    assert histories.held_at_the_end == [0]
+    assert min(histories.refused, histories.count()) > HITS // 10
+
+
+async def remembered(hits: int) -> Histories:
+    now, found = 0.0, Histories()
+    live: list[tuple[float, float, Permit, list[str]]] = []  # by their ends, those of one moment in any order
+    variables = {"UPSTREAM_BASE_URL": "http://127.0.0.1/v1", "UPSTREAM_API_KEY": "k" * 30, "POLICY_MODELS": "m"}
+    chosen = from_variables({f"CHAT_PROXY_{name}": value for name, value in {**variables, **SETTINGS}.items()})
+    limits = Limiter(chosen.limits, 1000, lambda: now, lambda lost: None, lambda bug: None)
+    for _ in range(hits):
+        now += random.choice((0, 0, 0, 1, 1, 2)) / 64
+        while live and live[0][0] < now:
+            _, _, hold, words = heappop(live)
+            async with hold:
+                hold.settle(int(words[2]))
+            found.granted("hold", words)
+        number = random.randrange(8)
+        subject = Subject(f"s{number}", f"a{number % 2}")
+        try:
+            if random.random() < 0.6:
+                await limits.charge(ask, subject)
+                found.granted("ask", [*subject[:2], "1", str(now), str(now), "memory", "0"])
+            else:
+                amount, until = random.randint(50, 150), now + random.choice((1, 2, 3, 5, 100)) / 64
+                hold = await limits.hold(subject, amount)
+                used = amount if number % 2 else random.randint(0, amount)
+                words = [*subject[:2], str(used), str(now), str(now), "memory", str(until)]
+                heappush(live, (until, random.random(), hold, words))
+        except (TooMany, TokensExhausted, TooManyStreams):
+            found.refused += 1
+    for _, _, hold, words in live:
+        async with hold:
+            hold.settle(int(words[2]))
+        found.granted("hold", words)
+    found.held_at_the_end.append(limits.leases.live + len(limits.leases.held))
+    return found
+
+
+# ---- over HTTP, through two workers ---------------------------------------------------------------------------------
+
+VISITORS = 4
+REQUESTS_A_SECOND, ANSWERS_A_SECOND = 5, 3  # of one visitor
+QUESTION = b'{"messages":[{"role":"user","content":"hi"}],"stream":true,"max_tokens":10}'
+PATIENT = "from proxy.limits import shared\nshared.DEADLINE = 1.0\n"  # a worker that is not scheduled for a moment
+
+
+@dataclass
+class Asked:
+    """One request over HTTP: when, by whom, and the status and code of its answer; 0 when it got none."""
+
+    visitor: str
+    asked: float
+    answered: float = 0.0
+    status: int = 0
+    code: str = ""
+
+    def grant(self, amount: int) -> Grant:
+        if not self.status:
+            return Grant(self.visitor, 0, self.asked, self.asked + FROZEN_AT_MOST)
+        return Grant(self.visitor, amount, self.asked, self.answered)
+
+
+def tokens_held() -> int:
+    """What one answer may cost, as the policy reckons; our upstream takes all of it."""
+    chosen = from_variables(
+        {f"CHAT_PROXY_{name}": value for name, value in settings_for("http://127.0.0.1/v1").items()}
+    )
+    order = apply(QUESTION, chosen.policy)
+    return order.prompt_tokens + order.output_tokens
+
+
+def counting(used: int) -> Script:
+    """Answers, and counts so many tokens."""
+    usage = b'data: {"choices":[],"usage":{"prompt_tokens":%d,"completion_tokens":10}}\n\n' % (used - 10)
+    return streaming(delta("one"), finish(), usage, DONE)
+
+
+class Visitors:
+    """They ask all the time, on connections that are kept, and note what they were answered."""
+
+    def __init__(self, process: Process, hits: int) -> None:
+        self.process = process
+        self.turns = iter(range(hits))
+        self.asked: list[Asked] = []
+
+    def ask_on(self) -> None:
+        connection = self.process.connect()
+        for number in self.turns:
+            one = Asked(f"198.51.100.{number % VISITORS}", time.monotonic())
+            self.asked.append(one)
+            headers = {"content-type": "application/json", "x-forwarded-for": one.visitor}
+            try:
+                connection.request("POST", "/api/chat", QUESTION, headers)
+                answer = connection.getresponse()
+                one.answered, one.status = time.monotonic(), answer.status
+                body = answer.read()
+            except (http.client.HTTPException, OSError):
+                connection.close()  # its worker was killed
+                one.status = one.status if one.status == 200 else 0  # a refusal without its reason is no answer
+            else:
+                one.code = json.loads(body)["error"]["code"] if one.status != 200 else ""
+            time.sleep(random.random() * 0.2)
+        connection.close()
+
+
+def test_the_limits_hold_over_http(store: Redis, tmp_path: Path) -> None:
+    """Two workers, one of which is killed, grant a visitor no more than one would; while the store is frozen, each of
+    them as much again. Nobody gets a 500, and afterwards nothing is held.
+    """
+    hits, held = HITS // 100, tokens_held()
+    limits = {
+        "LIMITS_PER_SESSION": f"{REQUESTS_A_SECOND}/second",
+        "LIMITS_TOKENS_PER_SESSION": f"{ANSWERS_A_SECOND * held}/second",
+    }
+    command = [sys.executable, "-W", "error", "-c", PATIENT + START.format(held=HELD, loop="uvloop")]
+    settings = {**WIDE, **limits, "SERVER_WORKERS": "2", "LIMITS_STORE": store.url}
+    with (
+        ScriptedUpstream(counting(held)) as upstream,
+        serving(tmp_path, upstream.base_url, stdout=None, command=command, **settings) as process,
+        ThreadPoolExecutor(8) as threads,
+    ):
+        visitors = Visitors(process, hits)
+        asking = [threads.submit(visitors.ask_on) for _ in range(8)]
+        eventually(lambda: len(visitors.asked) > 0.3 * hits, PATIENCE + hits / 10)
+        os.kill(min(process.children()), signal.SIGKILL)
+        eventually(lambda: len(visitors.asked) > 0.7 * hits, PATIENCE + hits / 10)
+        frozen_at = time.monotonic()
+        was_lost = bool(lines(process, "limits_unavailable"))  # by a machine too busy to answer for a second
+        store.freeze()
+        eventually(lambda: lines(process, "limits_unavailable"))
+        store.thaw()
+        for thread in asking:
+            thread.result(PATIENCE + hits / 10)
+        with store.client() as client:
+            eventually(lambda: not leases(client))
+        ends(process)
+    before = [one for one in visitors.asked if one.asked < frozen_at]
+    for asked, servers in ((before, 3 if was_lost else 1), (visitors.asked, 3)):
+        requests = [one.grant(1) for one in asked if one.status == 200 or one.code == "tokens_exhausted"]
+        answers = [one.grant(held) for one in asked if one.status in (0, 200)]
+        assert moving(requests, servers * REQUESTS_A_SECOND, 1.0, GRAIN) == []
+        assert fixed(answers, servers * ANSWERS_A_SECOND * held, 1.0, GRAIN) == []
+    codes = Counter((one.status, one.code) for one in visitors.asked)
+    assert set(codes) <= {(200, ""), (429, "rate_limited"), (429, "tokens_exhausted"), (0, "")}
+    assert min(codes[200, ""], codes[429, "rate_limited"]) > hits // 20
+    assert codes[0, ""] <= 8
+
+
+def test_a_burst_never_overdraws_tokens_over_http(store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 200 at once as many are let in as can be paid for at their worst. What the upstream counts beyond that is
+    booked, too: the account is overdrawn by that much at the most, and nobody else is let in.
+    """
+    monkeypatch.setattr(shared, "DEADLINE", PATIENCE)  # the store lives, and is not to be taken for gone
+    held, beyond, may_pay = tokens_held(), 7, 10
+    go_on = threading.Event()
+
+    async def script(peer: Peer) -> None:
+        while True:
+            await peer.request()
+            await asyncio.to_thread(go_on.wait, PATIENCE)
+            usage = b'data: {"choices":[],"usage":{"prompt_tokens":%d,"completion_tokens":10}}\n\n'
+            await peer.sse(delta("one"), finish(), usage % (held + beyond - 10), DONE)
+
+    limit = may_pay * held + held // 2
+    settings = {"LIMITS_TOKENS_PER_SESSION": f"{limit}/hour"}
+    with ScriptedUpstream(script) as upstream, ExitStack() as stack:
+        given = {"LIMITS_STORE": store.url, "SESSION_SECRET": "s" * 40, **settings}
+        servers = [stack.enter_context(running(upstream.base_url, **given)) for _ in range(2)]
+        threads = stack.enter_context(ThreadPoolExecutor(200))
+        asked = [threads.submit(chat, servers[number % 2], max_tokens=10) for number in range(200)]
+        eventually(lambda: sum(one.done() for one in asked) == 200 - may_pay, 3 * PATIENCE)
+        go_on.set()
+        replies = [one.result(PATIENCE) for one in asked]
+        assert Counter(reply.status for reply in replies) == {200: may_pay, 429: 200 - may_pay}
+        assert {reply.error["code"] for reply in replies if reply.status == 429} == {"tokens_exhausted"}
+        name = f"tokens_per_session {limit}/hour"
+        eventually(lambda: used(servers[0], {})[name] == min(limit, may_pay * (held + beyond)))
+        assert may_pay * (held + beyond) <= limit + may_pay * beyond
+        with store.client() as client:
+            assert sum(
+                int(client.hget(key, "used") or 0)
+                for key in client.scan_iter("*:tokens_per_session:*")
+                if client.type(key) == b"hash"
+            ) == may_pay * (held + beyond)
+            eventually(lambda: not leases(client))
+        assert chat(servers[1], max_tokens=10).status == 429

@@ -1,0 +1,1231 @@
+"""Limits on a real Redis: one truth for several servers, and the declared policy while it is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import re
+import socket
+import subprocess
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from support.commands import run, settings_for
+from support.faults import fault
+from support.harness import (
+    DONE,
+    FULL,
+    GOOD,
+    LOOPS,
+    PATIENCE,
+    Peer,
+    Running,
+    ScriptedUpstream,
+    chat,
+    delta,
+    eventually,
+    finish,
+    free_port,
+    raw_chat,
+    read_until,
+    running,
+    send,
+    streaming,
+)
+from support.redis_server import Redis
+from support.stage import always
+
+from proxy.accounts.revocation import redis as bulletin
+from proxy.accounts.revocation.file import ControlFile
+from proxy.accounts.revocation.redis import MOST_SENT, PAGE, RedisRevocations, RevokedId
+from proxy.accounts.revocation.watcher import CHECK_EVERY, RevocationWatcher
+from proxy.errors import Busy, TokensExhausted, TooMany
+from proxy.limits import limiter as door
+from proxy.limits.limiter import Limiter, Permit
+from proxy.limits.requests import ask
+from proxy.limits.status import Subject
+from proxy.limits.store import redis as shared
+from proxy.limits.store.redis import Charge, RedisStore, open_store
+from proxy.limits.streams import Lease
+from proxy.settings import from_variables
+from proxy.telemetry.logs import Logs
+
+both_loops = pytest.mark.parametrize("loop", LOOPS)
+DEADLINE = shared.DEADLINE  # the product's own
+numbers = itertools.count(1)
+
+
+class Link(ScriptedUpstream):
+    """A way to a store on which questions take `delay` seconds longer."""
+
+    def __init__(self, store: Redis) -> None:
+        super().__init__(self.carry)
+        self.to = store.port
+        self.delay = 0.0
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def __enter__(self) -> Link:
+        super().__enter__()
+        return self
+
+    async def carry(self, peer: Peer) -> None:
+        """One packet after the other: a client has one question under way on a connection."""
+        answers, questions = await asyncio.open_connection("127.0.0.1", self.to)
+        back = asyncio.create_task(self.carry_back(answers, peer))
+        try:
+            while data := await peer.reader.read(65536):
+                await asyncio.sleep(self.delay)
+                questions.write(data)
+        finally:
+            back.cancel()
+            questions.close()
+
+    async def carry_back(self, answers: asyncio.StreamReader, peer: Peer) -> None:
+        with suppress(OSError):
+            while data := await answers.read(65536):
+                peer.writer.write(data)
+            peer.writer.close()
+
+
+def new_address() -> dict[str, str]:
+    number = next(numbers)
+    return {"x-forwarded-for": f"198.20.{number >> 8}.{number & 255}"}
+
+
+@contextmanager
+def two(store: Redis, loop: str = "uvloop", script: Any = None, **more: str) -> Iterator[tuple[Running, Running]]:
+    """Two servers that share a store."""
+    with ScriptedUpstream(script or streaming(*GOOD)) as upstream:
+        given = {"LIMITS_STORE": store.url, "SESSION_SECRET": "s" * 40, **more}
+        with (
+            running(upstream.base_url, loop=loop, **given) as one,
+            running(upstream.base_url, loop=loop, **given) as other,
+        ):
+            yield one, other
+
+
+def used(proxy: Running, address: dict[str, str]) -> dict[str, int]:
+    """What GET /api/session says is used of each limit."""
+    limits = send(proxy, "GET", "/api/session", None, address).json["limits"]
+    return {limit["name"]: limit["limit"] - limit["remaining"] for limit in limits}
+
+
+# ---- one truth ------------------------------------------------------------------------------------------------------
+
+
+@both_loops
+def test_requests_are_counted_once_for_all(loop: str, store: Redis) -> None:
+    with two(store, loop, LIMITS_PER_SESSION="5/hour") as servers:
+        here = new_address()
+        statuses = [chat(proxy, headers=here).status for proxy in (*servers, *servers, *servers, *servers)]
+        assert statuses == [200] * 5 + [429] * 3
+        refusal = chat(servers[1], headers=here)
+        assert refusal.error["code"] == "rate_limited"
+        assert 3500 < int(refusal.headers["retry-after"]) <= 3600
+        assert "r=0;t=" in refusal.headers["ratelimit"]
+        assert used(servers[0], here)["per_session 5/hour"] == 5
+        assert chat(servers[0], headers=new_address()).status == 200
+
+
+@both_loops
+def test_all_windows_of_a_request_are_charged_or_none(loop: str, store: Redis) -> None:
+    with two(store, loop, LIMITS_PER_SESSION="2/hour", LIMITS_PER_ADDRESS="100/hour") as servers:
+        here = new_address()
+        assert [chat(proxy, headers=here).status for proxy in (*servers, *servers)] == [200, 200, 429, 429]
+        assert used(servers[0], here)["per_address 100/hour"] == 2
+
+
+@both_loops
+def test_tokens_are_held_and_settled_for_all(loop: str, store: Redis) -> None:
+    """What an answer may cost is held while it is written, on both servers, and what it did cost is booked."""
+    go_on = threading.Event()
+
+    async def script(peer: Peer) -> None:
+        while True:
+            await peer.request()
+            await peer.head()
+            await peer.chunk(delta("one"))
+            await asyncio.to_thread(go_on.wait, PATIENCE)
+            usage = b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":11}}\n\n'
+            for part in (finish(), usage, DONE):
+                await peer.chunk(part)
+            await peer.end()
+
+    with two(store, loop, script, LIMITS_TOKENS_PER_SESSION="150/hour", POLICY_MAX_OUTPUT_TOKENS="100") as servers:
+        one, other = servers
+        sock = raw_chat(one)
+        read_until(sock, b"one")
+        refusal = chat(other)
+        assert (refusal.status, refusal.error["code"]) == (429, "tokens_exhausted")
+        assert 3500 < int(refusal.headers["retry-after"]) <= 3600
+        go_on.set()
+        read_until(sock, DONE)
+        eventually(lambda: used(other, {})["tokens_per_session 150/hour"] == 18)
+        assert chat(other).status == 200
+        sock.close()
+
+
+@both_loops
+def test_live_streams_are_counted_for_all(loop: str, store: Redis) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.head()
+        await peer.chunk(delta("one"))
+        await peer.gone()
+
+    with two(store, loop, script, LIMITS_STREAMS_PER_SESSION="2") as (one, other):
+        socks = [raw_chat(one), raw_chat(other)]
+        for sock in socks:
+            read_until(sock, b"one")
+        refusal = chat(other)
+        assert (refusal.status, refusal.error["code"]) == (429, "too_many_streams")
+        for sock in socks:
+            sock.close()
+        with store.client() as client:
+            eventually(lambda: not leases(client))
+        with raw_chat(other) as sock:
+            read_until(sock, b"one")
+
+
+def leases(client: redis.Redis) -> list[Any]:
+    """Every lease that is held, and every reservation."""
+    found: list[Any] = []
+    for pattern in ("*:streams_*", "*:h"):
+        for key in client.scan_iter(match=pattern):
+            found += client.zrange(key, 0, -1)
+    return found
+
+
+def test_names_do_not_reach_the_store(store: Redis) -> None:
+    with two(store) as servers:
+        chat(servers[0], headers={"x-forwarded-for": "203.0.113.77"})
+        with store.client() as client:
+            keys = client.keys()
+            assert all(key.startswith(b"{chat-proxy}:") for key in keys)
+            assert len(keys) > 4
+            assert not any(b"203.0.113" in key for key in keys)
+
+
+@pytest.mark.parametrize("scheme", ["redis", "unix", "password"])
+def test_urls(scheme: str, store: Redis) -> None:
+    """A Unix socket, a password and a number of a database are passed on."""
+    url = store.url
+    if scheme == "unix":
+        url = f"unix://{store.folder / 'redis.sock'}?db=1"
+    if scheme == "password":
+        with store.client() as client:
+            client.config_set("requirepass", "s3cret")
+        url = f"redis://:s3cret@127.0.0.1:{store.port}/2"
+    with ScriptedUpstream(streaming(*GOOD)) as upstream, running(upstream.base_url, LIMITS_STORE=url) as proxy:
+        assert chat(proxy).status == 200
+        assert proxy.service.app.limits.shared is not None
+        assert proxy.service.app.limits.shared.is_up
+        assert b"s3cret" not in proxy.output.getvalue()
+
+
+# ---- one truth about who is out -------------------------------------------------------------------------------------
+
+
+def asked(proxy: Running, cookie: str) -> tuple[int, str | None]:
+    reply = chat(proxy, headers={"cookie": cookie})
+    return reply.status, None if reply.status == 200 else reply.error["code"]
+
+
+@contextmanager
+def two_of_one_name(store: Redis, loop: str, folder: Path, **more: str) -> Iterator[tuple[Running, Running]]:
+    """Two servers with one session secret, whose control files are not the same."""
+    given = {"LIMITS_STORE": store.url, "SESSION_SECRET": "s" * 40, **more}
+    with (
+        ScriptedUpstream(streaming(*GOOD)) as upstream,
+        running(upstream.base_url, loop=loop, SESSION_CONTROL_FILE=str(folder / "a"), **given) as one,
+        running(upstream.base_url, loop=loop, SESSION_CONTROL_FILE=str(folder / "b"), **given) as other,
+    ):
+        yield one, other
+
+
+@both_loops
+def test_a_logout_is_known_to_all(loop: str, store: Redis, tmp_path: Path) -> None:
+    """A copy of the cookie is dead on every server; one that was not there hears of it before it lets anybody in."""
+    with two_of_one_name(store, loop, tmp_path) as (one, other):
+        cookie = chat(one, headers={"sec-fetch-site": "same-origin"}).cookie
+        assert asked(other, cookie) == (200, None)
+        assert send(one, "DELETE", "/api/session", None, {"cookie": cookie}).status == 200
+        assert asked(one, cookie) == (401, "session_required")
+        eventually(lambda: asked(other, cookie) == (401, "session_required"))
+    with two_of_one_name(store, loop, tmp_path) as (one, other):
+        assert asked(other, cookie) == (401, "session_required")
+
+
+@both_loops
+def test_a_logout_while_the_store_is_gone_is_heard_later(
+    loop: str, store: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared, "DEADLINE", DEADLINE)
+    with two_of_one_name(store, loop, tmp_path) as (one, other):
+        cookie = chat(one, headers={"sec-fetch-site": "same-origin"}).cookie
+        store.freeze()
+        assert send(one, "DELETE", "/api/session", None, {"cookie": cookie}).status == 200
+        assert asked(other, cookie) == (200, None)
+        eventually(lambda: one.lines("limits_unavailable"))
+        store.thaw()
+        eventually(lambda: asked(other, cookie) == (401, "session_required"), 30.0)
+
+
+def test_revoking_by_hand_is_known_to_all(store: Redis, tmp_path: Path) -> None:
+    with two_of_one_name(store, "uvloop", tmp_path) as servers:
+        cookies = [chat(proxy, headers={"sec-fetch-site": "same-origin"}).cookie for proxy in servers]
+        assert revoke("--all", store=store, control=tmp_path / "elsewhere").returncode == 0
+        for proxy, cookie in zip(servers, cookies, strict=True):
+            eventually(lambda proxy=proxy, cookie=cookie: asked(proxy, cookie)[0] == 401)  # type: ignore[misc]
+        fresh = chat(servers[0], headers={"sec-fetch-site": "same-origin"}).cookie
+        assert asked(servers[1], fresh) == (200, None)
+        store.stop()
+        done = revoke("--all", store=store, control=tmp_path / "elsewhere")
+        assert (done.returncode, "does not answer" in done.stderr) == (2, True)
+        store.start()
+
+
+def test_a_store_that_does_not_answer_delays_no_control_file(
+    store: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bulletin, "DEADLINE", 600.0)
+    control = tmp_path / "control"
+    with ScriptedUpstream(streaming(*GOOD)) as upstream:
+        given = {"LIMITS_STORE": store.url, "SESSION_CONTROL_FILE": str(control)}
+        with running(upstream.base_url, **given) as proxy:
+            cookie = chat(proxy, headers={"sec-fetch-site": "same-origin"}).cookie
+            store.freeze()
+            time.sleep(CHECK_EVERY + 0.1)  # it is being asked by now, and its client gives up after 5 s
+            ControlFile(str(control)).change(lambda decree: decree.revoking_all(time.time()))
+            eventually(lambda: proxy.lines("revoked"), 10 * CHECK_EVERY)
+            store.thaw()
+            assert asked(proxy, cookie) == (401, "session_required")
+
+
+def revoke(*arguments: str, store: Redis, control: Path) -> subprocess.CompletedProcess[str]:
+    given = {**settings_for("https://api.example.com/v1"), "LIMITS_STORE": store.url}
+    return run(control.parent, "sessions", "revoke", *arguments, SESSION_CONTROL_FILE=str(control), **given)
+
+
+# ---- the store is gone ----------------------------------------------------------------------------------------------
+
+
+@fault(34)
+@both_loops
+@pytest.mark.parametrize("how", ["killed", "frozen"])
+def test_counting_alone_until_it_is_back(how: str, loop: str, store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 34, `local`: all are served, at once; one line says so; what they used is booked when the store is back."""
+    if how == "frozen":
+        monkeypatch.setattr(shared, "DEADLINE", DEADLINE)
+    with two(store, loop, LIMITS_PER_SESSION="1000/hour") as (proxy, _):
+        here = new_address()
+        assert chat(proxy, headers=here).status == 200
+        before = proxy.line()["tokens"]
+        eventually(lambda: used(proxy, here)["tokens_per_session 1000000000/day"] == before)  # and no longer held
+        lose(store, how)
+        for _ in range(3):
+            began = time.monotonic()
+            assert chat(proxy, headers=here).status == 200
+            assert time.monotonic() - began < 3.0
+        (line,) = eventually(lambda: proxy.lines("limits_unavailable"))
+        assert line["policy"] == "local"
+        assert b"chat_proxy_limit_store_up 0.0" in proxy.service.app.metrics.exposition()
+        assert send(proxy, "GET", "/readyz").status == 200
+        find(store, how)
+        eventually(lambda: proxy.lines("limits_available"), 20.0)
+        eventually(lambda: b"chat_proxy_limit_store_up 1.0" in proxy.service.app.metrics.exposition())
+        expected = 3 * before if how == "killed" else 4 * before  # one that was killed has forgotten the first
+        eventually(lambda: used(proxy, here)["tokens_per_session 1000000000/day"] == expected)
+
+
+@fault(34)
+@both_loops
+def test_refusing_until_it_is_back(loop: str, store: Redis) -> None:
+    """Row 34, `refuse`: 503 with a Retry-After, until the store is back."""
+    with two(store, loop, LIMITS_WHEN_STORE_FAILS="refuse") as (proxy, _):
+        visitor = {"cookie": send(proxy, "GET", "/api/session").cookie}
+        assert send(proxy, "GET", "/api/session", headers=visitor).json["limits"]
+        lose(store, "killed")
+        reply = chat(proxy)
+        assert (reply.status, reply.error["code"]) == (503, "limits_unavailable")
+        assert int(reply.headers["retry-after"]) >= 1
+        assert send(proxy, "GET", "/api/session", headers=visitor).json["limits"] == []  # nobody knows what is left
+        find(store, "killed")
+        eventually(lambda: chat(proxy).status == 200, 20.0)
+
+
+def lose(store: Redis, how: str) -> None:
+    (store.stop if how == "killed" else store.freeze)()
+
+
+def find(store: Redis, how: str) -> None:
+    (store.start if how == "killed" else store.thaw)()
+
+
+def test_a_full_store_still_counts(store: Redis) -> None:
+    """It refuses what is new; not our scripts, which say that they may (allow-oom)."""
+    with two(store, LIMITS_PER_SESSION="2/hour") as servers:
+        with store.client() as client:
+            client.config_set("maxmemory", "1")
+        here = new_address()
+        assert [chat(proxy, headers=here).status for proxy in (*servers, *servers)] == [200, 200, 429, 429]
+        assert servers[0].lines("limits_unavailable") == []
+
+
+@pytest.mark.parametrize("policy", ["local", "refuse"])
+@pytest.mark.parametrize("how", ["killed", "frozen", "slow", "restarted", "full"])
+def test_nobody_waits_for_a_store_in_trouble(
+    how: str, policy: str, store: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many at once are answered as the policy says, none with a 500 or late; the events of a live answer pass on."""
+    with (
+        ScriptedUpstream(always(talk)) as upstream,
+        Link(store) as link,
+        running(upstream.base_url, LIMITS_STORE=link.url, LIMITS_WHEN_STORE_FAILS=policy) as proxy,
+        ThreadPoolExecutor(17) as threads,
+    ):
+        eventually(lambda: chat(proxy).status == 200)
+        with raw_chat(proxy, messages=[{"role": "user", "content": "live"}]) as sock:
+            read_until(sock, b"data: ")
+            live = threads.submit(lateness, sock)
+            if how != "full":
+                monkeypatch.setattr(shared, "DEADLINE", DEADLINE)
+            trouble(how, store, link)
+            burst = list(threads.map(lambda _: timed(proxy), range(32)))
+            late = live.result(PATIENCE)
+        link.delay = 0.0
+        find(store, how if how in ("killed", "frozen") else "")
+        expected = {"local": {200}, "refuse": {503}}[policy]
+        if how == "full":
+            expected = {200}
+        statuses = {status for status, _ in burst}
+        assert statuses <= {200, 503} if how == "restarted" else statuses == expected
+        assert policy == "refuse" or 503 not in statuses
+        assert max(seconds for _, seconds in burst) < 3.0
+        assert late < 1.0
+        assert proxy.lines("bug") == []
+        eventually(lambda: chat(proxy).status == 200, 20.0)
+        with store.client() as client:
+            eventually(lambda: not leases(client))
+
+
+@fault(26)
+@both_loops
+def test_who_leaves_while_the_store_is_asked_causes_no_call(loop: str, store: Redis) -> None:
+    """A store that takes its time: whoever left meanwhile, or found the drain over, is not answered by the upstream,
+    though a connection to it stands ready; and gets back what was held."""
+    with (
+        ScriptedUpstream(streaming(*GOOD)) as upstream,
+        Link(store) as link,
+        running(upstream.base_url, loop=loop, LIMITS_STORE=link.url, SERVER_DRAIN_SECONDS="0") as proxy,
+    ):
+        assert chat(proxy).status == 200
+        assert proxy.line()["ending"] == "complete"
+        calls = len(upstream.seen)
+        link.delay = DEADLINE * 0.6
+        for stream in (True, False):
+            sock = raw_chat(proxy, stream=stream)
+            eventually(lambda: proxy.service.app.busy)
+            sock.close()
+            eventually(lambda: not proxy.service.app.busy)
+        gone = eventually(lambda: lines if len(lines := [e for e in proxy.lines() if e["ending"]]) == 3 else [])[1:]
+        assert [(line["ending"], line["tokens"]) for line in gone] == [("aborted", 0)] * 2
+        assert proxy.upstream_sockets == 1
+        assert len(upstream.seen) == calls
+        with raw_chat(proxy) as sock:
+            eventually(lambda: proxy.service.app.busy)
+            proxy.on_loop(proxy.service.end)
+            assert b'"code":"draining"' in read_until(sock, b"}}")
+        assert len(upstream.seen) == calls
+
+
+async def talk(peer: Peer) -> None:
+    """An answer; to who says `live`, one that says for a second what time it is."""
+    assert peer.seen is not None
+    await peer.head()
+    for number in range(50 if b"live" in peer.seen.body else 0):
+        await peer.chunk(delta(f"{number} {time.monotonic()}"))
+        await asyncio.sleep(0.02)
+    for part in GOOD:
+        await peer.chunk(part)
+    await peer.end()
+
+
+def lateness(sock: socket.socket) -> float:
+    """Of the latest event of a live answer, in seconds."""
+    late, data = 0.0, b""
+    while DONE not in data:
+        data = sock.recv(65536)
+        for part in data.split(b'"content":"')[1:]:
+            if (written := part.partition(b'"')[0].split())[1:]:
+                late = max(late, time.monotonic() - float(written[1]))
+    return late
+
+
+def timed(proxy: Running) -> tuple[int, float]:
+    began = time.monotonic()
+    return chat(proxy).status, time.monotonic() - began
+
+
+def trouble(how: str, store: Redis, link: Link) -> None:
+    if how == "slow":
+        link.delay = 0.4
+    elif how == "full":
+        with store.client() as client:
+            client.config_set("maxmemory", "1")
+    elif how == "restarted":
+        store.stop()
+        store.start()
+    else:
+        lose(store, how)
+
+
+def test_a_store_far_away_is_found_again(store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question is in time there, though opening a connection for it is not: a probe opens one for each call."""
+    monkeypatch.setattr(shared, "DEADLINE", 0.5)
+
+    async def story(url: str) -> None:
+        async with allowance(store, LIMITS_STORE=url) as limits:
+            assert limits.shared is not None
+            link.delay = 0.15
+            limits.shared.lose("test")
+            for _ in range(5):  # a busy machine may be late, too
+                await is_up(limits, True)
+                await asyncio.gather(*(limits.standings(lambda request: None, ME) for _ in range(shared.AT_ONCE)))
+                if limits.is_up:
+                    return
+            pytest.fail("lost each time")
+
+    with Link(store) as link:
+        asyncio.run(story(link.url))
+
+
+def test_connections_are_there_before_anybody_asks(store: Redis) -> None:
+    """A server that has just begun need not open one for the first who come, all at once: they would be too late."""
+
+    async def story(link: Link) -> None:
+        async with allowance(store, LIMITS_STORE=link.url) as limits:
+            await limits.start()
+            opened = link.connections
+            await asyncio.gather(*(limits.charge(ask, ME) for _ in range(shared.AT_ONCE)))
+            assert link.connections == opened
+
+    with Link(store) as link:
+        asyncio.run(story(link))
+
+
+def test_another_server_takes_over(store: Redis, tmp_path: Path) -> None:
+    """The one before lets nobody write any more, and does not hang up: connections to it are not used again."""
+
+    async def story(url: str) -> None:
+        async with allowance(store, LIMITS_STORE=url) as limits:
+            await asyncio.gather(*(limits.charge(ask, ME) for _ in range(8)))
+            with store.client() as client:
+                client.replicaof("127.0.0.1", free_port())
+            await limits.charge(ask, ME)
+            assert not limits.is_up
+            link.to = other.port
+            await is_up(limits, True)
+            await asyncio.gather(*(limits.charge(ask, ME) for _ in range(8)))
+            assert limits.is_up
+
+    other = Redis(tmp_path)
+    try:
+        with Link(store) as link:
+            asyncio.run(story(link.url))
+    finally:
+        other.stop()
+
+
+@pytest.mark.parametrize("garbage", [b":x\r\n", b"*x\r\n", b"%1\r\n*0\r\n:1\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+def test_what_speaks_another_language_is_no_store(garbage: bytes, store: Redis) -> None:
+    """Whatever the client makes of it: nobody gets a 500."""
+
+    class Garbled(Link):
+        answer = garbage
+
+        async def carry(self, peer: Peer) -> None:
+            while self.answer and await peer.reader.read(65536):
+                peer.writer.write(self.answer)
+            await super().carry(peer)
+
+    link = Garbled(store)
+    with (
+        link,
+        ScriptedUpstream(streaming(*GOOD)) as upstream,
+        running(upstream.base_url, LIMITS_STORE=link.url) as proxy,
+    ):
+        assert chat(proxy).status == 200
+        eventually(lambda: proxy.lines("limits_unavailable"))
+        link.answer = b""
+        eventually(lambda: proxy.lines("limits_available"), 20.0)
+        assert proxy.lines("bug") == []
+
+
+def test_a_full_store_still_hears_of_logouts(store: Redis, tmp_path: Path) -> None:
+    with two_of_one_name(store, "uvloop", tmp_path) as servers, store.client() as client:
+        cookies = [chat(proxy, headers={"sec-fetch-site": "same-origin"}).cookie for proxy in servers]
+        client.config_set("maxmemory", "1")
+        assert send(servers[0], "DELETE", "/api/session", None, {"cookie": cookies[0]}).status == 200
+        eventually(lambda: asked(servers[1], cookies[0]) == (401, "session_required"))
+        assert revoke("--all", store=store, control=tmp_path / "elsewhere").returncode == 0
+        eventually(lambda: asked(servers[0], cookies[1])[0] == 401)
+
+
+@fault(34)
+@both_loops
+def test_a_store_that_forgets(loop: str, store: Redis) -> None:
+    """Flushed, it counts from nothing; nobody gets an error, and live answers take their places again."""
+    with two(store, loop, LIMITS_PER_SESSION="1/hour") as (proxy, _):
+        here = new_address()
+        assert [chat(proxy, headers=here).status for _ in range(2)] == [200, 429]
+        with store.client() as client:
+            client.flushall()
+            client.script_flush()
+        assert [chat(proxy, headers=here).status for _ in range(2)] == [200, 429]
+
+
+@pytest.mark.quiet
+@both_loops
+def test_no_live_stream_waits_for_it(loop: str, store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event passes at once, whether the store answers or not; and what its stream held is told it afterwards."""
+    monkeypatch.setattr(shared, "DEADLINE", DEADLINE)
+    monkeypatch.setattr(door, "RENEW_EVERY", 0.05)
+
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.head()
+        for number in range(40):
+            await peer.chunk(delta(f"{number} {time.monotonic()}"))
+            await asyncio.sleep(0.02)
+        for part in (finish(), DONE):
+            await peer.chunk(part)
+        await peer.end()
+
+    with two(store, loop, script) as (proxy, _), raw_chat(proxy) as sock:
+        read_until(sock, b"data: ")
+        store.freeze()
+        late = lateness(sock)
+        store.thaw()
+        assert late < 1.0
+        eventually(lambda: proxy.lines("limits_available"), 20.0)
+        with store.client() as client:
+            eventually(lambda: not leases(client), 40.0)
+
+
+@both_loops
+def test_a_busy_machine_does_not_make_anybody_wait_longer(loop: str, store: Redis) -> None:
+    """When the deadline comes in the same moment as the question has gone out, it counts all the same."""
+
+    async def story() -> float:
+        counter = open_store(store.url, time.monotonic, lambda lost: None)
+        claim = Charge("moving", "per_session", "s", 1, 9, 9)
+        while await counter.take([claim]) is None:  # noqa: ASYNC110  # a busy machine may take a few
+            await asyncio.sleep(0.1)
+        store.freeze()
+        asking = asyncio.create_task(counter.take([claim]))
+        await asyncio.sleep(0)  # it is on its way to the socket
+        time.sleep(shared.DEADLINE + 0.1)  # noqa: ASYNC251  # others have the CPU
+        began = time.monotonic()
+        assert await asking is None
+        took = time.monotonic() - began
+        await counter.aclose()
+        return took
+
+    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+        assert runner.run(story()) < 1.5
+
+
+def test_what_a_dead_worker_held_is_free_again(store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "HELD_SECONDS", 3)
+
+    async def die_and_look() -> None:
+        async with allowance(store, LIMITS_STREAMS_PER_SESSION="1", LIMITS_TOKENS_PER_SESSION="100/hour") as dead:
+            await dead.hold(Subject("s", "a"), 90)  # never left
+        async with allowance(store, LIMITS_STREAMS_PER_SESSION="1", LIMITS_TOKENS_PER_SESSION="100/hour") as alive:
+            with pytest.raises(TokensExhausted):
+                await alive.hold(Subject("s", "a"), 90)
+            await asyncio.sleep(3.1)
+            async with await alive.hold(Subject("s", "a"), 90) as hold:
+                hold.settle(5)
+            found = await alive.standings(lambda request: None, Subject("s", "a"))
+            assert [(s.name, s.limit - s.remaining) for s in found if s.name == "tokens_per_session"] == [
+                ("tokens_per_session", 5)
+            ]
+
+    asyncio.run(die_and_look())
+
+
+def test_a_dead_worker_pays_what_it_had_spent(store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its prompts at once, what was answered since with the renewal. One that was only late pays what it says then,
+    once, whatever was booked for it meanwhile."""
+    monkeypatch.setattr(shared, "HELD_SECONDS", 1)
+    given = {"LIMITS_TOKENS_PER_SESSION": "1000/hour", "LIMITS_TOKENS_PER_ADDRESS": ""}
+
+    async def used(limits: Limiter) -> int:
+        found = await limits.standings(lambda request: None, ME)
+        return next(each.limit - each.remaining for each in found if each.name == "tokens_per_session")
+
+    async def die_and_look() -> None:
+        async with allowance(store, **given) as dead, allowance(store, **given) as alive:
+            spent = 10
+            silent = await dead.hold(ME, 100, lambda: 7)
+            await dead.hold(ME, 100, lambda: spent)
+            late = await dead.hold(ME, 100, lambda: spent)
+            spent = 25
+            del dead.holds[silent.holder]  # nothing is heard of it any more
+            await dead.renew_all()
+            assert await used(alive) == 300
+            await asyncio.sleep(1.1)
+            assert await used(alive) == 7 + 25 + 25
+            await dead.renew_all()
+            assert await used(alive) == 7 + 100 + 100
+            await asyncio.sleep(1.1)
+            assert await used(alive) == 7 + 25 + 25
+            async with late:
+                late.settle(40)
+            assert await used(alive) == 7 + 25 + 40
+
+    asyncio.run(die_and_look())
+
+
+class allowance:  # noqa: N801  # used as a context
+    """An Allowance without a server."""
+
+    def __init__(self, store: Redis, **limits: str) -> None:
+        given = {
+            "UPSTREAM_BASE_URL": "http://127.0.0.1/v1",
+            "UPSTREAM_API_KEY": "k" * 30,
+            "POLICY_MODELS": "m",
+            "LIMITS_STORE": store.url,
+            "LIMITS_STREAMS_PER_ADDRESS": "1000",
+            **limits,
+        }
+        self.limits = from_variables({f"CHAT_PROXY_{name}": value for name, value in given.items()}).limits
+
+    async def __aenter__(self) -> Limiter:
+        self.bugs: list[BaseException] = []
+        self.allowance = Limiter(self.limits, 1000, time.monotonic, lambda lost: None, self.bugs.append)
+        return self.allowance
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.allowance.aclose()
+        assert self.bugs == []
+
+
+# ---- the scripts themselves -----------------------------------------------------------------------------------------
+
+
+def test_no_window_ever_holds_too_much(store: Redis) -> None:
+    """Many at once on one counter: however they meet, no window of its length holds more than the limit."""
+    limit, seconds, hits = 40, 1, 20000 if FULL else 4000
+    granted: list[tuple[float, float]] = []
+
+    async def hit(counter: RedisStore, count: int) -> None:
+        claim = Charge("moving", "per_session", "s", 1, limit, seconds)
+        for _ in range(count):
+            asked = time.monotonic()
+            taken = await counter.take([claim])
+            assert taken is not None
+            if taken.booked:
+                granted.append((asked, time.monotonic()))
+            await asyncio.sleep(random.random() * 0.02)
+
+    async def all_hit() -> None:
+        counter = open_store(store.url, time.monotonic, print)
+        await asyncio.gather(*(hit(counter, hits // 20) for _ in range(20)))
+        await counter.aclose()
+
+    asyncio.run(asyncio.wait_for(all_hit(), 120))
+    ends = sorted(answered for _, answered in granted)
+    for asked, _ in granted:  # granted surely within [asked, asked + seconds), whenever the server booked them
+        inside = [answered for begun, answered in granted if begun >= asked]
+        assert bisect_right(sorted(inside), asked + seconds - 0.001) <= limit
+    assert len(ends) >= limit
+
+
+def test_a_burst_never_overdraws(store: Redis) -> None:
+    """200 at once hold no more than there is; afterwards exactly what was used is booked."""
+
+    async def burst() -> tuple[int, int]:
+        async with allowance(store, LIMITS_TOKENS_PER_SESSION="1000/hour", LIMITS_STREAMS_PER_SESSION="1000") as limits:
+            asked = (limits.hold(Subject("s", "a"), 90) for _ in range(200))
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            admitted = [answer for answer in answers if isinstance(answer, Permit)]
+            assert sum(isinstance(answer, TokensExhausted) for answer in answers) == 200 - len(admitted)
+            for hold in admitted:
+                async with hold:
+                    hold.settle(7)
+            found = await limits.standings(lambda request: None, Subject("s", "a"))
+            return len(admitted), next(s.limit - s.remaining for s in found if s.name == "tokens_per_session")
+
+    admitted, booked = asyncio.run(burst())
+    assert (admitted, booked) == (11, 77)
+    with store.client() as client:
+        assert leases(client) == []
+
+
+# ---- what a change of the settings may not do to the account ---------------------------------------------------------
+
+
+def test_another_limit_forgets_nothing(store: Redis) -> None:
+    """Two servers with limits of their own, as while one setting is rolled out: what was used on one is used on the
+    other; and whoever is told there to wait is let in after that, though more was let in than the limit there."""
+
+    async def story() -> None:
+        many = {"LIMITS_PER_SESSION": "6/minute", "LIMITS_TOKENS_TOTAL": "9000/hour"}
+        few = {"LIMITS_PER_SESSION": "2/minute", "LIMITS_TOKENS_TOTAL": "5000/hour"}
+        async with allowance(store, **many) as loose, allowance(store, **few) as strict:
+            for _ in range(4):
+                await loose.charge(ask, ME)
+                await asyncio.sleep(0.05)  # or all leave at one time
+            async with await loose.hold(ME, 4000) as hold:
+                hold.settle(4000)
+            with pytest.raises(TooMany) as refused:
+                await strict.charge(ask, ME)
+            with pytest.raises(TokensExhausted):
+                await strict.hold(ME, 1001)
+            assert (await loose.charge(ask, ME))[0].remaining == 1
+            with store.client() as client:
+                (key,) = client.keys("*:per_session:*")
+                made = [made for _, made in client.zrange(key, 0, 3, withscores=True)]  # ms, as the store's clock
+                seconds, microseconds = client.time()
+            assert refused.value.retry_after is not None
+            then = (seconds + refused.value.retry_after) * 1000 + microseconds / 1000
+            assert sum(then < entry + 60_000 for entry in made) < 2
+
+    asyncio.run(story())
+
+
+# ---- what an outage may not do to the account -----------------------------------------------------------------------
+
+ME = Subject("s", "a")
+PURSE = "tokens_per_session"
+
+
+async def booked(limits: Limiter) -> int:
+    """What the limits say is used of the session's tokens, held ones included."""
+    found = await limits.standings(lambda request: None, ME)
+    return next(standing.limit - standing.remaining for standing in found if standing.name == PURSE)
+
+
+async def is_up(limits: Limiter, wanted: bool) -> None:
+    deadline = time.monotonic() + 30
+    while limits.is_up != wanted:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+
+
+async def lost(store: Redis, limits: Limiter) -> None:
+    store.stop()
+    await limits.standings(lambda request: None, ME)
+    await is_up(limits, False)
+
+
+async def found(store: Redis, limits: Limiter) -> None:
+    await asyncio.to_thread(store.start)
+    await is_up(limits, True)
+    await asyncio.sleep(0.1)  # it hears what it missed
+
+
+def test_an_answer_that_outlives_an_outage(store: Redis) -> None:
+    """Begun before, within and after it, ended before, within and after it: each is booked once, by what it used."""
+
+    async def story() -> None:
+        async with allowance(store, LIMITS_TOKENS_PER_SESSION="10000/hour", LIMITS_STREAMS_PER_SESSION="9") as limits:
+            before = [await limits.hold(ME, 1000) for _ in range(2)]
+            assert await booked(limits) == 2000
+            await lost(store, limits)
+            within = [await limits.hold(ME, 1000) for _ in range(2)]
+            for hold in (before[0], within[0]):
+                async with hold:
+                    hold.settle(70)
+            await found(store, limits)
+            assert (
+                await booked(limits) == 2 * 70 + 2 * 1000
+            )  # what goes on is held again, in a store that had forgotten
+            for hold in (before[1], within[1]):
+                async with hold:
+                    hold.settle(7)
+            assert await booked(limits) == 2 * 70 + 2 * 7
+            with store.client() as client:
+                assert leases(client) == []
+
+    asyncio.run(story())
+
+
+def test_what_was_booked_unheard_is_given_back(store: Redis) -> None:
+    """A frozen store has the question in its socket, and books it when it is thawed. By then it was counted here, or
+    refused: what the store holds for it is nobody's, and free as soon as it is found."""
+
+    async def story(**limits: str) -> None:
+        async with allowance(store, LIMITS_TOKENS_PER_SESSION="10000/hour", **limits) as limits_:
+            assert await booked(limits_) == 0
+            store.freeze()
+            answers = [limits_.hold(ME, 1000) for _ in range(3)]
+            answered = await asyncio.gather(*answers, return_exceptions=True)
+            used = 0
+            for hold in answered:
+                if isinstance(hold, Permit):
+                    async with hold:
+                        hold.settle(7)
+                        used += 7
+            assert used == 0 if limits else used == 21
+            store.thaw()
+            await is_up(limits_, True)
+            with store.client() as client:
+                await asyncio.to_thread(eventually, lambda: not limits_.unsettled)
+                assert leases(client) == []
+            assert await booked(limits_) == used
+
+    asyncio.run(story())
+    with store.client() as client:
+        client.flushall()
+    asyncio.run(story(LIMITS_WHEN_STORE_FAILS="refuse"))
+
+
+def test_a_clock_that_goes_back_locks_nobody_out(store: Redis) -> None:
+    """The store's went back by an hour: what it holds seems to be of later than now. Nobody waits that hour for it, and
+    nobody is given a window."""
+    given = {
+        "LIMITS_PER_SESSION": "1/minute",
+        "LIMITS_TOKENS_PER_SESSION": "100/minute",
+        "LIMITS_TOKENS_PER_ADDRESS": "",
+    }
+
+    async def story() -> None:
+        async with allowance(store, **given) as limits:
+            await limits.charge(ask, ME)
+            async with await limits.hold(ME, 90) as hold:
+                hold.settle(90)
+            with store.client() as client:
+                for key in client.keys("*:per_session:*"):
+                    client.zadd(
+                        key, {member: score + 3600_000 for member, score in client.zrange(key, 0, -1, withscores=True)}
+                    )
+                for key in client.keys("*:tokens_per_session:*"):
+                    client.hincrby(key, "ends", 3600_000)
+            with pytest.raises(TooMany) as requests:
+                await limits.charge(ask, ME)
+            with pytest.raises(TokensExhausted) as tokens:
+                await limits.hold(ME, 90)
+            assert 0 < (requests.value.retry_after or 0) <= 60
+            assert 0 < (tokens.value.retry_after or 0) <= 60
+
+    asyncio.run(story())
+
+
+def test_a_question_that_comes_after_its_end_books_nothing(store: Redis) -> None:
+    """It was lost on its way and sent again by the kernel, while its holder was counted here, and ended."""
+
+    async def story() -> None:
+        async with allowance(store, LIMITS_TOKENS_PER_SESSION="10000/hour") as limits:
+            assert limits.shared is not None
+            claims = [*limits.tokens.claims(ME, 1000), *limits.leases.claims(ME)]
+            assert await limits.shared.add([(claim, 0) for claim in claims], "holder")
+            await limits.shared.take(claims, "holder", 300)
+            with store.client() as client:
+                assert leases(client) == []
+            assert await booked(limits) == 0
+
+    asyncio.run(story())
+
+
+def test_what_was_booked_for_nobody_is_given_back(store: Redis) -> None:
+    """The store has booked what this process then has no place for, and is lost before it hears of that."""
+
+    async def story() -> None:
+        async with allowance(store, LIMITS_TOKENS_PER_SESSION="10000/hour") as limits:
+            assert limits.shared is not None
+            shared_, limits.leases.max_streams = limits.shared, 0
+            acquire = limits.leases.acquire
+
+            def lost_meanwhile(subject: Subject) -> Lease:
+                shared_.lose("test")
+                return acquire(subject)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(limits.leases, "acquire", lost_meanwhile)
+                with pytest.raises(Busy):
+                    await limits.hold(ME, 1000, lambda: 300)
+            await is_up(limits, True)
+            with store.client() as client:
+                await asyncio.to_thread(eventually, lambda: leases(client) == [])
+            assert await booked(limits) == 0
+
+    asyncio.run(story())
+
+
+def test_many_answers_are_renewed_in_time_on_a_slow_store(store: Redis) -> None:
+    """A thousand, one by one over a way of 30 ms, would take as long as they last unrenewed."""
+
+    async def story(url: str) -> float:
+        async with allowance(
+            store,
+            LIMITS_STORE=url,
+            LIMITS_TOKENS_PER_SESSION="1000000/hour",
+            LIMITS_STREAMS_PER_SESSION="1000",
+        ) as limits:
+            holds = await asyncio.gather(*(limits.hold(ME, 10) for _ in range(100)))
+            began = time.monotonic()
+            link.delay = 0.03
+            await limits.renew_all()
+            took = time.monotonic() - began
+            link.delay = 0.0
+            for hold in holds:
+                async with hold:
+                    pass
+            assert limits.is_up
+            return took
+
+    with Link(store) as link:
+        assert asyncio.run(story(link.url)) < 100 * 0.03 * 0.8  # one by one, it would be more than all of that
+
+
+def test_a_window_that_ends_while_an_answer_is_written(store: Redis) -> None:
+    """Its tokens are nobody's any more; the next window does not begin with a debt, nor with a gift."""
+
+    async def story() -> None:
+        async with allowance(store, LIMITS_TOKENS_PER_SESSION="1000/2 second") as limits:
+            early = await limits.hold(ME, 900)
+            await asyncio.sleep(2.1)
+            async with await limits.hold(ME, 10) as hold:
+                hold.settle(10)
+            async with early:
+                early.settle(3)
+            assert 10 <= await booked(limits) <= 13
+            await lost(store, limits)
+            late = await limits.hold(ME, 900)
+            await found(store, limits)
+            await asyncio.sleep(2.1)
+            async with late:
+                late.settle(3)
+            assert 0 <= await booked(limits) <= 3
+
+    asyncio.run(story())
+
+
+def test_a_store_that_goes_again_before_it_has_heard(store: Redis) -> None:
+    """What could not be told is told the next time, and once."""
+
+    async def story() -> None:
+        async with allowance(store, LIMITS_TOKENS_PER_SESSION="10000/hour") as limits:
+            await lost(store, limits)
+            async with await limits.hold(ME, 1000) as hold:
+                hold.settle(50)
+            limits.unsettled["again"] = limits.tokens.used()
+            limits.tokens.forget()
+            assert limits.shared is not None
+            await limits.merge()  # it is still gone: nothing may be forgotten
+            assert len(limits.unsettled) == 1
+            await found(store, limits)
+            assert await booked(limits) == 50
+            limits.unsettled["again"] = [(limits.tokens.claims(ME, 0)[0], 50)]  # its answer had been lost
+            await limits.merge()
+            assert await booked(limits) == 50
+
+    asyncio.run(story())
+
+
+def test_who_ends_tells_what_was_used(store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the store has just come back, and no probe has seen that yet."""
+    monkeypatch.setattr(shared, "FIRST_PROBE", 600.0)
+
+    async def story() -> None:
+        async with allowance(store, LIMITS_TOKENS_PER_SESSION="10000/hour") as limits:
+            await lost(store, limits)
+            async with await limits.hold(ME, 1000) as hold:
+                hold.settle(50)
+            await asyncio.to_thread(store.start)
+        async with allowance(store, LIMITS_TOKENS_PER_SESSION="10000/hour") as limits:
+            assert await booked(limits) == 50
+
+    asyncio.run(story())
+
+
+def test_what_many_have_used_is_told_in_parts(store: Redis) -> None:
+    """What thousands have used while it was gone is no single question: that would hold the store up for all servers,
+    and be over its own deadline each time."""
+    many = 1000
+
+    async def story() -> None:
+        async with allowance(store, LIMITS_TOKENS_TOTAL="1000000/day") as limits:
+            await lost(store, limits)
+            for number in range(many):
+                async with await limits.hold(Subject(f"s{number}", f"a{number}"), 10) as hold:
+                    hold.settle(7)
+            await asyncio.to_thread(store.start)
+            with store.client() as client:
+                client.config_set("slowlog-log-slower-than", 0)
+                client.config_set("slowlog-max-len", 100000)
+                await is_up(limits, True)
+                await asyncio.to_thread(eventually, lambda: not limits.unsettled)
+                longest = max(length_of(entry["command"]) for entry in client.slowlog_get(100000))
+                assert longest < 1000
+            found = await limits.standings(lambda request: None, Subject("s5", "a5"))
+            assert {each.limit - each.remaining for each in found} == {7}
+
+    asyncio.run(story())
+
+
+def length_of(command: bytes) -> int:
+    """The words of a command, of which a slow log shows the first 32."""
+    more = re.search(rb"\((\d+) more arguments\)$", command)
+    return len(command.split()) + (int(more[1]) if more else 0)
+
+
+def test_what_begins_while_the_store_goes_again_is_told_the_next_time(
+    store: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As what it has used, not as what it may have cost at its worst."""
+
+    async def story() -> None:
+        async with allowance(store, LIMITS_TOKENS_PER_SESSION="10000/hour") as limits:
+            await lost(store, limits)
+            begun: list[Permit] = []
+
+            async def gone_again() -> None:
+                begun.append(await limits.hold(ME, 1000))
+
+            with monkeypatch.context() as patch:
+                patch.setattr(limits, "renew_all", gone_again)
+                await limits.merge()
+            async with begun[0] as hold:
+                hold.settle(7)
+            await found(store, limits)
+            assert await booked(limits) == 7
+
+    asyncio.run(story())
+
+
+def test_a_renewal_does_not_bring_back_what_has_ended(store: Redis) -> None:
+    async def story() -> None:
+        async with allowance(
+            store, LIMITS_STREAMS_PER_SESSION="1000", LIMITS_TOKENS_PER_SESSION="1000000/hour"
+        ) as limits:
+            holds = [await limits.hold(ME, 10) for _ in range(100)]
+
+            async def end(hold: Permit) -> None:
+                async with hold:
+                    hold.settle(1)
+
+            await asyncio.gather(limits.renew_all(), *(end(hold) for hold in holds), limits.renew_all())
+            assert await booked(limits) == 100
+            with store.client() as client:
+                assert leases(client) == []
+
+    asyncio.run(story())
+
+
+def test_flapping_gives_nothing_away(store: Redis) -> None:
+    """Requests that were counted alone stay counted for the next outage."""
+
+    async def story() -> list[str]:
+        async with allowance(store, LIMITS_PER_SESSION="3/hour", LIMITS_PER_ADDRESS="") as limits:
+            answers = []
+            for _ in range(3):
+                await lost(store, limits)
+                for _ in range(2):
+                    try:
+                        await limits.charge(ask, ME)
+                        answers.append("granted")
+                    except TooMany:
+                        answers.append("refused")
+                await found(store, limits)
+            return answers
+
+    assert asyncio.run(story()).count("granted") == 3
+
+
+def test_a_notice_of_another_version_harms_nobody(store: Redis, tmp_path: Path) -> None:
+    with two_of_one_name(store, "uvloop", tmp_path) as (one, other):
+        cookie = chat(one, headers={"sec-fetch-site": "same-origin"}).cookie
+        with store.client() as client:
+            client.zadd("{chat-proxy}:revoked", {"{}": time.time() * 1000, "[1,2]": time.time() * 1000})
+            client.set("{chat-proxy}:decree", b'{"generation":1,"more":[1]}')
+            time.sleep(1.0)
+            client.set("{chat-proxy}:decree", b"no decree")
+        assert send(one, "DELETE", "/api/session", None, {"cookie": cookie}).status == 200
+        eventually(lambda: asked(other, cookie) == (401, "session_required"))
+        assert one.lines("bug") == other.lines("bug") == []
+
+
+def test_all_that_was_revoked_is_told_at_the_end(store: Redis) -> None:
+    """Also more than goes out at once; of a store that is gone nobody waits to be heard."""
+
+    async def story() -> None:
+        async with allowance(store) as limits:
+            assert limits.shared is not None
+            board = RedisRevocations(limits.shared, 3600)
+            many = 2 * MOST_SENT + 1
+            for number in range(many):
+                board.post(RevokedId(f"id{number}", 1, 2))
+            await board.tell_rest()
+            assert not board.unsent
+            with store.client() as client:
+                assert client.zcard("{chat-proxy}:revoked") == many
+            store.stop()
+            board.post(RevokedId("late", 1, 2))
+            await board.tell_rest()
+            assert len(board.unsent) == 1
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("apart", [1, 0])
+def test_whoever_begins_hears_of_all_logouts_at_once(apart: int, store: Redis, tmp_path: Path) -> None:
+    """A worker that replaces another knows every logout of the days before, not a thousand with each look; also
+    those that many servers have posted in the same millisecond, like all that waited for a store that was frozen."""
+    now = int(time.time())
+    with store.client() as client:
+        notices = {
+            f'["id{number}",{now},{now + 60}]': now * 1000 - 5000 + number * apart for number in range(2 * PAGE + 1)
+        }
+        client.zadd("{chat-proxy}:revoked", notices)
+
+    async def story() -> None:
+        given = {**settings_for("http://127.0.0.1:1"), "SESSION_CONTROL_FILE": str(tmp_path / "none")}
+        configured = from_variables({f"CHAT_PROXY_{name}": value for name, value in given.items()})
+        async with allowance(store) as limits:
+            revoked = RevocationWatcher(configured.session, limits.shared, Logs(configured.log), time.time)
+            assert revoked.bulletin is not None
+            async with asyncio.timeout(PATIENCE):
+                await revoked.read_bulletin()
+            assert {revoked.known.until(f"id{number}") for number in range(2 * PAGE + 1)} == {now}
+
+    asyncio.run(story())
+
+
+def test_programs_of_an_address_post_no_notices(store: Redis, tmp_path: Path) -> None:
+    """The session that they share could be ended again and again, by any of them, and all servers would be told."""
+    with two_of_one_name(store, "uvloop", tmp_path) as (one, _), store.client() as client:
+        for _ in range(5):
+            cookie = chat(one).cookie
+            assert send(one, "DELETE", "/api/session", None, {"cookie": cookie}).status == 200
+        time.sleep(1.0)
+        assert client.zcard("{chat-proxy}:revoked") == 0
+
+
+def test_check_tries_the_store(store: Redis, tmp_path: Path) -> None:
+    async def models(peer: Peer) -> None:
+        await peer.request()
+        await peer.whole(b'{"data":[]}')
+
+    with ScriptedUpstream(models) as upstream:
+        done = run(tmp_path, "check", **settings_for(upstream.base_url), LIMITS_STORE=store.url)
+        assert (done.returncode, "ok       limits.store" in done.stdout) == (0, True)
+        store.stop()
+        done = run(tmp_path, "check", **settings_for(upstream.base_url), LIMITS_STORE=store.url)
+        assert (done.returncode, "fault    limits.store: no answer within 0.14 s" in done.stdout) == (1, True)

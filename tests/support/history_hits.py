@@ -1,0 +1,201 @@
+"""Processes that ask the limits as their plans say, and write down what was granted. See test_history.py.
+
+Each line of the input is a Plan; a process of its own works on it, whose id is printed. (They are forked: to import all
+of it takes longer than the work.) Each line of a history is written at once, so that it outlives a SIGKILL:
+
+    ask  SESSION ADDRESS AMOUNT ASKED ANSWERED BY UNTIL     a request was granted
+    hold SESSION ADDRESS AMOUNT ASKED ANSWERED BY UNTIL     so many tokens and a stream were held, and used
+    asks SESSION ADDRESS ASKED NUMBER                       tokens and a stream are asked for
+    told NUMBER                                             and nothing about that question is unknown any more
+    kept SESSION|ADDRESS|all BEGAN ENDED                    a renewal or a merge may have begun a window of tokens;
+                                                            they are the same when the store has not answered
+    no | out                                                it was refused, or could not be counted
+    found AT                                                the store was back, and what was counted alone is forgotten
+    end HELD                                                all is over, and so much is held still
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from proxy.errors import LimitsUnavailable, TokensExhausted, TooMany, TooManyStreams
+from proxy.limits import limiter as door
+from proxy.limits.limiter import Limiter
+from proxy.limits.requests import ask
+from proxy.limits.status import Subject
+from proxy.limits.store import redis as shared
+from proxy.limits.store.redis import Charge, ChargeResult
+from proxy.settings import from_variables
+from support.history import STORE
+
+SESSIONS, ADDRESSES = 8, 2
+NEW_KEYS_EVERY = 5.0  # seconds: in a long history nobody could tell any more where a fixed window began
+HOLD_SECONDS = 0.02  # in the middle; a few last as long as LONG_HOLD
+LONG_HOLD = 1.5
+AMOUNTS = (50, 150)  # tokens of one answer
+BOOKED, REFUSED, UNHEARD, UNASKED = "booked", "refused", "unheard", "unasked"
+store_said: ContextVar[str] = ContextVar("store_said", default=UNASKED)
+alone_since: ContextVar[float] = ContextVar("alone_since")  # nothing comes between that and its own decision
+
+
+@dataclass
+class Plan:
+    """What to do. `limits` are settings; `pause` seconds are between two hits of one of `tasks` tasks, on average."""
+
+    name: str
+    hits: int
+    path: str
+    limits: dict[str, str]
+    pause: float = 0.0
+    tasks: int = 8
+    renew_every: float = 1.0  # seconds
+    deadline: float = 0.5  # a process that is not scheduled for a moment has not lost its store
+
+
+class History:
+    """The allowance of this process, asked and written down."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.file = Path(plan.path).open("ab", buffering=0)  # noqa: SIM115  # as long as the process
+        needed = {"UPSTREAM_BASE_URL": "http://127.0.0.1/v1", "UPSTREAM_API_KEY": "k" * 30, "POLICY_MODELS": "m"}
+        chosen = from_variables({f"CHAT_PROXY_{name}": value for name, value in {**needed, **plan.limits}.items()})
+        self.allowance = Limiter(chosen.limits, 1000, time.monotonic, lambda lost: None, self.fail)
+        self.left = plan.hits
+        self.questions = count()
+        if self.allowance.shared is not None:
+            self.listen_to(self.allowance.shared)
+
+    def fail(self, error: BaseException) -> None:
+        self.write("bug", repr(error))
+
+    def write(self, *words: object) -> None:
+        self.file.write(" ".join(map(str, words)).encode() + b"\n")
+
+    def listen_to(self, store: Any) -> None:
+        """Who decided is told by the store's answer; that it forgets its own token windows, by the merge."""
+        real_take, real_keep, real_merge = store.take, store.keep, store.on_found
+
+        async def take(claims: list[Charge], holder: str = "", spent: int = 0) -> ChargeResult | None:
+            was_up = store.is_up
+            taken: ChargeResult | None = await real_take(claims, holder, spent)
+            alone_since.set(time.monotonic())
+            if taken is None:
+                store_said.set(UNHEARD if was_up else UNASKED)
+            else:
+                store_said.set(BOOKED if taken.booked else REFUSED)
+            return taken
+
+        async def keep(what: str, used: Iterable[tuple[Charge, int]], holder: str) -> bool:
+            amounts = list(used)
+            began = time.monotonic()
+            kept: bool = await real_keep(what, amounts, holder)
+            ended = time.monotonic() if kept else began
+            for claim, _ in amounts:
+                if claim.kind == "fixed" and what != "settle":
+                    self.write("kept", claim.whose, began, ended)
+            return kept
+
+        async def merge() -> None:
+            self.write("found", time.monotonic())  # its windows are forgotten at once
+            await real_merge()
+
+        store.take, store.keep, store.on_found = take, keep, merge
+
+    async def run(self) -> None:
+        await self.allowance.start()
+        await asyncio.gather(*(self.hit_on() for _ in range(self.plan.tasks)))
+        while not self.allowance.is_up or self.allowance.unsettled:  # noqa: ASYNC110  # there is no event for it
+            await asyncio.sleep(0.01)
+        held = self.allowance.leases
+        self.write("end", held.live + len(held.held) + len(self.allowance.holds))
+        await self.allowance.aclose()
+
+    def turns(self) -> Iterator[int]:
+        while self.left:
+            self.left -= 1
+            yield self.left
+
+    async def hit_on(self) -> None:
+        for _ in self.turns():
+            number = random.randrange(SESSIONS)
+            epoch = int(time.monotonic() / NEW_KEYS_EVERY)
+            subject = Subject(f"s{number}.{epoch}", f"a{number % ADDRESSES}.{epoch}")
+            try:
+                await (self.ask(subject) if random.random() < 0.6 else self.hold(subject, number))
+            except (TooMany, TokensExhausted, TooManyStreams):
+                self.write("no")
+            except LimitsUnavailable:
+                self.write("out")
+            await asyncio.sleep(random.random() * 2 * self.plan.pause)
+
+    @property
+    def by(self) -> str:
+        """Who has just granted something."""
+        return STORE if store_said.get() == BOOKED else self.plan.name
+
+    async def ask(self, subject: Subject) -> None:
+        asked = time.monotonic()
+        await self.allowance.charge(ask, subject)
+        answered, by = time.monotonic(), self.by
+        self.write("ask", *subject[:2], 1, asked if by == STORE else alone_since.get(), answered, by, 0)
+
+    async def hold(self, subject: Subject, number: int) -> None:
+        """Every second session uses all that it has held, the others any part of it."""
+        amount = random.randint(*AMOUNTS)
+        asked = time.monotonic()
+        question = next(self.questions)
+        self.write("asks", *subject[:2], asked, question)
+        try:
+            held = await self.allowance.hold(subject, amount)
+        except (TokensExhausted, TooManyStreams, LimitsUnavailable):
+            if store_said.get() in (REFUSED, UNASKED):
+                self.write("told", question)
+            raise
+        async with held as hold:
+            answered, by = time.monotonic(), self.by
+            if by != STORE:
+                asked = alone_since.get()
+            is_long = random.random() < 0.02
+            await asyncio.sleep(LONG_HOLD if is_long else random.random() * 2 * HOLD_SECONDS)
+            used = amount if number % 2 else random.randint(0, amount)
+            hold.settle(used)
+            until = time.monotonic()
+        self.write("hold", *subject[:2], used, asked, answered, by, until)
+        if store_said.get() != UNHEARD:
+            self.write("told", question)
+
+
+def work(plan: Plan) -> None:
+    random.seed()
+    shared.DEADLINE = plan.deadline
+    vars(door)["RENEW_EVERY"] = plan.renew_every
+    uvloop.run(History(plan).run())
+
+
+def main() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them: their files say when they have ended
+    for line in sys.stdin:
+        if child := os.fork():
+            print(child, flush=True)
+        else:
+            work(Plan(**json.loads(line)))
+            os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

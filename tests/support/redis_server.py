@@ -1,0 +1,69 @@
+"""A real Redis, to which faults can be done: `store` is there for every test (conftest.py)."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import redis
+
+from proxy.limits.store import redis as shared
+from support.harness import PATIENCE, STARTING, eventually, free_port
+
+
+class Redis:
+    """A server of our own, that faults can be done to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.start()
+
+    def start(self) -> None:
+        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        command = ["redis-server", *options, "--dir", str(self.folder), "--unixsocket", str(self.folder / "redis.sock")]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        eventually(self.answers, STARTING)
+
+    def answers(self) -> bool:
+        with suppress(redis.RedisError), self.client() as client:
+            return bool(client.ping())
+        return False
+
+    def client(self) -> redis.Redis:
+        return redis.Redis(port=self.port, socket_timeout=PATIENCE)
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+        self.process.kill()
+        self.process.wait()
+
+    def freeze(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+
+@pytest.fixture(scope="module")
+def redis_folder() -> Iterator[Path]:
+    """Its path is short, as that of a Unix socket has to be."""
+    made = Path(tempfile.mkdtemp(prefix="chat-proxy-"))
+    yield made
+    shutil.rmtree(made)
+
+
+@pytest.fixture
+def store(redis_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Redis]:
+    """A store that counts as gone when it is, and not when this machine is busy."""
+    monkeypatch.setattr(shared, "DEADLINE", PATIENCE)
+    server = Redis(redis_folder)
+    yield server
+    server.stop()

@@ -1,0 +1,80 @@
+"""README.md's tables say what the code does: an operator reads nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+from proxy import settings
+from proxy.cli import main as cli
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NEEDED = {"UPSTREAM_BASE_URL": "https://api.example.com", "UPSTREAM_API_KEY": "k" * 20, "POLICY_MODELS": "m"}
+IN_WORDS = ("required", "made in memory", "the packaged page", "chat-proxy.revoked.json")  # no values
+
+
+def loaded(given: dict[str, str]) -> settings.Settings:
+    return settings.from_variables({f"{settings.PREFIX}{name}": value for name, value in {**NEEDED, **given}.items()})
+
+
+def defaults() -> dict[tuple[str, str], str]:
+    """The default of each setting, as the table writes it."""
+    table = README.partition("\n## Settings\n")[2].partition("\n## ")[0].partition("|---|")[2]
+    found, section = {}, ""
+    for named, names, default in re.findall(r"(?m)^\| (\w*) ?\| ([a-z0-9_, ]+) \| (.+?) \| ", table):
+        section = named or section
+        each = names.split(", ")
+        alone = len(each) == 1 or default.startswith(IN_WORDS)
+        values = [default] * len(each) if alone else default.split(", ")
+        found.update({(section, name): value for name, value in zip(each, values, strict=True)})
+    return found
+
+
+def test_every_setting_is_told() -> None:
+    """The table holds every setting there is, and no other."""
+    plain = loaded({})
+    there = {
+        (section.name, setting.name)
+        for section in dataclasses.fields(plain)
+        for setting in dataclasses.fields(getattr(plain, section.name))
+    }
+    assert defaults().keys() == there
+
+
+def test_every_default_is_told() -> None:
+    """Whoever sets each setting to the default that the table names changes nothing."""
+    given = {
+        f"{section}_{name}".upper(): default.removesuffix(" (off)").replace("{port}", "8000")
+        for (section, name), default in defaults().items()
+        if not default.startswith(IN_WORDS)
+    }
+    assert loaded({name: "" if value in ("-", "[]") else value for name, value in given.items()}) == loaded({})
+
+
+def test_every_command_is_told() -> None:
+    """The table of commands, and what --help lists, are the same."""
+    table = README.partition("\n### Commands\n")[2].partition("\n## ")[0]
+    told = {
+        word
+        for cell in re.findall(r"(?m)^\| (`.*?`.*?) \| ", table)
+        for word in re.findall(r"`(?:chat-proxy )?([a-z-]+)", cell)
+    }
+    listed = re.findall(r"(?m)^    ([a-z-]+)", cli.parser().format_help())
+    assert told == set(listed)
+
+
+def test_contributors_are_told_what_the_test_command_does() -> None:
+    """What CONTRIBUTING.md installs and checks is what tests/run does, and each file that it names is there."""
+    guide, run = ((ROOT / name).read_text(encoding="utf-8") for name in ("CONTRIBUTING.md", "tests/run"))
+    block = re.sub(r" +#.*", "", guide.partition("```sh\n")[2].partition("```")[0])
+    done = [set(line.split()) for line in run.splitlines()]
+    others = []
+    for command in re.split(r" && |\n", block.strip()):
+        words = set(command.replace("/pip ", "/python -m pip ").split())
+        if not any(words <= line for line in done):
+            others.append(command)
+    assert others == [".venv/bin/python -m pytest tests/unit/test_chat_policy.py", "sh tests/run"]
+    for path in re.findall(r"(?:proxy|static|tests)/[\w/.]*\w", guide):
+        assert (ROOT / path).exists(), path

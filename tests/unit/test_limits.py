@@ -1,0 +1,936 @@
+"""How much they may ask: request windows, live streams, tokens. All with a clock that the test moves.
+
+Times are multiples of 1/64 second, which floats hold exactly: so "exactly then" can be said.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import slowapi
+from hypothesis import given
+from hypothesis import strategies as st
+from slowapi.errors import RateLimitExceeded
+from slowapi.wrappers import Limit
+from support.harness import FULL, Clock, unmeasured
+
+from proxy.errors import Busy, Refusal, TokensExhausted, TooMany, TooManySessions, TooManyStreams
+from proxy.limits import requests, tokens
+from proxy.limits.requests import Event, MovingWindows, RequestLimits, ask, mint, refuse
+from proxy.limits.status import LimitStatus, Subject, limit_headers
+from proxy.limits.streams import Lease, Leases
+from proxy.limits.tokens import Reservation, Tokens
+from proxy.settings import Limits, rates
+
+TICK = 1 / 64
+ANN, BEN = Subject("ann", "203.0.113.1"), Subject("ben", "203.0.113.2")
+ANN_ELSEWHERE, ANNS_GUEST = Subject("ann", "203.0.113.2"), Subject("guest", "203.0.113.1")
+
+
+def limited(
+    per_session: str = "",
+    per_address: str = "",
+    *,
+    new_sessions: str = "",
+    refusals: str = "",
+    tokens_per_session: str = "",
+    tokens_per_address: str = "",
+    tokens_total: str = "",
+) -> Limits:
+    return Limits(
+        per_session=rates(per_session),
+        per_address=rates(per_address),
+        new_sessions=rates(new_sessions),
+        refusals_per_address=rates(refusals),
+        tokens_per_session=rates(tokens_per_session),
+        tokens_per_address=rates(tokens_per_address),
+        tokens_total=rates(tokens_total),
+    )
+
+
+def counting(clock: Clock, per_session: str = "", per_address: str = "", **more: str) -> RequestLimits:
+    return RequestLimits(limited(per_session, per_address, **more), clock)
+
+
+def allowed(limits: RequestLimits, subject: Subject, event: Event = ask) -> bool:
+    try:
+        limits.charge(event, subject)
+    except TooMany:
+        return False
+    return True
+
+
+def wait_told(refusal: Refusal) -> float:
+    assert refusal.retry_after is not None
+    return refusal.retry_after
+
+
+# ---- requests: the windows -----------------------------------------------------------------------------------------
+
+steps = st.lists(
+    st.tuples(
+        st.integers(0, 3) | st.integers(0, 80) | st.sampled_from([64, 192]),  # ticks that pass before the request
+        st.sampled_from([ANN, BEN, ANN_ELSEWHERE, ANNS_GUEST]),
+    ),
+    max_size=60,
+)
+WINDOWS = {"per_session": [(2, 1), (5, 3)], "per_address": [(3, 1), (7, 3)]}
+"""Of the model: how many in how many seconds."""
+
+
+def windows_limited(clock: Clock) -> RequestLimits:
+    return counting(clock, "2/second;5/3 seconds", "3/second;7/3 seconds")
+
+
+@dataclass
+class Model:
+    """Moving windows as one would define them: every request that was let through, ever, and who made it."""
+
+    let_through: list[tuple[float, Subject]] = field(default_factory=list)
+
+    def counted(self, name: str, subject: Subject, seconds: int, now: float) -> int:
+        whose = 0 if name == "per_session" else 1
+        return sum(1 for at, who in self.let_through if at > now - seconds and who[whose] == subject[whose])
+
+    def remaining(self, subject: Subject, now: float) -> list[int]:
+        return [
+            amount - self.counted(name, subject, seconds, now)
+            for name, windows in WINDOWS.items()
+            for amount, seconds in windows
+        ]
+
+
+@given(steps)
+def test_windows_match_the_definition(walk: list[tuple[int, Subject]]) -> None:
+    """A request passes exactly when every one of its moving windows has room, and counts in all of them or in none."""
+    clock, model = Clock(), Model()
+    limits = windows_limited(clock)
+    for ticks, subject in walk:
+        clock.now += ticks * TICK
+        room = model.remaining(subject, clock.now)
+        assert [standing.remaining for standing in limits.standings(ask, subject)] == room
+        passes = allowed(limits, subject)
+        assert passes == all(room)
+        if passes:
+            model.let_through.append((clock.now, subject))
+            room = [left - 1 for left in room]
+        assert [standing.remaining for standing in limits.standings(ask, subject)] == room
+
+
+@given(steps)
+def test_never_more_than_the_limit_in_any_window(walk: list[tuple[int, Subject]]) -> None:
+    """Wherever one lays a window over what was let through, it holds no more than the limit."""
+    clock, times = Clock(), []
+    limits = counting(clock, "4/second")
+    for ticks, _ in walk:
+        clock.now += ticks * TICK
+        if allowed(limits, ANN):
+            times.append(clock.now)
+    for start in times:
+        assert sum(1 for at in times if start <= at < start + 1) <= 4
+
+
+def test_a_place_is_free_after_exactly_the_window() -> None:
+    """An entry counts for its window's length: a tick before its end it still does, at its end no more."""
+    clock = Clock()
+    limits = counting(clock, "1/minute")
+    assert allowed(limits, ANN)
+    clock.now += 60 - TICK
+    assert not allowed(limits, ANN)
+    clock.now += TICK
+    assert allowed(limits, ANN)
+
+
+@given(steps)
+def test_retry_after_is_true_of_requests(walk: list[tuple[int, Subject]]) -> None:
+    """Who waits as long as the refusal says is let in; who waits a tick less is not."""
+    clock = Clock()
+    limits = windows_limited(clock)
+    for ticks, subject in walk:
+        clock.now += ticks * TICK
+        try:
+            limits.charge(ask, subject)
+        except TooMany as refusal:
+            wait = wait_told(refusal)
+            assert 0 < wait <= 3
+            clock.now += wait - TICK
+            assert not allowed(limits, subject)
+            clock.now += TICK
+            assert allowed(limits, subject)
+
+
+def test_a_refused_request_costs_nothing() -> None:
+    """All windows or none: what the narrow window refused does not fill the wide one."""
+    clock = Clock()
+    limits = counting(clock, "1/second;3/minute", "4/hour")
+    assert [allowed(limits, ANN) for _ in range(50)] == [True] + [False] * 49
+    for _ in range(2):
+        clock.now += 1
+        assert allowed(limits, ANN)
+    assert [standing.remaining for standing in limits.standings(ask, ANN)] == [0, 0, 1]
+    clock.now += 1
+    assert not allowed(limits, ANN)
+    assert [standing.remaining for standing in limits.standings(ask, ANN)] == [1, 0, 1]
+
+
+def test_sessions_share_their_address() -> None:
+    """What one session of an address used, its others have no more; other addresses are not touched."""
+    limits = counting(Clock(), "2/minute", "3/minute")
+    assert [allowed(limits, ANN) for _ in range(3)] == [True, True, False]
+    assert [allowed(limits, ANNS_GUEST) for _ in range(2)] == [True, False]
+    assert allowed(limits, BEN)
+
+
+def test_a_session_takes_its_count_along() -> None:
+    """A session that changes its address is still the same session."""
+    limits = counting(Clock(), "2/minute", "3/minute")
+    assert allowed(limits, ANN)
+    assert allowed(limits, ANN_ELSEWHERE)
+    assert not allowed(limits, ANN_ELSEWHERE)
+    assert not allowed(limits, ANN)
+
+
+def test_what_is_limited_is_limited_apart() -> None:
+    """Questions, new sessions and refusals have windows of their own, also at the same rate and address."""
+    limits = counting(Clock(), per_address="1/minute", new_sessions="1/minute", refusals="1/minute")
+    for event in (ask, mint, refuse):
+        assert allowed(limits, ANN, event)
+        assert not allowed(limits, ANN, event)
+        assert allowed(limits, BEN, event)
+
+
+def test_no_limit_is_no_limit() -> None:
+    """An empty setting limits nothing, shows nothing, and keeps nothing."""
+    limits = counting(Clock())
+    assert [limits.charge(ask, ANN) for _ in range(10_000)][-1] == []
+    assert limits.standings(ask, ANN) == []
+    assert limits.limiter.storage.reset() == 0
+
+
+def test_refusals_name_what_was_refused() -> None:
+    """Too many questions and too many sessions are told apart; the longest wait is told, and full windows shown."""
+    clock = Clock()
+    limits = counting(clock, "1/second;2/minute;9/hour", new_sessions="1/hour")
+    limits.charge(ask, ANN)
+    clock.now += 10
+    limits.charge(ask, ANN)
+    with pytest.raises(TooMany) as asked:
+        limits.charge(ask, ANN)
+    assert (asked.value.code, asked.value.retry_after) == ("rate_limited", 50)
+    assert dict(asked.value.headers()) == {
+        b"retry-after": b"50",
+        b"retry-after-ms": b"50000",
+        b"ratelimit-policy": b'"per_session 1/second";q=1;w=1, "per_session 2/minute";q=2;w=60',
+        b"ratelimit": b'"per_session 1/second";r=0;t=1, "per_session 2/minute";r=0;t=50',
+    }
+    limits.charge(mint, ANN)
+    with pytest.raises(TooManySessions) as minted:
+        limits.charge(mint, ANN)
+    assert (minted.value.code, minted.value.retry_after) == ("too_many_sessions", 3600)
+
+
+def test_standings_tell_when_the_next_place_frees() -> None:
+    """A standing names the limit, what is left after this request, and when the oldest entry leaves the window."""
+    clock = Clock()
+    limits = counting(clock, "3/minute", "5/2 hours")
+    assert limits.standings(ask, ANN) == [
+        LimitStatus("per_session", 3, 3, 60, 60, "3/minute"),
+        LimitStatus("per_address", 5, 5, 7200, 7200, "5/2 hour"),
+    ]
+    limits.charge(ask, ANN)
+    clock.now += 15
+    assert limits.charge(ask, ANN) == [
+        LimitStatus("per_session", 3, 1, 45, 60, "3/minute"),
+        LimitStatus("per_address", 5, 3, 7185, 7200, "5/2 hour"),
+    ]
+
+
+@pytest.mark.parametrize("subject", [Subject("", "203.0.113.1"), Subject("ann", "")])
+def test_an_empty_key_is_refused(subject: Subject) -> None:
+    """A subject without a key is a bug, and neither counts everyone as one nor goes uncounted."""
+    limits = counting(Clock(), "5/minute", "5/minute")
+    for attempt in (limits.charge, limits.standings):
+        with pytest.raises(ValueError, match="without a key"):
+            attempt(ask, subject)
+    assert limits.limiter.storage.reset() == 0
+
+
+# ---- requests: the memory ------------------------------------------------------------------------------------------
+
+MANY = 100_000
+
+
+def test_dead_keys_do_not_gather() -> None:
+    """While 100,000 callers come and go, no more is kept than twice what counts, and a fixed rest."""
+    clock, live = Clock(), 1000
+    limits = counting(clock, "5/second")
+    storage = limits.limiter.storage
+    assert isinstance(storage, MovingWindows)
+    largest = 0
+    for number in range(MANY):
+        clock.now += 1 / live
+        limits.charge(ask, Subject(f"session {number}", "203.0.113.1"))
+        largest = max(largest, len(storage.entries))
+    assert largest <= 2 * (live + 1) + requests.SWEEP_AFTER
+
+
+def test_a_burst_of_keys_is_forgotten() -> None:
+    """After 100,000 callers at once have gone, the next callers sweep them out, and none that still counts."""
+    clock = Clock()
+    storage = MovingWindows(clock=clock)
+    assert storage.acquire_entry("of the day", 1, 86400)
+    for number in range(MANY):
+        assert storage.acquire_entry(f"burst {number}", 1, 60)
+    assert len(storage.entries) == MANY + 1
+    clock.now += 60
+    for number in range(MANY + requests.SWEEP_AFTER):
+        clock.now += TICK
+        assert storage.acquire_entry(f"later {number}", 1, 1)
+    assert len(storage.entries) <= 2 * 66 + requests.SWEEP_AFTER
+    assert not any(key.startswith("burst") for key in storage.entries)
+    assert not storage.acquire_entry("of the day", 1, 86400)
+
+
+def test_a_key_holds_no_more_than_its_limit() -> None:
+    """However often a caller asks, its entry has as many times as the limit is wide, and old ones go."""
+    clock = Clock()
+    storage = MovingWindows(clock=clock)
+    for _ in range(1000):
+        storage.acquire_entry("key", 5, 60)
+        clock.now += 7
+        assert storage.get("key") <= 5
+    clock.now += 60
+    assert storage.get_moving_window("key", 5, 60) == (clock.now, 0)
+    assert storage.get("key") == 0
+
+
+def test_the_storage_keeps_its_bargain_with_limits() -> None:
+    """What the `limits` package asks of a storage is answered: counts, expiry, clearing, health; no counters."""
+    clock = Clock()
+    storage = MovingWindows(clock=clock)
+    assert (storage.get("key"), storage.get_expiry("key")) == (0, clock.now)
+    assert storage.acquire_entry("key", 3, 60, amount=2)
+    assert not storage.acquire_entry("key", 3, 60, amount=2)
+    assert (storage.get("key"), storage.get_expiry("key")) == (2, clock.now + 60)
+    storage.clear("key")
+    storage.clear("unknown")
+    assert storage.get("key") == 0
+    assert storage.acquire_entry("other", 3, 60)
+    assert (storage.reset(), storage.reset()) == (1, 0)
+    assert storage.check()
+    assert issubclass(ValueError, storage.base_exceptions)
+    with pytest.raises(NotImplementedError):
+        storage.incr("key", 60)
+
+
+# ---- requests: slowapi ---------------------------------------------------------------------------------------------
+
+
+def test_it_is_slowapis_limiter() -> None:
+    """The limiter is slowapi's, with its registration, its limits and its exception."""
+    limits = counting(Clock(), "1/minute", "2/minute")
+    assert isinstance(limits, slowapi.Limiter)
+    assert [type(limit) for limit in limits.registered(ask)] == [Limit, Limit]
+    limits.charge(ask, ANN)
+    with pytest.raises(TooMany) as raised:
+        limits.charge(ask, ANN)
+    assert isinstance(raised.value.__cause__, RateLimitExceeded)
+
+
+@pytest.mark.parametrize("place", [".env", "environment"])
+def test_nothing_outside_opens_the_gates(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither an `.env` in the current folder nor RATELIMIT_* variables switch limits off, on or elsewhere."""
+    strays = {
+        "RATELIMIT_ENABLED": "false",
+        "RATELIMIT_SWALLOW_ERRORS": "true",
+        "RATELIMIT_HEADERS_ENABLED": "true",
+        "RATELIMIT_STORAGE_URL": "memory://",
+        "RATELIMIT_STRATEGY": "fixed-window",
+        "RATELIMIT_DEFAULT": "1/day",
+        "RATELIMIT_APPLICATION": "1/day",
+        "RATELIMIT_KEY_PREFIX": "stray",
+        "RATELIMIT_IN_MEMORY_FALLBACK": "1000/second",
+        "RATELIMIT_IN_MEMORY_FALLBACK_ENABLED": "true",
+    }
+    monkeypatch.chdir(tmp_path)
+    if place == ".env":
+        Path(".env").write_text("".join(f"{name}={value}\n" for name, value in strays.items()))
+    else:
+        for name, value in strays.items():
+            monkeypatch.setenv(name, value)
+    limits = counting(Clock(), "2/minute")
+    assert [allowed(limits, ANN) for _ in range(4)] == [True, True, False, False]
+    assert limits.enabled is True
+    assert isinstance(limits.limiter.storage, MovingWindows)
+    assert not limits._default_limits + limits._application_limits + limits._in_memory_fallback
+    assert not limits._swallow_errors
+    assert not limits.app_config.file_values
+    for name in strays:
+        assert limits.get_app_config(name, "ours") == "ours"
+
+
+# ---- leases --------------------------------------------------------------------------------------------------------
+
+
+def leases(per_session: int = 2, per_address: int = 3, max_streams: int = 4) -> Leases:
+    return Leases(Limits(streams_per_session=per_session, streams_per_address=per_address), max_streams)
+
+
+def refusal_of(leases: Leases, subject: Subject) -> type[Refusal]:
+    with pytest.raises(Refusal) as raised:
+        leases.acquire(subject)
+    assert raised.value.retry_after is not None
+    assert raised.value.retry_after >= 1
+    return type(raised.value)
+
+
+def assert_none_held(held: Leases) -> None:
+    assert (held.live, dict(held.held)) == (0, {})
+
+
+def test_streams_of_a_session() -> None:
+    """A session writes so many answers at one time; one more is refused until one of them has ended."""
+    held = leases(per_session=2)
+    with held.acquire(ANN):
+        with held.acquire(ANN):
+            assert refusal_of(held, ANN) is TooManyStreams
+            assert refusal_of(held, ANN_ELSEWHERE) is TooManyStreams
+            with held.acquire(BEN):
+                pass
+        with held.acquire(ANN):
+            pass
+    assert_none_held(held)
+
+
+def test_streams_of_an_address() -> None:
+    """The sessions of an address share its places."""
+    held = leases(per_session=2, per_address=3)
+    with held.acquire(ANN), held.acquire(ANN), held.acquire(ANNS_GUEST):
+        assert refusal_of(held, ANNS_GUEST) is TooManyStreams
+        with held.acquire(BEN):
+            pass
+    assert_none_held(held)
+
+
+def test_streams_of_the_process() -> None:
+    """A full process is busy for everyone, but who is over a limit of his own is told that."""
+    held = leases(per_session=2, per_address=3, max_streams=3)
+    with held.acquire(ANN), held.acquire(ANN), held.acquire(ANNS_GUEST):
+        assert refusal_of(held, BEN) is Busy
+        assert refusal_of(held, ANN) is TooManyStreams
+        assert refusal_of(held, ANNS_GUEST) is TooManyStreams
+    with held.acquire(BEN):
+        pass
+    assert_none_held(held)
+
+
+def test_a_refused_lease_holds_nothing() -> None:
+    """Whoever is refused, for whichever reason, leaves no trace, however often."""
+    held = leases(per_session=1, per_address=2, max_streams=2)
+    with held.acquire(ANN), held.acquire(ANNS_GUEST):
+        before = dict(held.held)
+        for subject in [ANN, ANNS_GUEST, Subject("third", ANN.address), BEN] * 100:
+            refusal_of(held, subject)
+        assert (held.live, dict(held.held)) == (2, before)
+    assert_none_held(held)
+
+
+@pytest.mark.parametrize("left_by", [ValueError(), Busy(), KeyboardInterrupt(), GeneratorExit(), None])
+def test_a_lease_is_given_back_on_any_exit(left_by: BaseException | None) -> None:
+    """However a stream ends, its place is free."""
+    held = leases(max_streams=1)
+    with suppress(BaseException), held.acquire(ANN):
+        assert held.live == 1
+        if left_by is not None:
+            raise left_by
+    assert_none_held(held)
+
+
+def test_session_and_address_of_one_name_are_two() -> None:
+    """An id that reads like an address does not count as that address."""
+    held = leases(per_session=1, per_address=2)
+    with held.acquire(Subject("same", "same")), held.acquire(Subject("other", "same")):
+        assert held.standing(Subject("same", "elsewhere")) == LimitStatus("streams_per_session", 1, 0, 0)
+        assert held.standing(Subject("third", "same")) == LimitStatus("streams_per_session", 1, 1, 0)
+    assert_none_held(held)
+
+
+def test_refused_streams_say_which_limit() -> None:
+    """The refusal's headers name the limit that was reached, and no window: nobody knows when an answer ends."""
+    held = leases(per_session=1, per_address=1)
+    with held.acquire(ANN):
+        for subject, name in ((ANN, b"streams_per_session"), (ANNS_GUEST, b"streams_per_address")):
+            with pytest.raises(TooManyStreams) as raised:
+                held.acquire(subject)
+            headers = dict(raised.value.headers())
+            assert headers[b"ratelimit-policy"] == b'"%s";q=1' % name
+            assert headers[b"ratelimit"] == b'"%s";r=0;t=1' % name
+            assert headers[b"retry-after"] == b"1"
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from([ANN, BEN, ANN_ELSEWHERE, ANNS_GUEST])), max_size=60))
+def test_leases_never_exceed_any_limit(walk: list[tuple[bool, Subject]]) -> None:
+    """In whatever order streams begin and end, no count passes its limit, and at the end all is free."""
+    held = leases(per_session=2, per_address=3, max_streams=4)
+    live: list[tuple[Subject, Lease]] = []
+    for begins, subject in walk:
+        if not begins:
+            if live:
+                live.pop(0)[1].__exit__(None, None, None)
+            continue
+        of_session = sum(1 for one, _ in live if one.session == subject.session)
+        of_address = sum(1 for one, _ in live if one.address == subject.address)
+        if of_session >= 2 or of_address >= 3:
+            assert refusal_of(held, subject) is TooManyStreams
+        elif len(live) >= 4:
+            assert refusal_of(held, subject) is Busy
+        else:
+            live.append((subject, held.acquire(subject)))
+        assert held.live == len(live)
+    for _, lease in live:
+        lease.__exit__(None, None, None)
+    assert_none_held(held)
+
+
+# ---- tokens --------------------------------------------------------------------------------------------------------
+
+
+def purse(clock: Clock, per_session: str = "", per_address: str = "", total: str = "") -> Tokens:
+    return Tokens(limited(tokens_per_session=per_session, tokens_per_address=per_address, tokens_total=total), clock)
+
+
+def reserve(purse: Tokens, subject: Subject, amount: int) -> Reservation:
+    """In every window, or in none."""
+    return purse.reserve(purse.check(subject, amount), amount)
+
+
+def left(purse: Tokens, subject: Subject = ANN) -> list[int]:
+    return [standing.remaining for standing in purse.standings(subject)]
+
+
+def exhausted(purse: Tokens, subject: Subject, amount: int) -> TokensExhausted:
+    with pytest.raises(TokensExhausted) as raised:
+        reserve(purse, subject, amount)
+    return raised.value
+
+
+def test_what_was_used_takes_the_place_of_what_was_held() -> None:
+    """A reservation holds its worst case; settled, the account carries what was used, once and for all."""
+    tokens = purse(Clock(), "1000/day")
+    with reserve(tokens, ANN, 400) as reservation:
+        assert left(tokens) == [600]
+        reservation.settle(150)
+        assert left(tokens) == [850]
+        reservation.settle(400)
+        assert left(tokens) == [850]
+    assert left(tokens) == [850]
+
+
+@pytest.mark.parametrize("left_by", [None, ValueError(), KeyboardInterrupt(), GeneratorExit()])
+def test_unsettled_is_given_back(left_by: BaseException | None) -> None:
+    """Whoever leaves without settling, in whichever way, has used nothing."""
+    tokens = purse(Clock(), "1000/day", "2000/day", "3000/day")
+    with suppress(BaseException), reserve(tokens, ANN, 400):
+        assert left(tokens) == [600, 1600]
+        if left_by is not None:
+            raise left_by
+    assert left(tokens) == [1000, 2000]
+    assert all(window.used == 0 for window in tokens.windows.values())
+
+
+def test_more_used_than_held_is_booked() -> None:
+    """An upstream that counts more than we held for is believed: the account goes to zero, and stays refused."""
+    tokens = purse(Clock(), "1000/day")
+    reserve(tokens, ANN, 100).settle(1500)
+    assert left(tokens) == [0]
+    exhausted(tokens, ANN, 1)
+
+
+def test_a_burst_never_overdraws() -> None:
+    """Of 1,000 parallel requests as many are let in as the allowance can pay for in the worst case."""
+    tokens = purse(Clock(), "10000/day", "", "12000/day")
+    held: list[Reservation] = []
+    for _ in range(1000):
+        with suppress(TokensExhausted):
+            held.append(reserve(tokens, ANN, 300))
+    assert len(held) == 33
+    with suppress(TokensExhausted):
+        held.extend(reserve(tokens, BEN, 300) for _ in range(1000))
+    for reservation in held:
+        reservation.settle(300)
+    assert max(window.used for window in tokens.windows.values()) <= 12000
+    assert left(tokens) == [100]
+
+
+def test_the_last_token_can_be_spent() -> None:
+    """A request that costs exactly what is left is let in; one token more is not."""
+    tokens = purse(Clock(), "1000/day")
+    reserve(tokens, ANN, 400).settle(400)
+    exhausted(tokens, ANN, 601)
+    reserve(tokens, ANN, 600).settle(600)
+    assert left(tokens) == [0]
+    exhausted(tokens, ANN, 1)
+
+
+def test_all_windows_or_none() -> None:
+    """What one account refuses is held in no other."""
+    tokens = purse(Clock(), "1000/minute;1500/day", "5000/day", "9000/day")
+    exhausted(tokens, ANN, 1001)
+    assert tokens.windows == {}
+    reserve(tokens, ANN, 900).settle(900)
+    exhausted(tokens, ANN, 101)
+    assert left(tokens) == [100, 600, 4100]
+
+
+def test_tokens_are_told_apart() -> None:
+    """Sessions, addresses and the whole server have accounts of their own; what one session used, another keeps."""
+    tokens = purse(Clock(), "100/day", "150/day", "200/day")
+    reserve(tokens, ANN, 100).settle(100)
+    assert left(tokens, ANN) == [0, 50]
+    assert left(tokens, ANNS_GUEST) == [100, 50]
+    assert left(tokens, BEN) == [100, 150]
+    exhausted(tokens, ANNS_GUEST, 51)
+    reserve(tokens, BEN, 100).settle(100)
+    third = Subject("third", "203.0.113.3")
+    assert left(tokens, third) == [100, 150]
+    refusal = exhausted(tokens, third, 1)
+    assert dict(refusal.headers())[b"ratelimit"] == b'"tokens_total 200/day";r=0;t=86400'
+
+
+def test_the_whole_servers_account_is_not_shown() -> None:
+    """What the server has left in all is not the page's business."""
+    tokens = purse(Clock(), "100/day", "", "200/day")
+    assert [standing.name for standing in tokens.standings(ANN)] == ["tokens_per_session"]
+
+
+def test_the_window_begins_with_its_first_token() -> None:
+    """A fixed window runs from the first reservation; at its end, to the tick, the whole allowance is back."""
+    clock = Clock()
+    tokens = purse(clock, "100/minute")
+    clock.now += 1000
+    reserve(tokens, ANN, 100).settle(100)
+    clock.now += 60 - TICK
+    assert wait_told(exhausted(tokens, ANN, 1)) == TICK
+    clock.now += TICK
+    assert left(tokens) == [100]
+    reserve(tokens, ANN, 100).settle(100)
+    clock.now += 60 - TICK
+    exhausted(tokens, ANN, 1)
+
+
+@pytest.mark.parametrize("used", [0, 50, 100, 500])
+def test_settling_after_the_rollover_leaves_the_new_window_alone(used: int) -> None:
+    """An answer that began in a window that has ended neither costs nor gives anything in the next."""
+    clock = Clock()
+    tokens = purse(clock, "100/minute")
+    long_one = reserve(tokens, ANN, 100)
+    clock.now += 60
+    reserve(tokens, ANN, 30).settle(30)
+    assert left(tokens) == [70]
+    long_one.settle(used)
+    assert left(tokens) == [70]
+
+
+def test_a_rollover_of_one_window_leaves_the_others() -> None:
+    """When the minute ends, the day goes on."""
+    clock = Clock()
+    tokens = purse(clock, "100/minute;150/day")
+    first = reserve(tokens, ANN, 100)
+    clock.now += 60
+    assert left(tokens) == [100, 50]
+    first.settle(80)
+    assert left(tokens) == [100, 70]
+    assert wait_told(exhausted(tokens, ANN, 71)) == 86400 - 60
+
+
+@dataclass
+class Account:
+    """One window of the model: when it ends, and what each reservation costs in it."""
+
+    ends: float
+    costs: dict[int, int] = field(default_factory=dict)
+
+
+TOKEN_LIMITS = [("session", 100, 2), ("session", 300, 10), ("address", 150, 2), ("total", 400, 10)]
+
+token_steps = st.lists(
+    st.tuples(
+        st.integers(0, 20) | st.sampled_from([128, 640]),  # ticks that pass before the step
+        st.sampled_from([ANN, BEN, ANN_ELSEWHERE, ANNS_GUEST]),
+        st.integers(1, 100),  # the amount held, when it is a reservation
+        st.none() | st.tuples(st.integers(0, 10), st.integers(0, 100)),  # or: which one is settled, for how much of it
+    ),
+    max_size=50,
+)
+
+
+@given(token_steps)
+def test_tokens_match_the_definition(
+    walk: list[tuple[int, Subject, int, tuple[int, int] | None]],
+) -> None:
+    """A reservation passes exactly when every window has room for it; the refusal's wait is true to the tick."""
+    clock = Clock()
+    tokens = purse(clock, "100/2 seconds;300/10 seconds", "150/2 seconds", "400/10 seconds")
+    accounts: dict[tuple[int, str], Account] = {}
+    open_ones: list[tuple[int, int, Reservation, list[Account]]] = []
+
+    def accounts_of(subject: Subject) -> list[Account]:
+        keys = {"session": subject.session, "address": subject.address, "total": ""}
+        found = []
+        for number, (whose, _, seconds) in enumerate(TOKEN_LIMITS):
+            account = accounts.get((number, keys[whose]))
+            if account is None or account.ends <= clock.now:
+                account = accounts[(number, keys[whose])] = Account(clock.now + seconds)
+            found.append(account)
+        return found
+
+    for step, (ticks, subject, amount, settled) in enumerate(walk):
+        clock.now += ticks * TICK
+        if settled is not None:
+            if open_ones:
+                number, held, reservation, touched = open_ones.pop(settled[0] % len(open_ones))
+                used = held * settled[1] // 100
+                reservation.settle(used)
+                for account in touched:
+                    account.costs[number] = used
+            continue
+        theirs = accounts_of(subject)
+        full = [
+            account.ends - clock.now
+            for account, (_, limit, _) in zip(theirs, TOKEN_LIMITS, strict=True)
+            if sum(account.costs.values()) + amount > limit
+        ]
+        if full:
+            assert wait_told(exhausted(tokens, subject, amount)) == max(full)
+            for account in theirs:
+                if not account.costs:
+                    account.ends = clock.now  # no token was counted in it: it has not begun
+            continue
+        open_ones.append((step, amount, reserve(tokens, subject, amount), theirs))
+        for account in theirs:
+            account.costs[step] = amount
+    shown = left(tokens)
+    assert shown == [
+        limit - sum(account.costs.values())
+        for account, (whose, limit, _) in zip(accounts_of(ANN), TOKEN_LIMITS, strict=True)
+        if whose != "total"
+    ]
+
+
+@given(token_steps)
+def test_retry_after_is_true_of_tokens(walk: list[tuple[int, Subject, int, tuple[int, int] | None]]) -> None:
+    """Who waits as long as the refusal says is let in, whatever happened before; who waits a tick less is not."""
+    clock = Clock()
+    tokens = purse(clock, "100/2 seconds;300/10 seconds", "150/2 seconds", "400/10 seconds")
+    for ticks, subject, amount, _ in walk:
+        clock.now += ticks * TICK
+        try:
+            reserve(tokens, subject, amount)
+        except TokensExhausted as refusal:
+            wait = wait_told(refusal)
+            assert 0 < wait <= 10
+            clock.now += wait - TICK
+            exhausted(tokens, subject, amount)
+            clock.now += TICK
+            reserve(tokens, subject, amount)
+
+
+def test_refused_tokens_say_which_limit() -> None:
+    """The refusal names every account that is too short, with what is left in it, and the longest wait."""
+    clock = Clock()
+    purses = purse(clock, "100/minute;1000/day", "150/hour")
+    reserve(purses, ANN, 90).settle(90)
+    clock.now += 0.5
+    refusal = exhausted(purses, ANN, 61)
+    assert (refusal.status, refusal.code) == (429, "tokens_exhausted")
+    headers = dict(refusal.headers())
+    assert headers[b"retry-after"] == b"3600"
+    assert headers[b"ratelimit-policy"] == (
+        b'"tokens_per_session 100/minute";q=100;w=60, "tokens_per_address 150/hour";q=150;w=3600'
+    )
+    assert (
+        headers[b"ratelimit"] == b'"tokens_per_session 100/minute";r=10;t=60, "tokens_per_address 150/hour";r=60;t=3600'
+    )
+
+
+@pytest.mark.parametrize("subject", [Subject("", "203.0.113.1"), Subject("ann", "")])
+def test_tokens_refuse_an_empty_key(subject: Subject) -> None:
+    """A subject without a key is a bug, and spends from nobody's account."""
+    purses = purse(Clock(), "100/day", "100/day")
+    for attempt in (lambda: reserve(purses, subject, 1), lambda: purses.standings(subject)):
+        with pytest.raises(ValueError, match="without a key"):
+            attempt()
+    assert purses.windows == {}
+
+
+def test_dead_windows_do_not_gather() -> None:
+    """While 100,000 callers come and go, no more windows are kept than twice what runs, and a fixed rest."""
+    clock, live, largest = Clock(), 1000, 0
+    purses = purse(clock, "100/second")
+    for number in range(MANY):
+        clock.now += 1 / live
+        reserve(purses, Subject(f"session {number}", "203.0.113.1"), 10).settle(5)
+        largest = max(largest, len(purses.windows))
+    assert largest <= 2 * (live + 1) + tokens.SWEEP_AFTER
+
+
+def test_looking_costs_no_memory() -> None:
+    """Who only asks how much is left, or is refused, opens no account."""
+    purses = purse(Clock(), "100/day")
+    for number in range(100):
+        purses.standings(Subject(f"session {number}", "203.0.113.1"))
+        exhausted(purses, Subject(f"session {number}", "203.0.113.1"), 101)
+    assert purses.windows == {}
+
+
+def test_a_sweep_spares_windows_with_live_answers() -> None:
+    """When windows are swept, those that run keep what is held in them."""
+    clock = Clock()
+    purses = purse(clock, "100/hour")
+    reservation = reserve(purses, ANN, 60)
+    for number in range(2 * tokens.SWEEP_AFTER + 10):
+        reserve(purses, Subject(f"session {number}", "203.0.113.1"), 1).settle(1)
+    assert left(purses) == [40]
+    reservation.settle(10)
+    assert left(purses) == [90]
+
+
+# ---- headers -------------------------------------------------------------------------------------------------------
+
+HEADERS = [
+    ("none", [], []),
+    (
+        "one window",
+        [LimitStatus("per_session", 20, 19, 59.2, 60, "20/minute")],
+        [
+            (b"ratelimit-policy", b'"per_session 20/minute";q=20;w=60'),
+            (b"ratelimit", b'"per_session 20/minute";r=19;t=60'),
+        ],
+    ),
+    (
+        "two windows",
+        [
+            LimitStatus("per_session", 20, 0, 1, 60, "20/minute"),
+            LimitStatus("per_address", 9, 3, 86399.01, 86400, "9/day"),
+        ],
+        [
+            (b"ratelimit-policy", b'"per_session 20/minute";q=20;w=60, "per_address 9/day";q=9;w=86400'),
+            (b"ratelimit", b'"per_session 20/minute";r=0;t=1, "per_address 9/day";r=3;t=86400'),
+        ],
+    ),
+    (
+        "no window",
+        [LimitStatus("streams_per_session", 3, 0, 1)],
+        [(b"ratelimit-policy", b'"streams_per_session";q=3'), (b"ratelimit", b'"streams_per_session";r=0;t=1')],
+    ),
+    (
+        "a moment too late",
+        [LimitStatus("per_session", 20, 20, -1.3, 60, "20/minute")],
+        [
+            (b"ratelimit-policy", b'"per_session 20/minute";q=20;w=60'),
+            (b"ratelimit", b'"per_session 20/minute";r=20;t=0'),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("standings", "headers"), [case[1:] for case in HEADERS], ids=[str(case[0]) for case in HEADERS]
+)
+def test_limit_headers(standings: list[LimitStatus], headers: list[tuple[bytes, bytes]]) -> None:
+    """RateLimit-Policy and RateLimit are as draft-ietf-httpapi-ratelimit-headers-10 has them; times are rounded up."""
+    assert limit_headers(standings) == headers
+
+
+def every_configured() -> Iterator[LimitStatus]:
+    clock = Clock()
+    everything = "1/second;2 per minute;3/5 minutes;4 per 1 day;5/month"
+    yield from counting(clock, everything, everything).standings(ask, ANN)
+    yield from purse(clock, everything, everything).standings(ANN)
+
+
+def test_labels_are_structured_field_strings() -> None:
+    """However a rate was written, its label is a string that RFC 8941 can parse, and unique within its limit."""
+    labels = [f"{standing.name} {standing.text}" for standing in every_configured()]
+    assert len(labels) == len(set(labels)) == 20
+    item = r'"[A-Za-z0-9_ /]+";q=\d+;w=\d+'
+    value = dict(limit_headers(list(every_configured())))[b"ratelimit-policy"].decode()
+    assert re.fullmatch(rf"{item}(, {item})*", value)
+
+
+def test_a_rate_has_one_name() -> None:
+    """Requests and tokens name the same rate the same way, in the short form."""
+    names = defaultdict(set)
+    for standing in every_configured():
+        names[standing.window].add(standing.text)
+    assert dict(names) == {
+        1: {"1/second"},
+        60: {"2/minute"},
+        300: {"3/5 minute"},
+        86400: {"4/day"},
+        30 * 86400: {"5/month"},
+    }
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+CALLERS = 1_000_000 if FULL else 100_000
+CROWD = """
+import sys
+from proxy.limits.status import Subject
+from proxy.limits.requests import RequestLimits, ask, mint
+from proxy.limits.tokens import Tokens
+from proxy.settings import Limits
+
+def held():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+now = 0.0
+requests, tokens = RequestLimits(Limits(), lambda: now), Tokens(Limits(), lambda: now)
+before = held()
+for number in range(int(sys.argv[1])):
+    now += 0.0001
+    subject = Subject(f"{number:022d}", f"2001:db8:{number >> 16:x}:{number & 65535:x}::/64")
+    requests.charge(mint, subject)
+    requests.charge(ask, subject)
+    tokens.reserve(tokens.check(subject, 100), 100).settle(20)
+print(held() - before)
+now += 1_000_000
+for sweep in (requests.storage.make_room, tokens.make_room):
+    requests.storage.sweep_at = tokens.sweep_at = 0
+    sweep()
+print(len(requests.storage.entries) + len(tokens.windows))
+"""
+
+
+def test_a_crowd_fits_into_memory() -> None:
+    """So many sessions and networks hold less than 128 MB, and are forgotten when their windows are over."""
+    command = [sys.executable, "-c", CROWD, str(CALLERS)]
+    done = subprocess.run(command, env=unmeasured(), capture_output=True, text=True, check=True)
+    taken, left = map(int, done.stdout.split())
+    assert taken < 128 << 20
+    assert left == 0
+
+
+def test_the_oldest_are_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "MOST_KEYS", 1000)
+    monkeypatch.setattr(tokens, "MOST_WINDOWS", 1000)
+    clock = Clock()
+    limits, purses = counting(clock, "1/day"), purse(clock, "200000/day", "1000000/day", "10000/day")
+    for number in range(10_000):
+        limits.charge(ask, Subject(str(number), str(number)))
+        reserve(purses, Subject(str(number), str(number)), 1).settle(1)
+    assert len(limits.storage.entries) <= 1000
+    assert len(purses.windows) <= 1000
+    with pytest.raises(TooMany):
+        limits.charge(ask, Subject("9999", "9999"))
+    assert purses.standings(Subject("9999", "9999"))[0].remaining == 199_999
+    exhausted(purses, Subject("another", "another"), 1)  # what all have used together is never forgotten
