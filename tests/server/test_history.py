@@ -450,7 +450,7 @@ async def remembered(hits: int) -> Histories:
 VISITORS = 4
 REQUESTS_A_SECOND, ANSWERS_A_SECOND = 5, 3  # of one visitor
 QUESTION = b'{"messages":[{"role":"user","content":"hi"}],"stream":true,"max_tokens":10}'
-PATIENT = "from proxy.limits import shared\nshared.DEADLINE = 1.0\n"  # a worker that is not scheduled for a moment
+PATIENT = "from proxy.limits.store import redis\nredis.DEADLINE = 1.0\n"  # a worker that is not scheduled for a moment
 
 
 @dataclass

@@ -47,10 +47,11 @@ PACE = 0.01  # seconds between two questions of those who ask again and again
 HELD = 3  # seconds that a dead worker's leases stay, in place of 30
 START = """
 import sys
-from proxy import cli
-from proxy.limits import allowance, shared
-shared.HELD_SECONDS, allowance.RENEW_EVERY = {held}, {held} / 3
-shared.DEADLINE = 10  # the store is there; only this machine may be busy
+from proxy.cli import main as cli
+from proxy.limits import limiter
+from proxy.limits.store import redis
+redis.HELD_SECONDS, limiter.RENEW_EVERY = {held}, {held} / 3
+redis.DEADLINE = 10  # the store is there; only this machine may be busy
 if "{loop}" == "asyncio":
     import asyncio
     cli.uvloop = asyncio
@@ -499,7 +500,7 @@ def test_ctrl_c_begins_one_drain(tmp_path: Path, store: Redis) -> None:
 
 def test_a_worker_that_hangs_is_ended_by_the_second_signal(tmp_path: Path, store: Redis) -> None:
     """The first waits for it, as for everybody; the second does not wait for ever for one that hears no order."""
-    code = "from proxy import workers\nworkers.CUT_SECONDS = 0.5\n"
+    code = "from proxy.server import workers\nworkers.CUT_SECONDS = 0.5\n"
     with (
         ScriptedUpstream(streaming(*GOOD)) as upstream,
         workers(tmp_path, upstream.base_url, store, before=code) as process,
