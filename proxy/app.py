@@ -1,9 +1,9 @@
-"""The application: the routes, and the way of a request through the house.
+"""The application: its routes, its lifespan, and the journey of a chat request.
 
-    edge -> session -> request limits -> policy -> leases and tokens -> upstream -> relay -> settle
+    origin -> session -> request limits -> policy -> streams and tokens -> upstream -> relay -> settle
 
-`ChatProxy.chat` is that way, top to bottom. The order in which faults are told is part of the contract, so the order
-of its lines is too. `Resource` is what all addresses have in common: refusals, headers, the log line.
+`ChatProxy.chat` is that journey, top to bottom. The order of its lines is the documented precedence of errors.
+`Resource` is what all routes have in common: refusals, headers, the log line.
 """
 
 from __future__ import annotations
@@ -24,64 +24,54 @@ from starlette.types import Receive, Scope, Send
 
 from proxy import __version__
 from proxy.accounts.access import CALLBACK, Access
-from proxy.accounts.login import LoginFailed
-from proxy.accounts.login.failed_page import failed_login
-from proxy.accounts.session import Session
+from proxy.accounts.routes import AccountRoutes
 from proxy.chat import policy
-from proxy.chat.exchange import Event, Exchange, State
-from proxy.chat.relay import Relay
-from proxy.chat.sse import Events
-from proxy.chat.upstream import Upstream, UpstreamCall, secret_in
+from proxy.chat.answer import Answers
+from proxy.chat.upstream import Upstream, UpstreamCall
 from proxy.chat.usage import UsageMeter
 from proxy.check.report import CHAT, LOOK
 from proxy.check.routes import Diagnosis
 from proxy.errors import (
     Draining,
-    GatewayTimeout,
     HeaderList,
     InternalError,
-    Interruption,
     LimitsUnavailable,
     MethodNotAllowed,
     NotFound,
     Refusal,
     StreamDrained,
-    StreamFailed,
     TooMany,
 )
 from proxy.limits.limiter import Limiter
 from proxy.limits.requests import ask, diagnose, refuse
-from proxy.limits.status import LimitStatus, Subject, limit_headers
+from proxy.limits.status import Subject, limit_headers
 from proxy.settings import Settings, refused_by_opentelemetry
 from proxy.telemetry.logs import Bridge, Logs
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.recorder import RequestRecorder
-from proxy.transport.connection import ResponseStream
 from proxy.web.cancel import CancelScope, ClientGone
 from proxy.web.client import Edge
 from proxy.web.context import RequestContext
-from proxy.web.headers import STREAM_HEADERS, bare_refusal, join_repeated
+from proxy.web.headers import bare_refusal, join_repeated
 from proxy.web.probes import Probe
 from proxy.web.static_files import Page, page_folder
 
 if TYPE_CHECKING:
     from proxy.telemetry.traces import Traces
 
-
 Handler = Callable[[RequestContext], Awaitable[None]]
 
 HSTS = (b"strict-transport-security", b"max-age=31536000; includeSubDomains")
-
 
 encode = msgspec.json.Encoder().encode
 
 
 class Resource:
-    """One address: its methods, and what all answers have in common."""
+    """One route: its methods, and what the answers of all routes have in common."""
 
     def __init__(self, proxy: ChatProxy, route: str | None = None, **methods: Handler) -> None:
         self.proxy = proxy
-        self.route = route  # as the log names it; what a visitor typed does not belong there
+        self.route = route  # the configured path for the log, never the one a client sent
         self.methods = methods
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -93,7 +83,7 @@ class Resource:
                 handler = await self.handler(context)
                 await handler(context)
             except Refusal as refusal:
-                proxy.ledger.alarm_if_due(context, refusal)
+                proxy.recorder.alarm_if_due(context, refusal)
                 await context.refuse(await proxy.limited(context, refusal))
         except ClientGone:
             context.ending = "aborted"
@@ -103,7 +93,7 @@ class Resource:
             if not context.began:
                 await context.refuse(InternalError())
         finally:
-            proxy.ledger.close(context, self.route)
+            proxy.recorder.close(context)
             proxy.leave()
 
     async def handler(self, context: RequestContext) -> Handler:
@@ -119,10 +109,10 @@ class Resource:
 
 
 class DiagnosticRoute(Resource):
-    """An address at which a bearer of a ticket is shown what becomes of requests and answers there.
+    """A route that shows a request with a check ticket what becomes of requests and answers on their way.
 
-    The Host is let be: what became of it on the way is what a bearer wants to know. To anybody else the address is
-    what its methods say; without any, like one that is not there.
+    The Host is not checked then: what a proxy in front made of it is one of the questions. Without a ticket the route
+    is what its methods define; with neither it does not exist.
     """
 
     def __init__(self, proxy: ChatProxy, route: str, show: Handler, **methods: Handler) -> None:
@@ -133,16 +123,19 @@ class DiagnosticRoute(Resource):
         if self.proxy.draining or not self.proxy.access.admits_check(context):
             return await super().handler(context)
         context.log["check"] = True
-        context.standings = await self.proxy.limits.charge(diagnose, Subject("check", "check"))
-        return self.examine
+        context.limit_headers = limit_headers(await self.proxy.limits.charge(diagnose, Subject("check", "check")))
+        return self.diagnose
 
-    async def examine(self, context: RequestContext) -> None:
-        with suppress(ClientGone):  # no chat was broken off
+    async def diagnose(self, context: RequestContext) -> None:
+        with suppress(ClientGone):  # no chat was aborted
             await self.show(context)
 
 
 class ChatProxy:
-    """The ASGI application of one server. Everything it counts and remembers is its own."""
+    """The ASGI application of one server. All state is its own, so two of them share nothing.
+
+    `clock` gives monotonic seconds, `wall` Unix seconds, `randomness` so many random bytes.
+    """
 
     def __init__(
         self,
@@ -157,34 +150,35 @@ class ChatProxy:
         server = settings.server
         self.settings = settings
         self.logs = logs
-        self.wall = wall
         self.edge = Edge(server)
         self.limits = Limiter(settings.limits, server.max_streams, clock, self.note_store, logs.bug)
         self.access = Access(
             settings, self.edge, self.limits, transport, logs, clock=clock, wall=wall, randomness=randomness
         )
+        self.account = AccountRoutes(settings.policy.models, self.edge, self.access, self.limits, wall)
+        self.transport = transport
         self.upstream = Upstream(
             settings.upstream, transport, user_agent=f"chat-proxy/{__version__}", random=secrets.SystemRandom().random
         )
-        self.transport = transport
         self.metrics = Metrics(settings.policy.models)
-        self.ledger = RequestRecorder(self.metrics, logs)
         self.metrics.streams.set_function(lambda: self.limits.leases.live)
         self.metrics.store_up.set_function(lambda: self.limits.is_up)
+        self.recorder = RequestRecorder(self.metrics, logs)
         self.traces = self.open_traces() if settings.traces.enabled else None
         self.base_headers: HeaderList = [HSTS] if server.is_https else []
-        self.run_id = randomness(6).hex()  # with a number behind it, the id of a request: unique, and cheap
+        self.run_id = randomness(6).hex()  # followed by a number, the id of a request: unique, and cheap to make
         self.numbers = itertools.count(1)
         self.draining = False
         self.is_cut = False  # the drain's time is over
-        self.busy = 0  # requests being answered
+        self.busy = 0  # requests under way
         self.quiet = asyncio.Event()  # set while there are none
         self.quiet.set()
-        self.live: set[CancelScope] = set()  # those among them that the drain lets go on for a while
+        self.active_scopes: set[CancelScope] = set()  # of answers that may go on during the drain
+        self.answers = Answers(settings, self.upstream, self.recorder, logs, self.active_scopes)
         self.diagnosis = Diagnosis(
             settings,
             self.edge,
-            self.live,
+            self.active_scopes,
             server=self.run_id,
             cookie=self.access.cookie,
             is_draining=lambda: self.draining,
@@ -194,25 +188,26 @@ class ChatProxy:
         self.router = self.build_router()
 
     def open_traces(self) -> Traces:
-        """Raises SettingsError for variables that OpenTelemetry refuses, some of them when it is imported."""
+        """Raises SettingsError for variables that OpenTelemetry refuses, some of them on import."""
         bridge, upstream = Bridge(self.logs), self.settings.upstream.base_url
         try:
             from proxy.telemetry.traces import Traces  # opentelemetry is needed here only
 
             return Traces(self.settings.traces, upstream, bridge=bridge, note=self.note_traces)
-        except Exception as error:  # noqa: BLE001  # of any kind, as it comes
+        except Exception as error:  # noqa: BLE001  # OpenTelemetry raises errors of many kinds
             raise refused_by_opentelemetry(error) from None
 
     def build_router(self) -> Router:
+        account = self.account
         api: dict[str, dict[str, Handler]] = {
             "/api/v1/models": {"GET": self.list_models},
-            "/api/session": {"GET": self.show_session, "DELETE": self.end_session},
+            "/api/session": {"GET": account.show, "DELETE": account.log_out},
         }
         if self.access.mode == "password":
-            api["/api/session"]["POST"] = self.log_in
+            api["/api/session"]["POST"] = account.log_in
         if self.access.mode == "oidc":
-            api["/api/session/login"] = {"GET": self.start_login}
-            api[CALLBACK] = {"GET": self.finish_login}
+            api["/api/session/login"] = {"GET": account.start_login}
+            api[CALLBACK] = {"GET": account.finish_login}
         nothing, show = self.nothing, self.diagnosis.show
         page = page_folder(self.settings.server.static_dir)
         return Router(
@@ -243,13 +238,13 @@ class ChatProxy:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            address = self.nothing if has_escaped_path(scope) else self.router
-            await address(scope, receive, send)
-        except Exception as error:  # noqa: BLE001  # a bug before there is a context, or in serving a file
+            route = self.nothing if has_escaped_path(scope) else self.router
+            await route(scope, receive, send)
+        except Exception as error:  # noqa: BLE001  # a bug before there is a context, or while a file is served
             self.logs.bug(error)
             await bare_refusal(send, InternalError())
 
-    # ---- the way of a request -------------------------------------------------------------------------------------
+    # ---- the journey of a request ---------------------------------------------------------------------------------
 
     async def chat(self, context: RequestContext) -> None:
         self.edge.check_origin(context.headers)
@@ -257,159 +252,20 @@ class ChatProxy:
         body = await context.body(self.settings.server.max_body_bytes)
         session = await self.access.session_of(context)
         subject = self.access.subject_of(session, context)
-        context.standings = await self.limits.charge(ask, subject)
-        order = policy.apply(body, self.settings.policy, exact_usage=self.settings.limits.exact_usage)
+        context.limit_headers = limit_headers(await self.limits.charge(ask, subject))
+        request = policy.apply(body, self.settings.policy, exact_usage=self.settings.limits.exact_usage)
         del body  # prompts are long, and answers take their time
-        context.log["model"] = order.model
-        most = order.prompt_tokens + order.choices * order.output_tokens
-        attempts, bill = UpstreamCall(), UsageMeter(order.prompt_tokens)
-        async with await self.limits.hold(subject, most, bill.so_far) as hold:
+        context.log["model"] = request.model
+        call, meter = UpstreamCall(), UsageMeter(request.prompt_tokens)
+        most_tokens = request.prompt_tokens + request.choices * request.output_tokens
+        async with await self.limits.hold(subject, most_tokens, meter.so_far) as permit:
             try:
-                if self.is_cut:  # the body, or the store, took longer than the drain had time
+                if self.is_cut:  # the body or the limit store took longer than the drain had left
                     raise Draining
-                if order.stream:
-                    await self.stream(context, order, attempts, bill)
-                else:
-                    await self.complete(context, order, attempts, bill)
-            except Refusal as refusal:
-                bill.note_no_answer(paid=refusal.billed)
-                raise
-            except Exception:  # the client left, or a bug
-                bill.note_no_answer(paid=attempts.sent)
-                raise
+                await self.answers.answer(context, request, call, meter)
             finally:
-                hold.settle(bill.used.prompt_tokens + bill.used.completion_tokens)
-                self.ledger.count(context, order, attempts, bill.used)
-
-    async def stream(
-        self, context: RequestContext, order: policy.ChatRequest, attempts: UpstreamCall, bill: UsageMeter
-    ) -> None:
-        """Relays one stream to its end, whatever the end. Raises while nothing has begun."""
-        exchange = Exchange()
-        source: ResponseStream | None = None
-        relay: Relay | None = None
-        broke: Interruption | None = None
-        try:
-            async with CancelScope(context.receive, self.live) as cancel_scope:
-                await cancel_scope.listen()
-                source = await self.upstream.stream(order.body, context.request_id, attempts, context.traceparent)
-                order.body = b""
-                relay = self.relay(context, order, source, cancel_scope, attempts.key)
-                bill.events = relay.events
-                exchange.on(Event.BEGIN)
-                await relay.run(context.head(200, [*STREAM_HEADERS, *limit_headers(context.standings)]))
-        except ClientGone:
-            self.ledger.note_abort(cancel_scope)
-            if relay is None:
-                raise
-            exchange.on(Event.COMPLETE if relay.has_said_all else Event.LEAVE)
-        except Interruption as interruption:
-            broke = interruption.alone()
-            if relay is None:
-                raise refusal_before_start(broke, attempts) from None
-        except Exception as error:
-            if relay is None:
-                raise
-            self.logs.bug(error, request_id=context.request_id)
-            broke = StreamFailed()
-        finally:
-            if source is not None:
-                source.abort()
-            if relay is not None:
-                bill.note_stream(relay.events)
-        if exchange.state is State.STREAMING:
-            broke = await relay.finish(broke)
-            exchange.on(Event.BREAK if broke else Event.COMPLETE)
-        self.ledger.note_stream(context, relay, exchange.state, broke)
-
-    def relay(
-        self,
-        context: RequestContext,
-        order: policy.ChatRequest,
-        source: ResponseStream,
-        cancel_scope: CancelScope,
-        key: str,
-    ) -> Relay:
-        upstream, comment = self.settings.upstream, self.settings.server.comment_seconds
-        events = Events(secret_in(key), order.choices, withhold_usage=order.usage_for_us)
-        idle, total = upstream.idle_timeout, upstream.total_timeout
-        return Relay(source, context.send, events, cancel_scope, idle=idle, total=total, comment=comment)
-
-    async def complete(
-        self, context: RequestContext, order: policy.ChatRequest, attempts: UpstreamCall, bill: UsageMeter
-    ) -> None:
-        """Passes on one whole answer."""
-        try:
-            async with CancelScope(context.receive, self.live) as cancel_scope:
-                await cancel_scope.listen()
-                answer = await self.upstream.complete(order.body, context.request_id, attempts, context.traceparent)
-        except ClientGone:
-            self.ledger.note_abort(cancel_scope)
-            raise
-        except Interruption as interruption:
-            raise refusal_before_start(interruption, attempts) from None
-        bill.note_answer(answer)
-        context.log["bytes"] = len(answer)
-        await context.answer(200, answer, limit_headers(context.standings))
-
-    # ---- the small routes -----------------------------------------------------------------------------------------
-
-    async def show_session(self, context: RequestContext) -> None:
-        await self.answer_account(context, await self.access.session_for_page(context))
-
-    async def log_in(self, context: RequestContext) -> None:
-        self.edge.check_origin(context.headers)
-        self.edge.check_body(context.headers)
-        await self.answer_account(context, await self.access.login(context))
-
-    async def start_login(self, context: RequestContext) -> None:
-        self.edge.check_origin(context.headers)
-        try:
-            await context.redirect(await self.access.start_login(context))
-        except LoginFailed as failed:
-            await self.tell_failed_login(context, failed)
-
-    async def finish_login(self, context: RequestContext) -> None:
-        """Comes from another site: what guards it is the flow's cookie, not the origin rule."""
-        try:
-            await context.redirect(await self.access.finish_login(context))
-        except LoginFailed as failed:
-            await self.tell_failed_login(context, failed)
-
-    async def tell_failed_login(self, context: RequestContext, failed: LoginFailed) -> None:
-        context.reason = failed.reason
-        await context.tell(failed.status, failed_login(failed.status, context.request_id))
-
-    async def answer_account(self, context: RequestContext, session: Session | None) -> None:
-        """Who the visitor is, what may be asked for, what is left; without a session only what anybody may know."""
-        shown = {
-            "session": {
-                "mode": self.access.mode,
-                "user": session.subject if session else None,
-                "expires_at": self.access.sessions.expires_at(session) if session else None,
-            },
-            "models": self.settings.policy.models,
-            "limits": [self.shown(standing) for standing in await self.standings(session, context)],
-        }
-        await context.answer(200, encode(shown), [])
-
-    async def standings(self, session: Session | None, context: RequestContext) -> list[LimitStatus]:
-        return await self.limits.standings(ask, self.access.subject_of(session, context)) if session else []
-
-    def shown(self, standing: LimitStatus) -> dict[str, Any]:
-        return {
-            "name": f"{standing.name} {standing.text}",
-            "limit": standing.limit,
-            "remaining": standing.remaining,
-            "reset_at": int(self.wall() + standing.resets_in) + 1,
-        }
-
-    async def end_session(self, context: RequestContext) -> None:
-        """Logs out; of nothing, too. Raises TooMany: what is revoked is remembered for long."""
-        self.edge.check_origin(context.headers)
-        await self.limits.charge(refuse, Subject("refused", context.caller.key))
-        self.access.logout(context)
-        await context.answer(200, encode({"logout_url": await self.access.logout_url()}), [])
+                permit.settle(meter.total)
+                self.recorder.record_tokens(context, request.model, meter.used, call.retries)
 
     async def list_models(self, context: RequestContext) -> None:
         models = [
@@ -424,9 +280,15 @@ class ChatProxy:
         headers = join_repeated(scope["headers"])
         peer = scope["client"]
         caller = self.edge.caller(peer[0] if peer else None, headers)
-        request_id = self.edge.request_id(caller, headers) or f"{self.run_id}-{next(self.numbers):x}"
         context = RequestContext(
-            scope, receive, send, caller=caller, headers=headers, base_headers=self.base_headers, request_id=request_id
+            scope,
+            receive,
+            send,
+            route=route,
+            caller=caller,
+            headers=headers,
+            base_headers=self.base_headers,
+            request_id=self.edge.request_id(caller, headers) or f"{self.run_id}-{next(self.numbers):x}",
         )
         if self.traces is not None:
             context.trace = self.traces.begin(context.method, route, *self.edge.trace_parent(caller, headers))
@@ -442,7 +304,7 @@ class ChatProxy:
             self.quiet.set()
 
     async def limited(self, context: RequestContext, refusal: Refusal) -> Refusal:
-        """Refusing costs something too: who is refused too often is told to wait instead."""
+        """Counts a 401 or 403 against the address. Returns the refusal, or a 429 or 503 in its place."""
         if refusal.status not in (401, 403):
             return refusal
         try:
@@ -452,46 +314,39 @@ class ChatProxy:
         return refusal
 
     def cut(self) -> None:
-        """Ends every live answer with an event, or a refusal where none has begun: the drain's time is over."""
+        """Ends every answer under way, at the end of the drain: by an event, or by a refusal before its head."""
         self.is_cut = True
-        for cancel_scope in list(self.live):
-            cancel_scope.cancel(StreamDrained())
+        for scope in list(self.active_scopes):
+            scope.cancel(StreamDrained())
 
-    # ---- what it is told ------------------------------------------------------------------------------------------
+    def reload_secrets(self) -> None:
+        """Reads the secrets' files again. Streams under way keep their key, and every session stays valid."""
+        self.upstream.key.reload()
+        self.access.reload()
+        self.logs.line("secrets_read")
+
+    # ---- notes from elsewhere, for the log ------------------------------------------------------------------------
 
     def note_no_request(self, peer: str | None, refusal: Refusal) -> None:
-        """The guard refused something before it became a request."""
-        self.ledger.note_no_request(self.edge.caller(peer, {}).shown, refusal)
+        """The protocol refused bytes before they became a request."""
+        self.recorder.record_invalid(self.edge.caller(peer, {}).shown, refusal)
 
     def note_store(self, lost: str | None) -> None:
-        """The limits' store is lost, for this reason, or found again."""
+        """The limit store is lost, for this reason, or available again."""
         if lost:
             self.logs.line("limits_unavailable", "error", reason=lost, policy=self.settings.limits.when_store_fails)
         else:
             self.logs.line("limits_available")
 
     def note_traces(self, lost: str | None) -> None:
-        """Spans do not reach their collector, for this reason, or do again. Called in a thread of theirs."""
+        """Spans do not reach their collector, for this reason, or do again. Called in a thread of the exporter."""
         if lost:
             self.logs.line("traces_unavailable", "warning", reason=lost)
         else:
             self.logs.line("traces_available")
 
-    def reload_secrets(self) -> None:
-        """Reads the secrets' files again. Live streams keep the key they began with; nobody is logged out."""
-        self.upstream.key.reload()
-        self.access.reload()
-        self.logs.line("secrets_read")
-
 
 def has_escaped_path(scope: Scope) -> bool:
-    """An address of the API in escapes: whoever looks at paths in front of us may have taken it for another."""
+    """A path of the API with percent escapes: a proxy in front that matches paths may have read another one."""
     path: str = scope.get("path", "")  # a lifespan scope has none
     return path.startswith("/api") and path.encode() != scope["raw_path"]
-
-
-def refusal_before_start(interruption: Interruption, attempts: UpstreamCall) -> Refusal:
-    """What an interruption is while the answer can still be a status."""
-    if isinstance(interruption, StreamDrained):
-        return Draining(billed=attempts.sent)
-    return GatewayTimeout(should_retry=False, reason=interruption.reason, billed=attempts.sent)

@@ -37,7 +37,7 @@ from proxy.errors import (
 )
 from proxy.limits.limiter import Limiter
 from proxy.limits.requests import guess, mint, refuse
-from proxy.limits.status import Subject
+from proxy.limits.status import Subject, limit_headers
 from proxy.settings import Secret, Settings
 from proxy.telemetry.logs import Logs
 from proxy.web.client import Edge
@@ -228,7 +228,7 @@ class Access:
     async def login(self, context: RequestContext) -> Session:
         """A session for who knows the password. Raises InvalidCredentials, InvalidRequest, TooMany, Busy."""
         assert self.passwords is not None
-        context.standings = await self.limits.charge(guess, Subject("login", context.caller.key))
+        context.limit_headers = limit_headers(await self.limits.charge(guess, Subject("login", context.caller.key)))
         try:
             given = decode_login(await context.body(LONGEST_LOGIN))
         except msgspec.ValidationError:

@@ -1,15 +1,14 @@
-"""The relay: two things race, the stream from the model and the browser that may leave. No rules of its own.
-
-`Leash` lets others end what a task is doing; `Relay` pumps one stream.
+"""Relays one stream from the upstream to the client, until either of them ends it. No protocol rules of its own.
 
 Rules:
-1. The pump runs inside the transport's `data_received`: a chunk goes from the upstream's socket to the browser's in
-   one call, without a task switch. It steps the `send` coroutine once; when that finishes, all is done.
-2. When `send` cannot finish (the browser reads too slowly) it yields a future, and has written nothing yet: uvicorn
-   waits first. Then the upstream is paused and the stream's own task awaits the rest of that same coroutine. Nothing is
-   queued, so memory stays bounded; what waits when the stream is ended goes out with the last word.
-3. Whatever ends a stream early pulls the leash, so it arrives in the stream's own task as one exception: the browser
-   that left, a deadline, the drain, a fault of ours.
+1. The pump runs inside the transport's `data_received`: a chunk goes from the upstream's socket to the client's in one
+   call, without a task switch. It steps the `send` coroutine once; usually that completes it.
+2. When `send` cannot complete (the client reads too slowly) it yields a future and has written nothing yet: uvicorn
+   waits first. Then the upstream is paused and the stream's own task awaits the rest of that coroutine. Nothing is
+   queued, so memory stays bounded; a part that still waits when the stream ends is sent with the last event.
+3. Everything that ends a stream early (a disconnect, a deadline, the drain, a bug) cancels the cancel scope, so the
+   stream's own task receives it as one exception.
+4. Before the head of the response an exception leaves `run`'s caller; from there on `run` returns an Outcome.
 """
 
 from __future__ import annotations
@@ -20,19 +19,20 @@ from math import inf
 from typing import Any, Protocol, cast
 
 from proxy.chat.sse import Ending, Events, KeyEcho
-from proxy.errors import Interruption, StreamTimeout, StreamTooLong
+from proxy.errors import Interruption, StreamFailed, StreamTimeout, StreamTooLong
 from proxy.telemetry.metrics import Gaps
-from proxy.web.cancel import CancelScope, Message, Send
+from proxy.telemetry.records import Outcome
+from proxy.web.cancel import CancelScope, ClientGone, Message, Send
 
-LINGER = 1.0  # seconds between `[DONE]` and the end of the upstream's response; it is the next packet, if not the same
+LINGER = 1.0  # seconds from `[DONE]` to the end of the upstream's response; usually the same packet or the next
 KEEP_ALIVE = b": keep-alive\n\n"
 
 
 class Source(Protocol):
-    """What a relay needs of an upstream's response stream: it calls the sink, and can be told to wait.
+    """The part of an upstream's response stream that a relay uses: it calls the sink, and can be paused.
 
-    The sink's `data` and `end` are called from the socket's callbacks, never while paused, nothing after `end`.
-    `abort` closes an unfinished stream's socket at once, and does nothing to a finished one.
+    The sink's `data` and `end` are called from the socket's callbacks, never while paused, and never after `end`.
+    `abort` closes an unfinished stream's socket at once, and has no effect on a finished one.
     """
 
     def attach(self, sink: Any) -> None: ...
@@ -42,7 +42,7 @@ class Source(Protocol):
 
 
 class SuspendedSend:
-    """What remains of a coroutine that was stepped once and yielded `waiting`; it is to send `body`."""
+    """A `send()` coroutine suspended on `waiting`, with the body it has not written yet."""
 
     __slots__ = ("body", "coroutine", "waiting")
 
@@ -57,7 +57,7 @@ class SuspendedSend:
             while True:
                 try:
                     sent = yield waiting
-                except BaseException as error:  # noqa: BLE001  # whatever comes here is meant for the coroutine
+                except BaseException as error:  # noqa: BLE001  # every exception is for the coroutine
                     waiting = self.coroutine.throw(error)
                 else:
                     waiting = self.coroutine.send(sent)
@@ -66,23 +66,30 @@ class SuspendedSend:
 
 
 class Relay:
-    """One stream from `source` to the browser's `send`. Times are in seconds of the loop's clock."""
+    """One stream from `source` to the client's `send`. Times are in seconds of the loop's clock."""
 
     __slots__ = (
-        *(
-            "_blocked",
-            "_comment",
-            "_commented",
-            "_delivered",
-            "_ended",
-            "_error",
-            "_head",
-            "_idle",
-            "_last",
-            "_cancel_scope",
-        ),
-        *("_loop", "_send", "_source", "_timer", "_until", "_wake"),
-        *("bytes_sent", "events", "first_at", "gaps", "leaked"),
+        "_blocked",
+        "_cancel_scope",
+        "_comment",
+        "_commented",
+        "_delivered",
+        "_ended",
+        "_error",
+        "_head",
+        "_idle",
+        "_last",
+        "_loop",
+        "_send",
+        "_source",
+        "_timer",
+        "_until",
+        "_wake",
+        "bytes_sent",
+        "events",
+        "first_at",
+        "gaps",
+        "key_leaked",
     )
 
     def __init__(
@@ -107,7 +114,7 @@ class Relay:
         self._wake: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._blocked: SuspendedSend | None = None
-        self._head: Message | None = None  # of the response, while it waits to be sent
+        self._head: Message | None = None  # of the response, until it is sent
         self._ended = False
         self._error: Exception | None = None
         self.events = events
@@ -115,56 +122,112 @@ class Relay:
         self._delivered = self._commented = self._last
         self.gaps = Gaps()
         self.bytes_sent = 0
-        self.leaked = False
+        self.key_leaked = False
 
-    async def run(self, start: Message) -> None:
-        """Sends the head of the response, then pumps until the upstream has nothing more to give.
+    async def run(self, head: Message) -> Outcome:
+        """Sends the head of the response, relays until the upstream has nothing more to give, sends the last event.
 
-        Runs inside the leash. Raises Interruption when what the upstream gave was not the end. However this ends, the
-        upstream's socket is not left open.
+        Runs inside the cancel scope and releases it. Returns how the stream ended, whatever happened; raises only the
+        CancelledError of a task that is cancelled from outside. The upstream's socket is not left open.
         """
-        self._head = start
+        self._head = head
+        try:
+            error = self._cancel_scope.release(await self._pump(head))
+        except BaseException as raised:  # noqa: BLE001  # sorted below
+            error = self._cancel_scope.release(raised)
+        try:
+            if isinstance(error, ClientGone):
+                return self._abandoned()
+            if error is not None and not isinstance(error, Exception):
+                raise error
+            return await self._finish(error)
+        finally:
+            del error  # its traceback refers to this frame, which would be a reference cycle
+
+    @property
+    def has_ended_well(self) -> bool:
+        """True when the stream announced its end and did not contain our key: later faults do not matter."""
+        return self.events.ending is not Ending.OPEN and not self.key_leaked
+
+    @property
+    def is_delivered(self) -> bool:
+        """True when the stream has ended well and no part of it waits for the client to read."""
+        return self.has_ended_well and self._blocked is None
+
+    # ---- the life of a stream --------------------------------------------------------------------------------------
+
+    async def _pump(self, head: Message) -> Interruption | None:
+        """Relays to the end of the upstream's response. Returns an Interruption when that was not the stream's end."""
         try:
             self._arm()
-            await self._send(start)  # may have to wait, too: for a browser that has not read the answer before
+            await self._send(head)  # waits where the client has not read its previous answer
             self._head = None
             self._last = self._loop.time()
             self._source.attach(self)
             while not self._ended or self._blocked:
-                await self._something()
+                if not self._ended and not self._blocked:
+                    self._wake = self._loop.create_future()
+                    await self._wake
                 await self._unblock()
         finally:
             if self._timer is not None:
                 self._timer.cancel()
             self._source.abort()
-        if self.events.ending is Ending.OPEN:
-            raise Interruption(reason=f"{type(self._error).__name__}: {self._error}" if self._error else "ended early")
+        if self.events.ending is not Ending.OPEN:
+            return None
+        return Interruption(reason=f"{type(self._error).__name__}: {self._error}" if self._error else "ended early")
 
-    async def finish(self, broke: Interruption | None = None) -> Interruption | None:
-        """Says the last word, outside the leash: the rest of an answer that ended well, or why it did not.
+    def _abandoned(self) -> Outcome:
+        """The client left. An answer that it has received completely is not an aborted one."""
+        outcome = self._outcome(None)
+        outcome.abort_seconds = self._loop.time() - self._cancel_scope.cancelled_at
+        if not self.is_delivered:
+            outcome.ending = "aborted"
+        return outcome
 
-        A stream that said it was over is over, whatever broke after that. Returns what the browser was told.
+    async def _finish(self, error: Exception | None) -> Outcome:
+        """Sends the rest of an answer that ended well, or an event with the reason why it did not.
+
+        Runs outside the cancel scope: a stream that announced its end has ended, whatever failed after that.
         """
+        bug = None if isinstance(error, Interruption) else error
+        broke = error.alone() if isinstance(error, Interruption) else StreamFailed() if error else None
+        try:
+            broke = await self._send_last(broke)
+        except Exception as raised:  # noqa: BLE001  # of `send`: the response has begun, so there is nothing to raise to
+            bug, broke = raised, StreamFailed()
+        outcome = self._outcome(broke)
+        outcome.bug = bug
+        return outcome
+
+    async def _send_last(self, broke: Interruption | None) -> Interruption | None:
+        """Ends the response. Returns what its last event reported, None for an answer that ended well."""
+        body = b""
         if self.has_ended_well:
-            broke, body = None, self._rest()
+            try:
+                broke, body = None, self.events.rest()
+            except KeyEcho:
+                self.key_leaked = True
         if not self.has_ended_well:
             broke = broke or Interruption(reason="ended early")
             body = (b"\n\n" if self.events.partial else b"") + broke.event()
         self.bytes_sent += len(body)
         if self._head is not None:
             await self._send(self._head)
-        await self._send({"type": "http.response.body", "body": self._take_back() + body, "more_body": False})
+        await self._send({"type": "http.response.body", "body": self._take_unsent() + body, "more_body": False})
         return broke
 
-    @property
-    def has_ended_well(self) -> bool:
-        """The stream has said that it is over, and our key was not in it: nothing that happens later matters."""
-        return self.events.ending is not Ending.OPEN and not self.leaked
-
-    @property
-    def has_said_all(self) -> bool:
-        """It has ended well, and no part of it still waits for the browser to read."""
-        return self.has_ended_well and self._blocked is None
+    def _outcome(self, broke: Interruption | None) -> Outcome:
+        ending = broke.ending if broke else "error" if self.events.ending is Ending.ERROR else "complete"
+        return Outcome(
+            ending,
+            broke,
+            events=self.events.count,
+            bytes=self.bytes_sent,
+            first_at=self.first_at,
+            gaps=self.gaps,
+            key_leaked=self.key_leaked,
+        )
 
     # ---- called by the transport ----------------------------------------------------------------------------------
 
@@ -173,21 +236,22 @@ class Relay:
         try:
             out = self.events.feed(data)
         except KeyEcho as echo:
-            self._leak(echo)
+            self.key_leaked = True
+            self._stop(Interruption(reason=str(echo)))
             out = echo.safe
-        except Exception as error:  # noqa: BLE001  # a bug of ours, which the transport would take for a fault of theirs
+        except Exception as error:  # noqa: BLE001  # a bug here, which the transport would report as the upstream's
             self._stop(error)
             return
         if out:
             if self.first_at is not None:
                 self.gaps.note(now - self._delivered)
-            elif self.events.count:  # not yet with a comment: some upstreams send them while they think
+            elif self.events.count:  # a comment does not count: some upstreams send them while the model thinks
                 self.first_at = now
             self._delivered = now
             self.bytes_sent += len(out)
-            self._step({"type": "http.response.body", "body": out, "more_body": True})
+            self._send_now({"type": "http.response.body", "body": out, "more_body": True})
         if self.events.done:
-            self._hurry()
+            self._shorten_idle()
 
     def end(self, error: Exception | None) -> None:
         self._ended = True
@@ -196,14 +260,14 @@ class Relay:
 
     # ---- the pump -------------------------------------------------------------------------------------------------
 
-    def _step(self, message: Message) -> None:
+    def _send_now(self, message: Message) -> None:
         """Steps `send` once, outside any task (rule 1)."""
         coroutine = cast(Coroutine[Any, Any, None], self._send(message))
         try:
             waiting = coroutine.send(None)
         except StopIteration:
             return
-        except Exception as error:  # noqa: BLE001  # in the transport's callback nobody would hear of it
+        except Exception as error:  # noqa: BLE001  # the transport's callback has no caller to raise to
             self._stop(error)
             return
         self._source.pause()
@@ -215,42 +279,24 @@ class Relay:
             return
         try:
             await self._blocked
-        except Exception:  # of `send` itself: how much of it went out, nobody knows
+        except Exception:  # of `send` itself: it is unknown how much was written
             self._blocked = None
             raise
         self._blocked = None
         self._last = self._loop.time()
         self._source.resume()
 
-    def _take_back(self) -> bytes:
-        """What still waited to be sent when the leash was pulled (rule 2)."""
+    def _take_unsent(self) -> bytes:
+        """The part that still waited to be sent when the scope was cancelled (rule 2)."""
         if self._blocked is None:
             return b""
         self._blocked.coroutine.close()
         return self._blocked.body
 
-    def _leak(self, echo: KeyEcho) -> None:
-        self.leaked = True
-        self._stop(Interruption(reason=str(echo)))
-
     def _stop(self, cause: Exception) -> None:
-        """Takes no more from the source: it may deliver further parts before the task hears of the cause."""
+        """Closes the source first: it could deliver further parts before the task is cancelled."""
         self._source.abort()
         self._cancel_scope.cancel(cause)
-
-    def _rest(self) -> bytes:
-        try:
-            return self.events.rest()
-        except KeyEcho:
-            self.leaked = True
-            return b""
-
-    # ---- waking the task ------------------------------------------------------------------------------------------
-
-    async def _something(self) -> None:
-        if self._blocked is None and not self._ended:
-            self._wake = self._loop.create_future()
-            await self._wake
 
     def _notify(self) -> None:
         if self._wake is not None and not self._wake.done():
@@ -259,12 +305,12 @@ class Relay:
     # ---- deadlines ------------------------------------------------------------------------------------------------
 
     def _arm(self) -> None:
-        """One timer a stream, set anew only when it fires: an event just leaves its time behind."""
+        """Sets the stream's one timer, which is set again only when it fires: an event only stores its time."""
         speak_at = max(self._delivered, self._commented) + self._comment
         self._timer = self._loop.call_at(min(self._last + self._idle, self._until, speak_at), self._check_deadlines)
 
-    def _hurry(self) -> None:
-        """After `[DONE]` the upstream has little time left to end its response; nobody waits for more."""
+    def _shorten_idle(self) -> None:
+        """Gives the upstream LINGER to end its response after `[DONE]`: no client needs more of it."""
         if self._idle > LINGER and self._timer is not None:
             self._idle = LINGER
             self._timer.cancel()
@@ -281,12 +327,12 @@ class Relay:
             self._timer = self._loop.call_at(min(soon, self._until), self._check_deadlines)
         else:
             if now >= max(self._delivered, self._commented) + self._comment:
-                self._say_alive(now)
+                self._send_comment(now)
             self._arm()
 
-    def _say_alive(self, now: float) -> None:
-        """A comment in the upstream's silence, so that nothing on the way takes the connection for dead."""
+    def _send_comment(self, now: float) -> None:
+        """Sends a comment while the upstream is silent, so that no proxy closes the connection as idle."""
         self._commented = now
         if not self.events.partial and not self._ended:  # never inside an event
             self.bytes_sent += len(KEEP_ALIVE)
-            self._step({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+            self._send_now({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})

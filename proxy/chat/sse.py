@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from proxy.telemetry.usage import Usage
+from proxy.telemetry.records import Usage
 
 NOT_TEXT = b"\0" * 8  # takes the place of a key where there is none to guard
 HOLD = 64 * 1024  # bytes of an incomplete event: far above any token, far below what would hurt a thousand streams

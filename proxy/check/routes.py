@@ -35,7 +35,6 @@ from proxy.errors import (
     TooMany,
     Unauthenticated,
 )
-from proxy.limits.status import limit_headers
 from proxy.settings import Settings
 from proxy.web.cancel import CancelScope, ClientGone
 from proxy.web.client import Edge
@@ -190,7 +189,7 @@ class Diagnosis:
         last = b"data: [DONE]\n\n"
         try:
             async with CancelScope(context.receive, self.live):
-                head = context.head(200, [*STREAM_HEADERS, *limit_headers(context.standings)])
+                head = context.head(200, [*STREAM_HEADERS, *context.limit_headers])
                 await context.send(head)
                 report = self.report(context, head["headers"], body)
                 for number in range(wish.events):

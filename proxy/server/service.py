@@ -150,7 +150,7 @@ class Service:
     async def drain(self) -> None:
         """Lets live answers run on, then ends them with an event, and waits for the events to get through."""
         self.app.draining = True
-        self.logs.line("draining", live=len(self.app.live))
+        self.logs.line("draining", live=len(self.app.active_scopes))
         await first_of(self.drain_seconds, self.app.quiet, self.at_once)
         self.app.cut()
         await first_of(LAST_WORDS, self.app.quiet)

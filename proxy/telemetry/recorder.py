@@ -1,6 +1,6 @@
-"""What is written down about a request: its bill, its place in the metrics, its one log line, the end of its span.
+"""Writes one request into the log, the metrics and the trace.
 
-Nothing here decides anything: a request that could not be written down has been answered all the same.
+Nothing here decides anything: a request that cannot be recorded has been answered all the same.
 """
 
 from __future__ import annotations
@@ -9,17 +9,10 @@ import asyncio
 import time
 from typing import Any
 
-from proxy.chat.exchange import State
-from proxy.chat.policy import ChatRequest
-from proxy.chat.relay import Relay
-from proxy.chat.sse import Ending, Events
-from proxy.chat.upstream import UpstreamCall
-from proxy.errors import Interruption, Refusal, UpstreamAuth
+from proxy.errors import Refusal, UpstreamAuth
 from proxy.telemetry.logs import Logs
 from proxy.telemetry.metrics import Metrics
-from proxy.telemetry.usage import Usage
-from proxy.web.cancel import CancelScope
-from proxy.web.context import RequestContext
+from proxy.telemetry.records import Outcome, RequestRecord, Usage
 
 LINE: dict[str, Any] = {
     **dict.fromkeys(("request_id", "session", "address", "route", "model", "status", "code", "ending")),
@@ -27,94 +20,88 @@ LINE: dict[str, Any] = {
     **dict.fromkeys(("events", "tokens", "bytes"), 0),
     "reason": None,
 }
-"""Each line has all of these, whatever its request came to."""
+"""The fields of every request line, with the value of those that a request did not fill."""
 
 
 class RequestRecorder:
-    """The books of one server."""
+    """The recorder of one server."""
 
     def __init__(self, metrics: Metrics, logs: Logs) -> None:
         self.metrics = metrics
         self.logs = logs
 
-    def count(self, context: RequestContext, order: ChatRequest, attempts: UpstreamCall, used: Usage) -> None:
-        context.used = used
-        context.log["tokens"] = used.prompt_tokens + used.completion_tokens
-        context.log["retries"] = attempts.retries
-        self.metrics.retries.inc(attempts.retries)
-        self.metrics.tokens_in[order.model].inc(used.prompt_tokens)
-        self.metrics.tokens_out[order.model].inc(used.completion_tokens)
+    def record_tokens(self, record: RequestRecord, model: str, used: Usage, retries: int) -> None:
+        """The tokens that were settled for one answer, and how often the upstream was asked again."""
+        record.used = used
+        record.log["tokens"] = used.prompt_tokens + used.completion_tokens
+        record.log["retries"] = retries
+        self.metrics.retries.inc(retries)
+        self.metrics.tokens_in[model].inc(used.prompt_tokens)
+        self.metrics.tokens_out[model].inc(used.completion_tokens)
 
-    def note_abort(self, cancel_scope: CancelScope) -> None:
-        """The browser left, and by now the upstream's socket is closed."""
-        self.metrics.abort.observe(asyncio.get_running_loop().time() - cancel_scope.cancelled_at)
+    def record_abort(self, seconds: float) -> None:
+        """The time from the client's disconnect to the close of the upstream's socket."""
+        self.metrics.abort.observe(seconds)
 
-    def note_stream(self, context: RequestContext, relay: Relay, state: State, broke: Interruption | None) -> None:
+    def record_stream(self, record: RequestRecord, outcome: Outcome) -> None:
         metrics, now = self.metrics, asyncio.get_running_loop().time()
-        context.ending = ending_of(state, broke, relay.events)
-        if broke is not None:
-            context.code, context.reason = broke.code, broke.reason
-        context.log["events"] = relay.events.count
-        context.log["bytes"] = relay.bytes_sent
-        metrics.gaps.add(relay.gaps.counts, relay.gaps.total)
-        if relay.leaked:
-            self.alarm(context, "the upstream sent our key inside a stream")
-        if relay.first_at is None:
+        record.ending = outcome.ending
+        if outcome.error is not None:
+            record.code, record.reason = outcome.error.code, outcome.error.reason
+        record.log["events"] = outcome.events
+        record.log["bytes"] = outcome.bytes
+        metrics.gaps.add(outcome.gaps.counts, outcome.gaps.total)
+        if outcome.abort_seconds is not None:
+            self.record_abort(outcome.abort_seconds)
+        if outcome.key_leaked:
+            self.alarm(record, "the upstream sent our key inside a stream")
+        if outcome.first_at is None:
             return
-        ttft = max(0.0, relay.first_at - context.started)  # uvloop's clock stands still within a turn of the loop
-        context.log["ttft_ms"] = round(ttft * 1000, 1)
+        ttft = max(0.0, outcome.first_at - record.started)  # uvloop's clock stands still within a turn of the loop
+        record.log["ttft_ms"] = round(ttft * 1000, 1)
         metrics.first_token.observe(ttft)
-        if now > relay.first_at and relay.events.count > 1:
-            metrics.rate.observe(relay.events.count / (now - relay.first_at))
+        if now > outcome.first_at and outcome.events > 1:
+            metrics.rate.observe(outcome.events / (now - outcome.first_at))
 
-    def close(self, context: RequestContext, route: str | None) -> None:
-        """The request's one log line, its place in the metrics, the end of its span."""
-        self.metrics.requests.labels(str(context.status)).inc()
-        if context.ending is not None:
-            self.metrics.ending[context.ending].inc()
-        if context.code is not None:
-            by_upstream = context.code.startswith("upstream")
-            (self.metrics.upstream_errors if by_upstream else self.metrics.refusals).labels(context.code).inc()
-        known = {
-            "request_id": context.request_id,
-            "address": context.caller.shown,
-            "route": f"{context.method} {route}" if route else None,
-            "status": context.status,
-            "code": context.code,
-            "ending": context.ending,
-            "duration_ms": round((time.monotonic() - context.started) * 1000, 1),
-            "reason": context.reason,
+    def close(self, record: RequestRecord) -> None:
+        """Writes the request's log line, counts it and ends its span."""
+        self.metrics.requests.labels(str(record.status)).inc()
+        if record.ending is not None:
+            self.metrics.ending[record.ending].inc()
+        if record.code is not None:
+            by_upstream = record.code.startswith("upstream")
+            (self.metrics.upstream_errors if by_upstream else self.metrics.refusals).labels(record.code).inc()
+        filled = {
+            "request_id": record.request_id,
+            "address": record.address,
+            "route": f"{record.method} {record.route}" if record.route else None,
+            "status": record.status,
+            "code": record.code,
+            "ending": record.ending,
+            "duration_ms": round((time.monotonic() - record.started) * 1000, 1),
+            "reason": record.reason,
         }
-        self.logs.line("request", **(LINE | known | context.log))
-        if context.trace is not None:
-            context.trace.end(
-                request_id=context.request_id,
-                status=context.status if context.began else None,
-                code=context.code,
-                ending=context.ending,
-                tokens=(context.used.prompt_tokens, context.used.completion_tokens) if context.used else None,
-                log=context.log,
+        self.logs.line("request", **(LINE | filled | record.log))
+        if record.trace is not None:
+            record.trace.end(
+                request_id=record.request_id,
+                status=record.status if record.began else None,
+                code=record.code,
+                ending=record.ending,
+                tokens=(record.used.prompt_tokens, record.used.completion_tokens) if record.used else None,
+                log=record.log,
             )
 
-    def note_no_request(self, address: str, refusal: Refusal) -> None:
-        """The same for what the guard refused before it became a request."""
+    def record_invalid(self, address: str, refusal: Refusal) -> None:
+        """The same for bytes that the protocol refused before they became a request."""
         self.metrics.requests.labels(str(refusal.status)).inc()
         self.metrics.refusals.labels(refusal.code).inc()
         self.logs.line("request", **(LINE | {"address": address, "status": refusal.status, "code": refusal.code}))
 
-    def alarm_if_due(self, context: RequestContext, refusal: Refusal) -> None:
-        """The key does not work, or comes back: both want the operator, not the visitor."""
+    def alarm_if_due(self, record: RequestRecord, refusal: Refusal) -> None:
+        """The API key is not accepted, or came back in an answer: the operator has to act, not the client."""
         if isinstance(refusal, UpstreamAuth) or refusal.leaked:
-            self.alarm(context, refusal.reason or refusal.code)
+            self.alarm(record, refusal.reason or refusal.code)
 
-    def alarm(self, context: RequestContext, what: str) -> None:
-        self.logs.line("key_alarm", "error", what=what, request_id=context.request_id)
-
-
-def ending_of(state: State, broke: Interruption | None, events: Events) -> str:
-    """How a stream ended, as chat_proxy_stream_endings_total counts it."""
-    if state is State.ABORTED:
-        return "aborted"
-    if broke is not None:
-        return broke.ending
-    return "error" if events.ending is Ending.ERROR else "complete"
+    def alarm(self, record: RequestRecord, what: str) -> None:
+        self.logs.line("key_alarm", "error", what=what, request_id=record.request_id)

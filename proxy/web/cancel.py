@@ -1,4 +1,7 @@
-"""TODO."""
+"""A cancel scope that ends its body for any cause, tied to the client's disconnect.
+
+It does for any cause what asyncio.timeout does for time; the bookkeeping is that of CPython's Lib/asyncio/timeouts.py.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +16,30 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class ClientGone(Exception):
-    """The browser closed, reset or half-closed its connection."""
+    """The client closed, reset or half-closed its connection."""
 
 
 class CancelScope:
-    """Ends the body of an `async with` from outside: when the browser leaves, or when somebody pulls.
+    """Cancels the body of an `async with` when the client leaves, or when `cancel` is called.
 
-    What asyncio.timeout does for time, for any cause; the bookkeeping is that of CPython's Lib/asyncio/timeouts.py.
-    `receive` is watched from the beginning, so the request's body must have been read. While it holds, it is in
-    `live`, for whoever wants to pull all of them. `pulled_at` is the loop's time.
+    `receive` is watched from the start, so the request's body must have been read. While the scope is active it is a
+    member of `active_scopes`, so that the drain can cancel all of them. `cancelled_at` is of the loop's clock.
     """
 
-    __slots__ = ("_cancelled", "_cancelling", "_cause", "_live", "_receive", "_task", "_watcher", "cancelled_at")
+    __slots__ = (
+        "_active_scopes",
+        "_cancelled",
+        "_cancelling",
+        "_cause",
+        "_receive",
+        "_task",
+        "_watcher",
+        "cancelled_at",
+    )
 
-    def __init__(self, receive: Receive, live: set[CancelScope] | None = None) -> None:
+    def __init__(self, receive: Receive, active_scopes: set[CancelScope] | None = None) -> None:
         self._receive = receive
-        self._live = live if live is not None else set()
+        self._active_scopes = active_scopes if active_scopes is not None else set()
         self._task: asyncio.Task[Any] | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._cause: BaseException | None = None
@@ -38,18 +49,19 @@ class CancelScope:
 
     async def __aenter__(self) -> CancelScope:
         task = asyncio.current_task()
-        assert task is not None
+        if task is None:
+            raise RuntimeError("a CancelScope needs a task")
         self._task, self._cancelling = task, task.cancelling()
         self._watcher = asyncio.create_task(self._watch())
-        self._live.add(self)
+        self._active_scopes.add(self)
         return self
 
     async def listen(self) -> None:
-        """Gives the watcher its first turn: the browser may have left while something before this was waited for."""
+        """Gives the watcher its first turn: the client may have left during an earlier await."""
         await asyncio.sleep(0)
 
     def cancel(self, cause: BaseException) -> None:
-        """Raises `cause` out of the body, at what it is waiting for; nothing when it is over or pulled already."""
+        """Raises `cause` out of the body, at its current await. Has no effect on a scope that is cancelled or ended."""
         if self._task is None or self._cause is not None:
             return
         loop = self._task.get_loop()
@@ -60,6 +72,26 @@ class CancelScope:
         else:
             self._cancel()
 
+    def release(self, error: BaseException | None) -> BaseException | None:
+        """Ends the scope before its body does; `error` is what the body caught, if anything.
+
+        Returns the cause when the scope was cancelled, else `error`. A cancellation from outside stays a
+        CancelledError. Later calls of `cancel` have no effect.
+        """
+        task, self._task = self._task, None
+        watcher, self._watcher = self._watcher, None
+        cause, self._cause = self._cause, None
+        if watcher is not None:
+            watcher.cancel()
+        self._active_scopes.discard(self)
+        if task is None or cause is None:
+            return error
+        if not self._cancelled:  # cancelled by the body itself, which has not reached an await since
+            return error or cause
+        if task.uncancel() <= self._cancelling and isinstance(error, asyncio.CancelledError):
+            return cause
+        return error
+
     def _cancel(self) -> None:
         if self._task is not None:
             self._cancelled = True
@@ -68,23 +100,15 @@ class CancelScope:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        task, self._task = self._task, None
-        watcher, self._watcher = self._watcher, None
-        cause, self._cause = self._cause, None
-        assert task is not None
-        assert watcher is not None
-        watcher.cancel()
-        self._live.discard(self)
+        cause = self.release(error)
         try:
-            if cause is None:
-                return
-            if not self._cancelled:  # pulled by the body itself, which then waited for nothing more
-                if kind is None:
-                    raise cause
-            elif task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            if cause is not None and cause is not error:
                 raise cause from None
         finally:
-            del cause  # it holds the frames it comes through; held by one of them, it would keep all they know
+            del (
+                cause,
+                error,
+            )  # they hold the frames they passed through; a frame that holds them makes a reference cycle
 
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

@@ -1,42 +1,42 @@
-"""One request as it goes through the house: what is known about it so far, and how it is answered.
+"""One HTTP request and its response.
 
 Rules:
-1. The headers of an answer are built from nothing, here; what an upstream sent has no way in.
-2. What the log may say about a request is what was put into its `log`.
+1. The headers of a response are built here, from nothing; no header of an upstream can enter.
+2. The log may show of a request only what was put into its record.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
 
 from starlette.types import Message, Receive, Scope, Send
 
 from proxy.errors import BodyTooLarge, HeaderList, Refusal, RequestTimeout
-from proxy.limits.status import LimitStatus, limit_headers
-from proxy.telemetry.usage import Usage
+from proxy.telemetry.records import RequestRecord
 from proxy.web.cancel import ClientGone
 from proxy.web.client import Caller
 from proxy.web.headers import API_HEADERS, JSON, Headers
 
-if TYPE_CHECKING:
-    from proxy.telemetry.traces import Trace
-
-BODY_SECONDS = 10.0  # for a request's body to be in
-BODY_RATE = 16 * 1024  # bytes a second that a long one may take on top: a slow uplink, not a drip
-DROPPED_BYTES = 8 << 20  # of an unwanted body; who sends more may find the connection reset
-CLIENT_CLOSED = 499  # nginx's status for a caller that left before it was answered; it stands in logs only
+BODY_SECONDS = 10.0  # for a request's body to arrive
+BODY_RATE = 16 * 1024  # bytes a second that a long body may take on top: a slow uplink, not a drip
+DROPPED_BYTES = 8 << 20  # of a body that is read only to be dropped; a longer one may end in a reset connection
 
 
-class RequestContext:
-    """One request: what is known about it so far, and how it is answered."""
+class RequestContext(RequestRecord):
+    """One request: its parsed head, how its body is read, how it is answered, and the record of it."""
 
     __slots__ = (
-        *("__weakref__", "_base_headers", "began", "caller", "code", "cookies", "ending", "headers", "log", "method"),
-        *("query", "reason", "receive", "request_id", "scope", "send", "standings", "started", "status", "trace"),
-        "used",
+        "__weakref__",
+        "_base_headers",
+        "caller",
+        "cookies",
+        "headers",
+        "limit_headers",
+        "query",
+        "receive",
+        "scope",
+        "send",
     )
 
     def __init__(
@@ -45,41 +45,33 @@ class RequestContext:
         receive: Receive,
         send: Send,
         *,
+        route: str | None,
         caller: Caller,
         headers: Headers,
         base_headers: HeaderList,
         request_id: str,
     ) -> None:
+        super().__init__(method=scope["method"], route=route, request_id=request_id, address=caller.shown)
         self.scope = scope
         self.receive = receive
         self.send = send
         self._base_headers = base_headers
-        self.method: str = scope["method"]
         self.query: bytes = scope["query_string"]
         self.caller = caller
         self.headers = headers
-        self.request_id = request_id
-        self.started = time.monotonic()
         self.cookies: list[bytes] = []
-        self.standings: list[LimitStatus] = []
-        self.status = CLIENT_CLOSED
-        self.code: str | None = None
-        self.ending: str | None = None
-        self.reason: str | None = None
-        self.began = False
-        self.log: dict[str, Any] = {}
-        self.used: Usage | None = None
-        self.trace: Trace | None = None
+        self.limit_headers: HeaderList = []  # of the limits that this request was counted in
 
     @property
     def traceparent(self) -> bytes | None:
-        """What an upstream may know of this request's trace."""
+        """The value of `traceparent` for the upstream."""
         return self.trace.traceparent if self.trace is not None else None
 
     async def body(self, most: int) -> bytes:
         """The request's body.
 
-        Raises BodyTooLarge beyond `most` bytes, RequestTimeout when it comes too slowly, ClientGone when not whole.
+        Raises BodyTooLarge beyond `most` bytes, RequestTimeout when it arrives too slowly, and ClientGone when the
+        client leaves before its end.
         """
         parts: list[bytes] = []
         size = 0
@@ -101,12 +93,12 @@ class RequestContext:
             raise RequestTimeout from None
 
     async def drop_body(self) -> None:
-        """Lets a body come that nobody wants: closing while it does would take the answer with it."""
+        """Reads and drops a body that is not needed: to close during its upload would lose the response."""
         with suppress(Refusal):
             await self.body(DROPPED_BYTES)
 
     def head(self, status: int, headers: HeaderList) -> Message:
-        """The start of the response: ours from the first header to the last."""
+        """The start of the response, with every header it has."""
         self.status = status
         self.began = True
         cookies = [(b"set-cookie", cookie) for cookie in self.cookies]
@@ -124,16 +116,16 @@ class RequestContext:
     async def redirect(self, location: str) -> None:
         await self.whole(302, b"", [(b"location", location.encode())])
 
-    async def tell(self, status: int, page: bytes) -> None:
-        """A page for a person, where a browser was sent on its own and no script of ours can read an error."""
+    async def answer_page(self, status: int, page: bytes) -> None:
+        """An HTML page, for a browser that was redirected here and runs no script that could read a JSON error."""
         await self.whole(status, page, [(b"content-type", b"text/html; charset=utf-8")])
 
     async def refuse(self, refusal: Refusal) -> None:
-        self.code = type(refusal).code  # never the one an upstream gave: it ends up in labels
+        self.code = type(refusal).code  # never the upstream's: the code becomes a metric label
         self.reason = refusal.reason
         headers = refusal.headers()
         if not any(name == b"ratelimit" for name, _ in headers):
-            headers += limit_headers(self.standings)
+            headers += self.limit_headers
         await self.answer(refusal.status, refusal.body(), headers)
 
 

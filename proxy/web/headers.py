@@ -1,9 +1,13 @@
-"""TODO."""
+"""Header values: reading those of a request, and the ones that every response of the API has. Pure.
+
+Rules:
+1. A header that appears twice is joined with a comma (RFC 9110 section 5.3), cookies with a semicolon; code that needs
+   exactly one value then refuses the joined one, without a special case.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from starlette.types import Send
 
@@ -11,9 +15,6 @@ from proxy.errors import (
     HeaderList,
     Refusal,
 )
-
-if TYPE_CHECKING:
-    pass
 
 Headers = dict[bytes, bytes]
 

@@ -496,8 +496,8 @@ def test_a_draining_instance_moves_questions_on(protocol: str, tmp_path: Path) -
         held = [stack.enter_context(asking(site, protocol, messages=HOLD)) for _ in range(4)]
         for answer in held:
             read_until(answer, delta("a"))
-        assert first.service.app.live
-        assert second.service.app.live
+        assert first.service.app.active_scopes
+        assert second.service.app.active_scopes
         first.on_loop(first.service.end)
         eventually(lambda: first.lines("draining"))
         for path in ROUTES * 4:

@@ -116,7 +116,7 @@ def flooding(loop: str, size: int, *end: bytes, **overrides: str) -> Iterator[Fl
         running(upstream.base_url, loop=loop, **overrides) as proxy,
         raw_chat(proxy, buffers=SMALL) as client,
     ):
-        eventually(lambda: peers and proxy.service.app.live)
+        eventually(lambda: peers and proxy.service.app.active_scopes)
         floods.append(Flood(proxy, client, peers[0]))
         proxy.on_loop(narrow(proxy))
         may_pour.set()

@@ -91,7 +91,7 @@ class Play:
         eventually(self.proxy.loop.is_closed, patience)
         app = self.proxy.service.app
         transport: Any = app.transport
-        assert (app.live, app.busy, app.limits.leases.live, transport.open_sockets) == (set(), 0, 0, 0)
+        assert (app.active_scopes, app.busy, app.limits.leases.live, transport.open_sockets) == (set(), 0, 0, 0)
         eventually(lambda: not self.upstream.open)
 
 
@@ -445,7 +445,7 @@ def test_a_full_house_goes_on_and_ends_whole(loop: str) -> None:
         assert refused.headers["connection"] == "close"
 
         eventually(lambda: all(crowd.written[number] > before[number] + 1 for number in range(CROWD)), PATIENCE * 3)
-        assert len(proxy.service.app.live) == CROWD
+        assert len(proxy.service.app.active_scopes) == CROWD
         crowd.may_finish = CROWD
         assert [crowd.ending(number, client) for number, client in enumerate(clients)] == ["whole"] * CROWD
         play.assert_over()

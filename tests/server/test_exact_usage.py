@@ -15,7 +15,7 @@ from support.harness import DONE, LOOPS, Peer, Running, ScriptedUpstream, chat, 
 from proxy.chat import policy
 from proxy.chat.sse import Events
 from proxy.settings import from_variables
-from proxy.telemetry.usage import Usage
+from proxy.telemetry.records import Usage
 
 KEY = random_key()
 COST = {"prompt_tokens": 7, "completion_tokens": 11, "total_tokens": 18}

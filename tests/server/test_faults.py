@@ -50,6 +50,7 @@ from support.harness import (
 )
 from support.stage import always, prompt_tokens
 
+from proxy.chat import answer as answer_module
 from proxy.chat import upstream
 from proxy.chat.sse import Events
 from proxy.errors import InternalError, StreamFailed
@@ -119,7 +120,11 @@ def jump(monkeypatch: pytest.MonkeyPatch) -> Callable[[Running, float], None]:
 
     def jump(proxy: Running, seconds: float) -> None:
         monkeypatch.setattr(time, "time", lambda: true_time() + seconds)
-        for holder in (proxy.service.app, proxy.service.app.upstream):  # they were given the function itself
+        for holder in (
+            proxy.service.app.account,
+            proxy.service.app.access,
+            proxy.service.app.upstream,
+        ):  # they were given the function itself
             monkeypatch.setattr(holder, "wall", time.time)
 
     return jump
@@ -446,7 +451,7 @@ BEFORE = {
     "before the call": (breaking(lambda proxy: proxy.service.app.limits.leases, "acquire"), 0),
     "making the call": (breaking(lambda proxy: proxy.service.app.upstream, "headers"), 0),
     "reading the answer's head": (breaking(lambda proxy: proxy.service.app.upstream, "check_headers"), 1),
-    "making the relay": (breaking(lambda proxy: proxy.service.app, "relay"), 1),
+    "making the relay": (breaking(lambda proxy: answer_module, "Relay"), 1),
 }
 
 
@@ -501,7 +506,7 @@ def test_a_bug_amid_the_answer_is_an_event(
 def test_a_bug_behind_the_answer_does_not_refund_it(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row 40: an answer that has arrived is paid for, whatever goes wrong in writing down how it was."""
     with ScriptedUpstream(streaming(*COUNTED)) as server, running(server.base_url, loop=loop) as proxy:
-        breaking(lambda proxy: proxy.service.app.ledger, "note_stream")(proxy, monkeypatch)
+        breaking(lambda proxy: proxy.service.app.recorder, "record_stream")(proxy, monkeypatch)
         assert chat(proxy).body == WHOLE
         assert proxy.line()["code"] == "internal_error"
         assert_all_used(proxy, USED)

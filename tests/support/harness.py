@@ -366,7 +366,7 @@ class Running:
         transport: Any = app.transport
         counts = {
             "tasks": self.tasks() - self.baseline,
-            "live": len(app.live),
+            "live": len(app.active_scopes),
             "busy": app.busy,
             "leases": app.limits.leases.live + len(app.limits.leases.held),
             "sockets": self.on_loop(lambda: transport.open_sockets - len(transport._idle)),

@@ -17,7 +17,8 @@ from proxy.chat import relay as module
 from proxy.chat.relay import Relay, SuspendedSend
 from proxy.chat.sse import Events
 from proxy.errors import Interruption, StreamDrained, StreamFailed, StreamTimeout, StreamTooLong
-from proxy.web.cancel import CancelScope, ClientGone, Message
+from proxy.telemetry.records import Outcome
+from proxy.web.cancel import CancelScope, ClientGone, Message, Receive
 
 HEAD: Message = {"type": "http.response.start", "status": 200, "headers": []}
 FOREVER = 60.0  # seconds: a deadline that a test does not mean
@@ -118,34 +119,46 @@ class Script:
         self.aborted = True
 
 
+class RecordedScope(CancelScope):
+    """A scope that keeps what it was cancelled for."""
+
+    __slots__ = ("cause",)
+
+    def __init__(self, receive: Receive) -> None:
+        super().__init__(receive)
+        self.cause: BaseException | None = None
+
+    def cancel(self, cause: BaseException) -> None:
+        self.cause = cause
+        super().cancel(cause)
+
+
 class Stage:
     """One relay between a script and a browser, run in a task as the application does it."""
 
     def __init__(self, *, idle: float = FOREVER, total: float = FOREVER, comment: float = 0, key: str = "") -> None:
         self.source = Script()
         self.browser = Browser()
-        self.cancel_scope = CancelScope(self.browser.receive)
+        self.cancel_scope = RecordedScope(self.browser.receive)
         self.events = Events((key or random_key()).encode())
         self.relay = Relay(
             self.source, self.browser.send, self.events, self.cancel_scope, idle=idle, total=total, comment=comment
         )
-        self.broke: Any = None
-        self.fault: Cause | None = None
+        self.outcome: Outcome | None = None
+        self.fault: Exception | None = None
         self.told: Interruption | None = None
         self.task = asyncio.create_task(self.play())
 
     async def play(self) -> None:
-        try:
-            async with self.cancel_scope:
-                await self.relay.run(HEAD)
-        except ClientGone as gone:
-            self.broke = gone
-            return
-        except Interruption as interruption:
-            self.broke = interruption
-        except Cause as cause:
-            self.broke, self.fault = StreamFailed(), cause
-        self.told = await self.relay.finish(self.broke)
+        async with self.cancel_scope:
+            outcome = await self.relay.run(HEAD)
+        self.outcome = outcome
+        self.told, self.fault = outcome.error, outcome.bug
+
+    @property
+    def broke(self) -> BaseException | None:
+        """What the scope was cancelled for, or what the relay found wrong by itself."""
+        return self.cancel_scope.cause or (self.outcome.error if self.outcome else None)
 
     async def begun(self) -> Stage:
         """Waits until the source is being listened to."""
@@ -664,7 +677,7 @@ async def test_what_waits_when_the_leash_is_pulled_is_not_lost() -> None:
             await ticks()  # else the pull comes before the task has heard of the wait
         stage.cancel_scope.cancel(StreamDrained())
         await settled(lambda stage=stage: stage.source.aborted)  # type: ignore[misc]
-        assert not stage.relay.has_said_all
+        assert not stage.relay.is_delivered
         stage.browser.read()
         await stage.over()
         assert stage.browser.waiting == 0
@@ -901,7 +914,7 @@ async def test_nothing_passes_after_the_key() -> None:
             await stage.begun()
         stage.source.say(delta("fine") + delta(key), delta("after"), DONE).end()
         await stage.over()
-        assert stage.relay.leaked
+        assert stage.relay.key_leaked
         assert stage.told is not None
         assert stage.browser.got == delta("fine") + stage.told.event()
         assert stage.source.aborted
@@ -914,7 +927,7 @@ async def test_the_key_in_the_tail() -> None:
     stage = await Stage(key=key).begun()
     stage.source.say(DONE + b"data: " + key.encode()).end()
     await stage.over()
-    assert stage.relay.leaked
+    assert stage.relay.key_leaked
     assert stage.told is not None
     assert stage.browser.got == DONE + stage.told.event()
 

@@ -18,7 +18,7 @@ from support.harness import DONE, FULL, delta, finish, random_key
 
 from proxy.chat import sse as module
 from proxy.chat.sse import BOM, HOLD, Ending, Events, KeyEcho, data_of, is_plain, usage_of
-from proxy.telemetry.usage import MOST_TOKENS, Usage
+from proxy.telemetry.records import MOST_TOKENS, Usage
 
 tuning = tuned(max_examples=3000 if FULL else 200, deadline=None)
 
