@@ -1,10 +1,10 @@
-"""One JSON line a request, and lines of their own for what an auditor asks about.
+"""The log: one JSON line a request, and separate lines for the events of an audit.
 
 Rules:
-1. A line holds names, numbers and codes: never a body, a cookie, a key, or a text that came from outside.
-2. Writing never holds up the loop: lines wait in a bounded queue, one thread writes them in batches. When the pipe is
-   full or closed, lines are dropped and counted; the service goes on, and tells the count once it can.
-3. What is queued is shown, whatever it holds: one line a line, and nothing that ends the thread.
+1. A line contains names, numbers and codes: never a body, a cookie, a key, or a text from outside.
+2. Logging never blocks the loop: lines wait in a bounded queue, and one thread writes them in batches. When the pipe is
+   full or closed, lines are dropped and counted; the service continues, and logs the count once it can.
+3. Every queued line is written, whatever its values: on one line, and without an error that ends the thread.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Descriptor:
     """A file descriptor as an output, without Python's buffer: a thread that hangs in a write holds the buffer's lock,
     and the interpreter, which flushes at exit, would wait for that lock for ever.
 
-    Lines are written whole, no more at once than a pipe takes in one piece: several workers may write to it."""
+    Only whole lines are written, at most as many as a pipe takes in one piece: several workers may share it.
+    """
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -52,15 +53,15 @@ class Descriptor:
             while left:
                 try:
                     left = left[os.write(self.number, left) :]
-                except BlockingIOError:  # whoever started us made it non-blocking
+                except BlockingIOError:  # the parent process made it non-blocking
                     select.select([], [self.number], [])
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Nothing is buffered."""
 
 
 def in_pieces(data: bytes) -> Iterator[bytes]:
-    """Whole lines, as many at a time as PIPE_BUF holds (pipe(7)); a longer line is a piece of its own."""
+    """Yields whole lines, as many at a time as fit in PIPE_BUF (pipe(7)); a longer line is its own piece."""
     start = 0
     while start < len(data):
         end = data.rfind(b"\n", start, start + select.PIPE_BUF) + 1 or data.find(b"\n", start) + 1 or len(data)
@@ -69,7 +70,7 @@ def in_pieces(data: bytes) -> Iterator[bytes]:
 
 
 class Logs:
-    """The log of one server. `line` may be called from the loop: it does not wait. Other threads may call it, too."""
+    """The log of one server. `line` does not block; any thread may call it."""
 
     def __init__(self, configured: Log, output: Output | None = None) -> None:
         self.level = LEVELS[configured.level]
@@ -77,14 +78,14 @@ class Logs:
         self.output: Output = output if output is not None else Descriptor(sys.stdout.fileno())
         self.queue: deque[dict[str, Any]] = deque()
         self.dropped = 0
-        self._told = 0  # of those dropped
+        self._reported = 0  # of the dropped lines
         self._wanted = threading.Event()
         self._closed = False
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
 
     def line(self, event: str, level: str = "info", /, **fields: Any) -> None:
-        """Queues one line; `fields` are shown in the order given."""
+        """Queues one line; `fields` keep their order."""
         if LEVELS[level] < self.level:
             return
         if len(self.queue) >= QUEUE:
@@ -95,14 +96,14 @@ class Logs:
             self._wake()
 
     def bug(self, error: BaseException, **fields: Any) -> None:
-        """An exception nobody expected: its type and places, not its text, which may quote what a visitor wrote."""
+        """Logs an unexpected exception: type and code locations, not its text, which may quote a visitor."""
         places = [
             f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)
         ]
         self.line("bug", "error", error=type(error).__name__, at=places, **fields)
 
     def close(self) -> None:
-        """Writes what is queued, as long as that takes no more than a second."""
+        """Writes the queued lines, for at most a second."""
         self._closed = True
         self._wanted.set()
         if self._thread is not None:
@@ -126,22 +127,22 @@ class Logs:
     def _write_batch(self) -> None:
         lines = [self.rendered(self.queue.popleft()) for _ in range(len(self.queue))]
         dropped = self.dropped
-        if dropped > self._told:
-            count = dropped - self._told
-            told = self.rendered({"time": time.time(), "level": "warning", "event": "lines_dropped", "count": count})
+        if dropped > self._reported:
+            count = dropped - self._reported
+            report = self.rendered({"time": time.time(), "level": "warning", "event": "lines_dropped", "count": count})
         else:
-            told = b""
+            report = b""
         try:
-            self.output.write(told + b"".join(lines))
+            self.output.write(report + b"".join(lines))
             self.output.flush()
-            self._told = dropped
+            self._reported = dropped
         except (OSError, ValueError):  # a closed pipe, a closed file
             self.dropped += len(lines)
 
     def rendered(self, fields: dict[str, Any]) -> bytes:
         try:
             return self.render(fields)
-        except Exception as error:  # noqa: BLE001  # a line that cannot be shown must not be the last one
+        except Exception as error:  # noqa: BLE001  # one bad line must not end the thread
             return self.render({**{name: fields[name] for name in HEAD}, "unshown": type(error).__name__})
 
 
@@ -158,18 +159,18 @@ def as_text(fields: dict[str, Any]) -> bytes:
     return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line).encode() + b"\n"
 
 
-TOLD_ELSEWHERE = "Invalid HTTP request received."  # by uvicorn; the guard has a line of its own for each
+LOGGED_ELSEWHERE = "Invalid HTTP request received."  # uvicorn's; the protocol logs each itself
 
 
 class Bridge(logging.Handler):
-    """Lines of other packages (uvicorn's warnings) in our format: logger and template, never the arguments."""
+    """Logs the warnings of other packages (uvicorn) in our format: logger and template, never the arguments."""
 
     def __init__(self, logs: Logs) -> None:
         super().__init__(logging.WARNING)
         self.logs = logs
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.msg == TOLD_ELSEWHERE:
+        if record.msg == LOGGED_ELSEWHERE:
             return
         level = "error" if record.levelno >= logging.ERROR else "warning"
         self.logs.line("library", level, logger=record.name, message=str(record.msg)[:200])

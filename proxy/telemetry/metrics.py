@@ -1,7 +1,7 @@
 """Prometheus metrics, one registry a server. Labels come from configuration and fixed sets, never from a client.
 
-The byte path leaves plain numbers behind (one bisect an event); they are folded into the histograms when a stream ends.
-Several processes add up theirs as `Family` values.
+The byte path only updates plain numbers (one bisect an event), which are added to the histograms when a stream ends.
+The metrics of several processes are added up as `Family` values.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.utils import floatToGoString
 
-# Or each name of the contract gets a second one beside it, which Prometheus does not read in this format.
+# Otherwise each counter gets a second metric (_created), which Prometheus does not read in this format.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 ENDINGS = ("complete", "error", "truncated", "aborted", "timeout", "drained")
@@ -27,7 +27,7 @@ ABORTS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1)
 
 
 class GapHistogram:
-    """chat_proxy_token_gap_seconds: streams count their own gaps, the sum is kept here."""
+    """chat_proxy_token_gap_seconds: the sum of the gaps that each stream counts."""
 
     def __init__(self) -> None:
         self.counts = [0] * (len(GAPS) + 1)
@@ -48,7 +48,7 @@ class GapHistogram:
 
 
 class Metrics:
-    """Everything that is counted."""
+    """The metrics of one server."""
 
     def __init__(self, models: tuple[str, ...]) -> None:
         self.registry = registry = CollectorRegistry()
@@ -81,7 +81,7 @@ class Metrics:
         return generate_latest(self.registry)
 
     def families(self) -> list[Family]:
-        """All of it as plain values, for another process."""
+        """All metrics as plain values, for another process."""
         return [
             Family(
                 metric.name, metric.documentation, metric.type, [(s.name, s.labels, s.value) for s in metric.samples]
@@ -93,7 +93,7 @@ class Metrics:
 # ---- several processes ---------------------------------------------------------------------------------------------
 
 Sample: TypeAlias = tuple[str, dict[str, str], float]  # name, labels, value
-LEAST = {"chat_proxy_limit_store_up"}  # gauges of which the worst is told; others are added up
+LEAST = {"chat_proxy_limit_store_up"}  # gauges of which the smallest counts; others are added up
 
 
 class Family(msgspec.Struct, array_like=True):
@@ -129,12 +129,12 @@ def added_up(processes: Iterable[list[Family]]) -> list[Family]:
 
 
 def lasting(families: list[Family]) -> list[Family]:
-    """What stays true of a process that has ended: all but its gauges."""
+    """The metrics that remain valid after their process has ended: all but its gauges."""
     return [family for family in families if family.kind != "gauge"]
 
 
 class Total:
-    """The metrics of several processes, as prometheus_client wants to collect them."""
+    """The metrics of several processes, as a collector of prometheus_client."""
 
     def __init__(self, processes: Iterable[list[Family]]) -> None:
         self.families = added_up(processes)

@@ -1,12 +1,12 @@
-"""Traces for OpenTelemetry: one span a request, in the words of its conventions for HTTP and for GenAI.
+"""Traces for OpenTelemetry: one span a request, named by its semantic conventions for HTTP and GenAI.
 
 Rules:
 1. A span holds names, numbers and codes, as a log line does: never a prompt, a cookie, a key, an address, a user.
-2. No request waits for the collector: ended spans wait in the SDK's bounded queue, a thread of its own sends them. The
-   end of the server waits FLUSH_SECONDS at most.
-3. All of it is one server's own: nothing global is set but the packages' loggers, and no surrounding context is read.
-4. Where spans go, under which name, and how many are kept, the OTEL_* variables say; the SDK reads them itself.
-5. opentelemetry is spoken to here and nowhere else, and this room is entered only where traces are switched on.
+2. No request waits for the collector: ended spans wait in the SDK's bounded queue, and a thread of the SDK sends them.
+   The server's shutdown waits at most FLUSH_SECONDS.
+3. All state belongs to one server: only the packages' loggers are global, and no surrounding context is read.
+4. The OTEL_* variables set where spans go, under which name, and how many are kept; the SDK reads them itself.
+5. Only this module imports opentelemetry, and it is imported only where traces are enabled.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from opentelemetry.trace import (
 
 from proxy import __version__, settings
 
-FLUSH_SECONDS = 2.0  # for the last spans to get away, at the end; a collector that is well takes milliseconds
-LONGEST_STATE = 512  # characters of a tracestate: as many as everybody has to pass on (W3C Trace Context, 3.3.1.5)
+FLUSH_SECONDS = 2.0  # for the last spans at shutdown; a working collector takes milliseconds
+LONGEST_STATE = 512  # characters of a tracestate that must be propagated (W3C Trace Context, 3.3.1.5)
 MOST_MEMBERS = 32  # of a tracestate (W3C Trace Context, 3.3.1.1)
 SAMPLED_AND_RANDOM = 0x03  # the flags that have a meaning (W3C Trace Context Level 2, 3.2.2.5)
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
-LIBRARIES = ("opentelemetry", "urllib3")  # loggers of the packages that work here
-COMPLAINING = "opentelemetry.exporter.otlp.proto.http.trace_exporter"  # the logger of what did not get through
+LIBRARIES = ("opentelemetry", "urllib3")  # loggers of the packages in use
+EXPORT_ERRORS = "opentelemetry.exporter.otlp.proto.http.trace_exporter"  # logs failed exports
 
 SILENCE = logging.NullHandler()
 
@@ -55,13 +55,13 @@ MEMBER = re.compile(
     rb"=[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e]"
 )
 
-NAMES = {  # of what stands in a request's log, as the conventions have them; ours where they have none
+NAMES = {  # log field -> attribute of the conventions, or ours where they define none
     "model": "gen_ai.request.model",
     "retries": "chat_proxy.retries",
     "events": "chat_proxy.events",
     "bytes": "chat_proxy.bytes",
 }
-PROVIDERS = {  # names of the conventions, by the host of the upstream
+PROVIDERS = {  # host of the upstream -> name in the conventions
     "api.openai.com": "openai",
     "openai.azure.com": "azure.ai.openai",
     "services.ai.azure.com": "azure.ai.inference",
@@ -84,9 +84,9 @@ class Traces:
     """The spans of one server. Its threads live until `aclose`."""
 
     def __init__(self, configured: settings.Traces, upstream: str, *, bridge: logging.Handler, note: Note) -> None:
-        """`bridge` takes the packages' warnings; `note` is told why spans are lost, and None once they get through.
+        """`bridge` logs the packages' warnings; `note` gets the reason why spans are lost, and None once they arrive.
 
-        Both are called in other threads. Raises whatever OpenTelemetry does when it cannot use a variable.
+        Both are called in other threads. Raises the errors of OpenTelemetry for variables that it cannot use.
         """
         self.propagate = configured.propagate
         provider = provider_of(upstream)
@@ -100,19 +100,19 @@ class Traces:
         self._tracer = self._provider.get_tracer("chat-proxy", __version__)
 
     def begin(self, method: str, route: str | None, traceparent: bytes = b"", tracestate: bytes = b"") -> Trace:
-        """The span of one request; `traceparent` and `tracestate` are those of whoever may be believed."""
+        """Starts the span of one request; `traceparent` and `tracestate` come from a trusted proxy."""
         method = method if method in METHODS else "_OTHER"
         attributes = {"http.request.method": method}
         if route:
             attributes["http.route"] = route
         name = f"{method} {route}" if route else method
-        span = self._tracer.start_span(name, within(traceparent, tracestate), SpanKind.SERVER, attributes)
+        span = self._tracer.start_span(name, context_of(traceparent, tracestate), SpanKind.SERVER, attributes)
         return Trace(span, self._about_chats, traceparent_of(span.get_span_context()) if self.propagate else None)
 
     async def aclose(self) -> None:
-        """Sends what waits, as long as that takes no more than FLUSH_SECONDS.
+        """Sends the spans that wait, for at most FLUSH_SECONDS.
 
-        What hangs then, hangs in threads that hold up no exit.
+        An export that hangs longer hangs in a daemon thread, which does not block the exit.
         """
         loop, done = asyncio.get_running_loop(), asyncio.Event()
 
@@ -128,7 +128,7 @@ class Traces:
         self._leave_loggers()
 
     def _leave_loggers(self) -> None:
-        """In silence: what a thread still says after the end would go to stderr, with all that it quotes."""
+        """Silences the loggers: a message of a thread after the end would go to stderr, with addresses in it."""
         for name in LIBRARIES:
             library = logging.getLogger(name)
             library.removeHandler(self._bridge)
@@ -144,7 +144,7 @@ class Trace:
     def __init__(self, span: Span, about_chats: Mapping[str, str], traceparent: bytes | None) -> None:
         self._span = span
         self._about_chats = about_chats
-        self.traceparent = traceparent  # for the upstream, where it is to know
+        self.traceparent = traceparent  # for the upstream, where traces.propagate is on
 
     def end(
         self,
@@ -156,34 +156,34 @@ class Trace:
         tokens: tuple[int, int] | None,
         log: Mapping[str, Any],
     ) -> None:
-        """`status` is None when nothing was answered; `tokens` are those of prompt and answer."""
+        """`status` is None when there was no response; `tokens` are those of prompt and answer."""
         span = self._span
         if not span.is_recording():
             return
-        found: dict[str, str | int | float] = {NAMES[name]: log[name] for name in NAMES if name in log}
-        found["chat_proxy.request_id"] = request_id
+        attributes: dict[str, str | int | float] = {NAMES[name]: log[name] for name in NAMES if name in log}
+        attributes["chat_proxy.request_id"] = request_id
         if status is not None:
-            found["http.response.status_code"] = status
+            attributes["http.response.status_code"] = status
         if ending is not None:
-            found["chat_proxy.ending"] = ending
+            attributes["chat_proxy.ending"] = ending
         if "model" in log:
             span.update_name(f"chat {log['model']}")
-            found.update(self._about_chats)
+            attributes.update(self._about_chats)
         if "ttft_ms" in log:
-            found["gen_ai.response.time_to_first_chunk"] = log["ttft_ms"] / 1000
+            attributes["gen_ai.response.time_to_first_chunk"] = log["ttft_ms"] / 1000
         if tokens is not None:
-            found["gen_ai.usage.input_tokens"], found["gen_ai.usage.output_tokens"] = tokens
+            attributes["gen_ai.usage.input_tokens"], attributes["gen_ai.usage.output_tokens"] = tokens
         wrong = code or ("error" if ending == "error" else None)
         if wrong is not None:
-            found["error.type"] = wrong
-        span.set_attributes(found)
+            attributes["error.type"] = wrong
+        span.set_attributes(attributes)
         if has_failed(status, wrong):
             span.set_status(StatusCode.ERROR)
         span.end()
 
 
 def has_failed(status: int | None, wrong: str | None) -> bool:
-    """Is it a fault of this side? A refusal is none; what is wrong beside a good status broke after the head."""
+    """Returns whether the server failed. A refusal is no failure; an error beside a good status came after the head."""
     if status is None:
         return wrong is not None
     return status >= 500 or (status < 400 and wrong is not None)
@@ -191,17 +191,17 @@ def has_failed(status: int | None, wrong: str | None) -> bool:
 
 # ---- the parent ----------------------------------------------------------------------------------------------------
 
-NOWHERE = Context()
+NO_CONTEXT = Context()
 
 
-def within(traceparent: bytes, tracestate: bytes) -> Context:
-    """The context of a span with this parent; without a valid one, that of a new trace."""
+def context_of(traceparent: bytes, tracestate: bytes) -> Context:
+    """The context of a span with this parent; of a new trace when the parent is not valid."""
     parent = parent_of(traceparent, tracestate)
-    return set_span_in_context(NonRecordingSpan(parent), NOWHERE) if parent else NOWHERE
+    return set_span_in_context(NonRecordingSpan(parent), NO_CONTEXT) if parent else NO_CONTEXT
 
 
 def parent_of(traceparent: bytes, tracestate: bytes) -> SpanContext | None:
-    """W3C Trace Context, 3.2 and 4.3: of a later version what this one knows is read, what is invalid is as absent."""
+    """Parses a parent (W3C Trace Context, 3.2 and 4.3): of a later version the known part; invalid ones are ignored."""
     if not (matched := PARENT.fullmatch(traceparent)):
         return None
     version, trace_id, span_id, flags, more = matched.groups()
@@ -218,7 +218,7 @@ def parent_of(traceparent: bytes, tracestate: bytes) -> SpanContext | None:
 
 
 def state_of(tracestate: bytes) -> TraceState:
-    """Checked before the SDK does, which has a line in the log for each that is wrong."""
+    """Parses a tracestate; checked first, since the SDK logs a warning for each invalid member."""
     members = [member for part in tracestate.split(b",") if (member := part.strip(b" \t"))]
     if len(tracestate) > LONGEST_STATE or len(members) > MOST_MEMBERS or not all(map(MEMBER.fullmatch, members)):
         return TraceState()
@@ -226,34 +226,34 @@ def state_of(tracestate: bytes) -> TraceState:
 
 
 def traceparent_of(context: SpanContext) -> bytes | None:
-    """None of a span that is none: OTEL_SDK_DISABLED is set."""
+    """The header for the upstream; None when OTEL_SDK_DISABLED is set."""
     if not context.is_valid:
         return None
     return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}".encode()
 
 
-# ---- the way out ---------------------------------------------------------------------------------------------------
+# ---- the exporter --------------------------------------------------------------------------------------------------
 
 
 class Exporter(SpanExporter):
-    """The SDK's for OTLP over HTTP. Tells once that spans are lost, and once that they get through again."""
+    """The SDK's exporter for OTLP over HTTP; reports once that spans are lost, and once that they arrive again."""
 
     def __init__(self, note: Note) -> None:
         self._note = note
         self._lost = False
-        self._ear = Ear()
+        self._reason = FailureReason()
         self._inner = OTLPSpanExporter()
-        complaining = logging.getLogger(COMPLAINING)
-        complaining.addHandler(self._ear)
-        complaining.propagate = False
+        export_errors = logging.getLogger(EXPORT_ERRORS)
+        export_errors.addHandler(self._reason)
+        export_errors.propagate = False
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        self._ear.listen()
+        self._reason.start()
         result = self._inner.export(spans)
         lost = result is not SpanExportResult.SUCCESS
         if lost != self._lost:
             self._lost = lost
-            self._note(self._ear.heard if lost else None)
+            self._note(self._reason.text if lost else None)
         return result
 
     def shutdown(self) -> None:
@@ -263,40 +263,40 @@ class Exporter(SpanExporter):
         return self._inner.force_flush(timeout_millis)
 
     def leave_logger(self) -> None:
-        complaining = logging.getLogger(COMPLAINING)
-        complaining.removeHandler(self._ear)
-        complaining.addHandler(SILENCE)
+        export_errors = logging.getLogger(EXPORT_ERRORS)
+        export_errors.removeHandler(self._reason)
+        export_errors.addHandler(SILENCE)
 
 
-class Ear(logging.Handler):
-    """Hears why the export of this thread fails: a status or a kind of error, not the texts, which quote addresses."""
+class FailureReason(logging.Handler):
+    """Why an export of this thread failed: a status or an error's type, not its text, which contains addresses."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self._thread = 0
-        self.heard = ""
+        self.text = ""
 
-    def listen(self) -> None:
-        self._thread, self.heard = threading.get_ident(), "not taken in time"
+    def start(self) -> None:
+        self._thread, self.text = threading.get_ident(), "not accepted in time"
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.thread != self._thread or not isinstance(record.args, tuple):
             return
         for argument in record.args:
             if isinstance(argument, int):
-                self.heard = f"status {argument}"
+                self.text = f"status {argument}"
             elif isinstance(argument, BaseException):
-                self.heard = type(argument).__name__
+                self.text = type(argument).__name__
 
 
 def resource() -> Resource:
-    """Who makes the spans: what the variables say, else this program."""
+    """The service that makes the spans: as the variables name it, else this program."""
     return Resource.create(
         {"service.name": "chat-proxy", "service.version": __version__, **OTELResourceDetector().detect().attributes}
     )
 
 
 def provider_of(upstream: str) -> str | None:
-    """The conventions' name for whoever answers there, if it has one."""
+    """The conventions' name of the upstream's vendor, if there is one."""
     host = urlsplit(upstream).hostname or ""
     return next((name for known, name in PROVIDERS.items() if f".{host}".endswith(f".{known}")), None)

@@ -1,11 +1,9 @@
-"""The edge: who is asking, and does the request come from our own page. Pure.
+"""The client's address, and whether the request comes from the server's own page. Pure.
 
 Rules:
-1. A header that comes twice is joined with a comma (RFC 9110 section 5.3), cookies with a semicolon; whatever wants
-   exactly one value then refuses the joined one, without a special case.
-2. `X-Forwarded-For` is read from the right, and only as far as the addresses are proxies that the operator listed.
-3. The origin rule is Fetch Metadata's resource isolation (w3c/webappsec-fetch-metadata) with `Origin` beside it:
-   each that is present must pass; none present means no browser.
+1. `X-Forwarded-For` is read from the right, and only as far as the addresses are proxies that the operator listed.
+2. The origin rule is Fetch Metadata's resource isolation (w3c/webappsec-fetch-metadata) with `Origin` beside it:
+   each that is present must pass; a request with neither does not come from a browser.
 """
 
 from __future__ import annotations
@@ -22,16 +20,16 @@ from proxy.web.headers import Headers
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-UNIX = "unix"  # the address of a socket peer that names no other
-REMEMBERED = 4096  # resolved addresses kept: parsing one costs more than the rest of the edge
-LONGEST_REMEMBERED = 512  # bytes of X-Forwarded-For, ten hops; longer ones are not kept, or strangers fill the memory
+UNIX = "unix"  # the address of a Unix socket peer that forwards no other
+REMEMBERED = 4096  # resolved addresses to cache: parsing one costs more than all other checks here
+LONGEST_REMEMBERED = 512  # bytes of X-Forwarded-For, ten hops; clients could fill the memory with longer ones
 REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{1,64}")
 PORT_AFTER_ADDRESS = re.compile(r"(?:\[([^\]]+)\]|(\d+\.\d+\.\d+\.\d+))(?::\d{1,5})?")
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Where a request comes from. `key` is what limits count by, `shown` what a log may hold."""
+    """The source of a request. Limits count by `key`; the log contains `shown`."""
 
     key: str
     shown: str
@@ -39,7 +37,7 @@ class Caller:
 
 
 def parse_address(written: str) -> Address | None:
-    """An address as proxies write it: with a port, in brackets, with a zone, or IPv4 inside IPv6."""
+    """Parses an address as proxies write it: with a port, in brackets, with a zone, or IPv4 inside IPv6."""
     written = written.strip()
     if matched := PORT_AFTER_ADDRESS.fullmatch(written):
         written = matched[1] or matched[2]
@@ -53,20 +51,20 @@ def parse_address(written: str) -> Address | None:
 
 
 def counted_as(address: Address) -> str:
-    """One subscriber: an IPv4 address, or the /64 that an IPv6 host picks its addresses from."""
+    """The subscriber behind an address: an IPv4 address, or the /64 that an IPv6 host picks its addresses from."""
     if isinstance(address, ipaddress.IPv4Address):
         return str(address)
     return str(ipaddress.ip_network((address, 64), strict=False))
 
 
 def shown_as(address: Address) -> str:
-    """Enough to see a pattern in a log, too little to name a person: /24 and /48."""
+    """The network for the log: enough to see a pattern, too little to identify a person (/24 and /48)."""
     prefix = 24 if isinstance(address, ipaddress.IPv4Address) else 48
     return str(ipaddress.ip_network((address, prefix), strict=False))
 
 
 class Edge:
-    """The edge of one server: its origins, its hosts, the proxies it believes."""
+    """The edge of one server: its origins, its host names, its trusted proxies."""
 
     def __init__(self, server: Server) -> None:
         origins = {server.public_url, *server.extra_origins}
@@ -79,7 +77,7 @@ class Edge:
         self.max_body_bytes = server.max_body_bytes
         self._resolve = lru_cache(REMEMBERED)(self.resolve)
 
-    # ---- who ------------------------------------------------------------------------------------------------------
+    # ---- addresses -------------------------------------------------------------------------------------------------
 
     def caller(self, peer: str | None, headers: Headers) -> Caller:
         """The caller behind `peer` (None: a Unix socket)."""
@@ -97,7 +95,7 @@ class Edge:
         return Caller(counted_as(address), shown_as(address), trusted)
 
     def walk(self, address: Address | None, forwarded: bytes) -> Address | None:
-        """From the right: the first address that is not a proxy of ours, or the last one that could be read."""
+        """From the right: the first address that is not a trusted proxy, or the last one that can be parsed."""
         for written in reversed(forwarded.decode("latin-1").split(",")):
             hop = parse_address(written)
             if hop is None:
@@ -115,31 +113,31 @@ class Edge:
         return address is not None and self.is_proxy(address)
 
     def subscriber_at(self, peer: str) -> str:
-        """The peer itself as limits count it, whomever it speaks for."""
+        """The key of the peer itself, without the addresses it forwards."""
         return self._resolve(peer, b"").key
 
     def request_id(self, caller: Caller, headers: Headers) -> str | None:
-        """The id that a trusted proxy gave this request; anyone else's is not believed."""
+        """The request id that a trusted proxy set; other peers' are ignored."""
         given = headers.get(b"x-request-id")
         if given is None or not caller.through_proxy or not REQUEST_ID.fullmatch(given):
             return None
         return given.decode()
 
     def trace_parent(self, caller: Caller, headers: Headers) -> tuple[bytes, bytes]:
-        """`traceparent` and `tracestate` as a trusted proxy sent them, unchecked; anyone else's are not believed."""
+        """`traceparent` and `tracestate` as a trusted proxy sent them, unchecked; other peers' are ignored."""
         if not caller.through_proxy:
             return b"", b""
         return headers.get(b"traceparent", b""), headers.get(b"tracestate", b"")
 
-    # ---- is it our page -------------------------------------------------------------------------------------------
+    # ---- the origin ------------------------------------------------------------------------------------------------
 
     def check_host(self, headers: Headers) -> None:
-        """Raises CrossOrigin for a name that is not ours: DNS rebinding, or a proxy that does not pass Host on."""
+        """Raises CrossOrigin for an unknown host name: DNS rebinding, or a proxy that does not forward Host."""
         if headers.get(b"host", b"").strip().lower() not in self.hosts:
             raise CrossOrigin(reason="foreign Host")
 
     def check_origin(self, headers: Headers) -> None:
-        """Raises CrossOrigin unless the request is our own page's, or no browser's."""
+        """Raises CrossOrigin unless the request comes from the server's own page, or not from a browser."""
         site, origin = headers.get(b"sec-fetch-site"), headers.get(b"origin")
         if site is not None and site not in (b"same-origin", b"none"):
             raise CrossOrigin(reason="Sec-Fetch-Site is foreign")
@@ -150,10 +148,10 @@ class Edge:
     def is_browser(headers: Headers) -> bool:
         return b"origin" in headers or b"sec-fetch-site" in headers
 
-    # ---- the body's outside ---------------------------------------------------------------------------------------
+    # ---- the announced body ----------------------------------------------------------------------------------------
 
     def check_body(self, headers: Headers) -> None:
-        """Raises UnsupportedMediaType unless it says JSON, LengthRequired or BodyTooLarge by what it announces."""
+        """Checks a body's headers. Raises UnsupportedMediaType unless it is JSON, LengthRequired, BodyTooLarge."""
         kind = re.split(rb"[;,]", headers.get(b"content-type", b""), maxsplit=1)[0]
         if kind.strip().lower() != b"application/json":
             raise UnsupportedMediaType
@@ -168,7 +166,7 @@ class Edge:
 
 
 def loopback_twins(public_url: str) -> set[str]:
-    """The other names of this machine on the same port: people type any of them."""
+    """The loopback names of this machine on the same port: people type any of them."""
     url = urlsplit(public_url)
     port = f":{url.port}" if url.port else ""
     return {f"{url.scheme}://{host}{port}" for host in ("localhost", "127.0.0.1", "[::1]")}

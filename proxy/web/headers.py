@@ -20,7 +20,7 @@ Headers = dict[bytes, bytes]
 
 
 def join_repeated(fields: Iterable[tuple[bytes, bytes]]) -> Headers:
-    """Header fields by lower-case name; the values of a repeated name are joined (RFC 9110 section 5.3)."""
+    """Header fields by lower-case name; the values of a repeated name are joined (rule 1)."""
     headers: Headers = {}
     for name, value in fields:
         if name in headers:
@@ -29,11 +29,8 @@ def join_repeated(fields: Iterable[tuple[bytes, bytes]]) -> Headers:
     return headers
 
 
-# ---- cookies -------------------------------------------------------------------------------------------------------
-
-
 def cookies_named(headers: Headers, name: bytes) -> list[bytes]:
-    """Every value that the Cookie header gives to `name`, as it stands there (RFC 6265 section 5.4)."""
+    """Every value of the cookie `name` in the Cookie header, unchanged (RFC 6265 section 5.4)."""
     values = []
     for pair in headers.get(b"cookie", b"").split(b";"):
         key, _, value = pair.strip().partition(b"=")
@@ -52,18 +49,18 @@ STREAM_HEADERS: HeaderList = [(b"content-type", b"text/event-stream; charset=utf
 
 
 def bare_headers(refusal: Refusal, body: bytes) -> HeaderList:
-    """Of an answer to a request of which nothing is known."""
+    """The headers of a response to a request that has no context."""
     return [JSON, (b"content-length", b"%d" % len(body)), *refusal.headers(), *API_HEADERS]
 
 
 async def bare_refusal(send: Send, refusal: Refusal) -> None:
-    """An answer to a request of which nothing is known. Raises when another answer has begun; uvicorn then hangs up."""
+    """Answers a request that has no context. Raises when a response has begun; uvicorn then closes the connection."""
     body = refusal.body()
     await send({"type": "http.response.start", "status": refusal.status, "headers": bare_headers(refusal, body)})
     await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
 def set_cookie(name: str, value: str, max_age: int, *, secure: bool, same_site: str = "Strict") -> bytes:
-    """A Set-Cookie value (RFC 6265bis). HttpOnly: no script reads it; Strict: no foreign page sends it."""
+    """A Set-Cookie value (RFC 6265bis). HttpOnly: no script can read it; Strict: requests from other sites lack it."""
     flags = "; Secure" if secure else ""
     return f"{name}={value}; Path=/; Max-Age={max_age}; HttpOnly; SameSite={same_site}{flags}".encode()

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The probes of a load balancer or an orchestrator: alive, and ready for requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROBED = ("GET", "HEAD")
 
 
 class Probe:
-    """`/healthz` and `/readyz`: 200 or 503, for anyone, under any host name, not in the log."""
+    """`/healthz` or `/readyz`: 200 or 503, to every client, under every host name, without a log line."""
 
     def __init__(self, is_well: Callable[[], bool], base_headers: HeaderList) -> None:
         self.is_well = is_well

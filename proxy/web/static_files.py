@@ -1,4 +1,4 @@
-"""What is served beside the API: the page's files, and the two probes."""
+"""Serves the files of the page."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ PAGE_HEADERS: HeaderList = [
 OWN_FOLDERS = (Path(__file__).parents[1] / "static", Path(__file__).parents[2] / "static")
 """The page's folder in an installed package, and in a source tree."""
 UNSERVED = "examples"
-"""In those: sources to copy from, which no browser can run as they are."""
+"""The examples in these folders: sources to copy, which a browser cannot run unbundled."""
 
 
 class PageFiles(StaticFiles):
-    """The files of a folder. What lies in UNSERVED is not there, when the folder is ours."""
+    """The files of a folder; of the packaged page without UNSERVED."""
 
     def lookup_path(self, path: str) -> tuple[str, os.stat_result | None]:
         is_example = Path(path).parts[:1] == (UNSERVED,)  # the path is normalised already
@@ -40,11 +40,11 @@ class PageFiles(StaticFiles):
 
 
 class UnusableRange(Exception):
-    """Starlette is about to refuse a Range, in words of its own."""
+    """Starlette is about to refuse a Range with a response of its own."""
 
 
 class Page:
-    """The chat page's files, with headers that let nothing run but themselves."""
+    """The chat page's files, with a CSP that lets a browser load and run only these."""
 
     def __init__(self, folder: Path, base_headers: HeaderList, nothing: ASGIApp) -> None:
         self.files = PageFiles(directory=folder, html=True)
@@ -68,16 +68,16 @@ class Page:
 
 
 def relative(header: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
-    """A redirect to a folder without scheme and host: those of our socket are not the ones that people see.
+    """Removes scheme and host from a redirect to a folder: those of the socket are not the public ones.
 
-    It begins with one slash, however many were asked for: what follows two is a host.
+    The path begins with exactly one slash: a browser reads what follows two as a host.
     """
     name, value = header
     return (name, b"/" + value.split(b"/", 3)[3].lstrip(b"/")) if name == b"location" else header
 
 
 def without_range(scope: Scope) -> Scope:
-    """The same request for the whole file: any server may take a Range for that (RFC 9110 section 14.2)."""
+    """The same request for the whole file: a server may ignore Range (RFC 9110 section 14.2)."""
     return {**scope, "headers": [header for header in scope["headers"] if header[0] != b"range"]}
 
 

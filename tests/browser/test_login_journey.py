@@ -145,5 +145,5 @@ def test_a_provider_that_is_gone() -> None:
         with running(upstream.base_url, SESSION_MODE="oidc", **given) as proxy:
             reply = send(proxy, "GET", "/api/session/login")
             assert (reply.status, reply.headers["content-type"]) == (502, "text/html; charset=utf-8")
-            assert b"does not answer as it should" in reply.body
+            assert b"did not answer correctly" in reply.body
             assert send(proxy, "DELETE", "/api/session").json == {"logout_url": None}

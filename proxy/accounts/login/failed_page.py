@@ -1,16 +1,16 @@
-"""TODO."""
+"""The page of a login that failed: the browser comes from the provider and runs no script of ours there."""
 
 from __future__ import annotations
 
 FAILED_LOGINS = {
-    400: "It took too long, was begun in another window, or was broken off.",
-    403: "You are known there, but this chat is not open to your account. Please ask the people who run it.",
-    502: "The service that knows who you are does not answer as it should. Please try again in a few minutes.",
+    400: "The sign-in took too long, was started in another window, or was cancelled.",
+    403: "Your account was recognised, but it may not use this chat. Please ask the operator.",
+    502: "The sign-in service did not answer correctly. Please try again in a few minutes.",
 }
 
 
 def failed_login(status: int, request_id: str) -> bytes:
-    """The page that says so, and what to do. Nothing in it came from outside: an id of a harmless shape at most."""
+    """An HTML page with the cause and the next step. It contains no text from outside but a checked request id."""
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Signing in did not work</title>
