@@ -13,7 +13,7 @@ import itertools
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +23,15 @@ from starlette.routing import Mount, Route, Router
 from starlette.types import Receive, Scope, Send
 
 from proxy import __version__
-from proxy.accounts.access import CALLBACK, Access
-from proxy.accounts.routes import AccountRoutes
+from proxy.accounts.access import Access
+from proxy.accounts.routes import AccountRoutes, Handler
 from proxy.chat import policy
 from proxy.chat.answer import Answers
 from proxy.chat.upstream import Upstream, UpstreamCall
 from proxy.chat.usage import UsageMeter
 from proxy.check.report import CHAT, LOOK
-from proxy.check.routes import Diagnosis
+from proxy.check.routes import DiagnosticRoutes
+from proxy.check.ticket import Tickets
 from proxy.errors import (
     Draining,
     HeaderList,
@@ -58,8 +59,6 @@ from proxy.web.static_files import Page, page_folder
 
 if TYPE_CHECKING:
     from proxy.telemetry.traces import Traces
-
-Handler = Callable[[RequestContext], Awaitable[None]]
 
 HSTS = (b"strict-transport-security", b"max-age=31536000; includeSubDomains")
 
@@ -120,7 +119,7 @@ class DiagnosticRoute(Resource):
         self.show = show
 
     async def handler(self, context: RequestContext) -> Handler:
-        if self.proxy.draining or not self.proxy.access.admits_check(context):
+        if self.proxy.draining or not self.proxy.diagnosis.admits(context):
             return await super().handler(context)
         context.log["check"] = True
         context.limit_headers = limit_headers(await self.proxy.limits.charge(diagnose, Subject("check", "check")))
@@ -175,11 +174,12 @@ class ChatProxy:
         self.quiet.set()
         self.active_scopes: set[CancelScope] = set()  # of answers that may go on during the drain
         self.answers = Answers(settings, self.upstream, self.recorder, logs, self.active_scopes)
-        self.diagnosis = Diagnosis(
+        self.diagnosis = DiagnosticRoutes(
             settings,
             self.edge,
             self.active_scopes,
             server=self.run_id,
+            tickets=Tickets(self.access.keys),
             cookie=self.access.cookie,
             is_draining=lambda: self.draining,
             wall=wall,
@@ -198,16 +198,7 @@ class ChatProxy:
             raise refused_by_opentelemetry(error) from None
 
     def build_router(self) -> Router:
-        account = self.account
-        api: dict[str, dict[str, Handler]] = {
-            "/api/v1/models": {"GET": self.list_models},
-            "/api/session": {"GET": account.show, "DELETE": account.log_out},
-        }
-        if self.access.mode == "password":
-            api["/api/session"]["POST"] = account.log_in
-        if self.access.mode == "oidc":
-            api["/api/session/login"] = {"GET": account.start_login}
-            api[CALLBACK] = {"GET": account.finish_login}
+        api: dict[str, dict[str, Handler]] = {"/api/v1/models": {"GET": self.list_models}, **self.account.table()}
         nothing, show = self.nothing, self.diagnosis.show
         page = page_folder(self.settings.server.static_dir)
         return Router(
@@ -323,6 +314,7 @@ class ChatProxy:
         """Reads the secrets' files again. Streams under way keep their key, and every session stays valid."""
         self.upstream.key.reload()
         self.access.reload()
+        self.diagnosis.tickets = Tickets(self.access.keys)
         self.logs.line("secrets_read")
 
     # ---- notes from elsewhere, for the log ------------------------------------------------------------------------

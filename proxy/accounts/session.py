@@ -1,41 +1,33 @@
-"""Sessions: a signed cookie that says who is asking, and nothing that is secret. Pure: time and randomness come in.
+"""Sessions: a signed cookie that identifies the client and contains no secret. Pure: time and randomness are arguments.
 
 Rules:
-1. The cookie holds a random id (128 bit), the mode, the subject, when it was issued and last renewed, and the
-   generation; it is signed (HMAC-SHA256, a salt of its own), not encrypted: a browser may read all of it.
-2. The first key signs, all of them verify. A cookie under an older key, or one older than a quarter of `idle`,
-   is given anew; so rotation logs nobody out.
-3. A cookie is either ours and alive, ours and expired, or bad. Bad has one face to the outside.
-4. Revoking an id kills every cookie of that id issued until then, copies included. Revoking by generation kills
-   whatever was issued before the generation began: of one user, or of all.
+1. The cookie holds a random id (128 bit), the mode, the subject, the times of issue and renewal, and the generation. It
+   is signed, not encrypted: a browser may read all of it.
+2. A cookie under an older key, or one older than a quarter of `idle`, is issued again, so that rotating the secret logs
+   no user out.
+3. A cookie is valid, expired or invalid. Every invalid cookie gets the same response.
+4. Revocation is not known here: the caller checks an opened session against revocation/rules.py.
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import hmac
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
-from itsdangerous import Signer
-
-from proxy.errors import SessionExpired, Unauthenticated
-
-if TYPE_CHECKING:
-    from proxy.accounts.revocation.rules import Revocations
+from proxy.errors import Unauthenticated
+from proxy.web.signing import SEPARATOR, SignedValues
 
 SALT = b"chat-proxy.session"
-SEPARATOR = "."
-LONGEST_COOKIE = 1024  # bytes; ours are under 200 in anonymous mode, and a subject is bounded by the login
+LONGEST_COOKIE = 1024  # bytes; valid ones are under 200 in anonymous mode, and the login bounds a subject
 ID_BYTES = 16
-REMEMBERED = 4096  # cookies whose signature is known to hold: a few megabytes, and no HMAC for every request of a page
+REMEMBERED = 4096  # verified cookies to cache: a few megabytes save an HMAC for every request of a page
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """One visitor. Times are integer Unix seconds; `subject` is None for anonymous visitors."""
+    """One session. Times are integer Unix seconds; `subject` is None for anonymous visitors."""
 
     id: str
     mode: str
@@ -47,10 +39,11 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A cookie that was accepted; `stale` asks for a fresh one."""
+    """The session of a valid cookie; a `stale` one should be issued again."""
 
     session: Session
     stale: bool
+    expired: bool = False
 
 
 def encode_id(raw: bytes) -> str:
@@ -58,14 +51,14 @@ def encode_id(raw: bytes) -> str:
 
 
 class Sessions:
-    """The codec for one set of keys (newest first), and how long its cookies live (seconds)."""
+    """Makes, seals and opens sessions under `keys`, newest first. `lifetime` and `idle` are in seconds."""
 
     def __init__(self, keys: list[str], *, lifetime: int, idle: int) -> None:
-        self.signers = [Signer(key, SALT, SEPARATOR, "hmac", hashlib.sha256) for key in keys]
+        self.codec = SignedValues(keys, SALT)
         self.derive_key = hmac.digest(keys[0].encode(), b"chat-proxy.derived", "sha256")
         self.lifetime = lifetime
         self.idle = idle
-        self._verified = lru_cache(REMEMBERED)(self.verify)  # only what held is kept: a refusal raises
+        self._verified = lru_cache(REMEMBERED)(self.verify)  # caches valid cookies only: an invalid one raises
 
     # ---- making ---------------------------------------------------------------------------------------------------
 
@@ -80,12 +73,9 @@ class Sessions:
     ) -> Session:
         return Session(encode_id(randomness), mode, subject, int(now), int(now), generation)
 
-    def mint_for_address(self, now: float, address: str, revocations: Revocations) -> Session:
-        """The one session that all callers of an address share who keep no cookie, such as scripts and SDKs."""
-        randomness = hmac.digest(self.derive_key, address.encode(), "sha256")
-        session = self.mint(now, randomness, generation=revocations.decree.generation)
-        issued = max(session.issued, revocations.until(session.id) + 1)
-        return replace(session, issued=issued, renewed=issued)
+    def mint_for_address(self, now: float, address: str, *, generation: int = 0) -> Session:
+        """The session that all clients of an address share that keep no cookies, such as scripts and SDKs."""
+        return self.mint(now, hmac.digest(self.derive_key, address.encode(), "sha256"), generation=generation)
 
     def renew(self, session: Session, now: float) -> Session:
         return replace(session, renewed=int(now))
@@ -96,38 +86,34 @@ class Sessions:
     def seal(self, session: Session) -> str:
         subject = base64.urlsafe_b64encode((session.subject or "").encode()).rstrip(b"=").decode()
         fields = (session.id, session.mode, subject, session.issued, session.renewed, session.generation)
-        return self.signers[0].sign(SEPARATOR.join(map(str, fields))).decode()
+        return self.codec.sign(SEPARATOR.join(map(str, fields)).encode())
 
     # ---- reading --------------------------------------------------------------------------------------------------
 
-    def open(self, cookies: list[bytes], now: float, revocations: Revocations) -> Opened:
-        """The session in the one cookie given. Raises Unauthenticated (bad) or SessionExpired (ours, too old)."""
+    def open(self, cookies: list[bytes], now: float) -> Opened:
+        """The session in the one cookie given. Raises Unauthenticated for an invalid cookie, not for an expired one."""
         if len(cookies) != 1:
             raise Unauthenticated(reason="two session cookies")
         value = cookies[0]
         if len(value) > LONGEST_COOKIE or not value.isascii():
             raise Unauthenticated(reason="session cookie is too long or not ASCII")
-        session, old_key = self._verified(value)
-        if revocations.kill(session):
-            raise Unauthenticated(reason="session was revoked")
-        if now >= self.expires_at(session):
-            raise SessionExpired
-        return Opened(session, stale=old_key or now - session.renewed > self.idle / 4)
+        session, is_current = self._verified(value)
+        stale = not is_current or now - session.renewed > self.idle / 4
+        return Opened(session, stale=stale, expired=now >= self.expires_at(session))
 
     def verify(self, value: bytes) -> tuple[Session, bool]:
-        """What a cookie says, and whether it is under an old key. Raises Unauthenticated."""
-        payload, _, _ = value.rpartition(SEPARATOR.encode())
-        for age, signer in enumerate(self.signers):
-            if hmac.compare_digest(signer.sign(payload), value):  # unsign takes many spellings of one signature
-                return parse(payload.decode()), age > 0
-        raise Unauthenticated(reason="session cookie has no valid signature")
+        """The session in a cookie, and whether the newest key signed it. Raises Unauthenticated."""
+        verified = self.codec.verify(value)
+        if verified is None:
+            raise Unauthenticated(reason="session cookie has no valid signature")
+        return parse(verified.payload.decode()), verified.is_current
 
 
 def parse(payload: str) -> Session:
-    """The fields of a payload whose signature held; another layout is a cookie of another version of ours."""
+    """The fields of a signed payload. Raises Unauthenticated for the layout of another version."""
     try:
         id_, mode, subject, issued, renewed, generation = payload.split(SEPARATOR)
-        named = base64.urlsafe_b64decode(subject + "=" * (-len(subject) % 4)).decode() or None
-        return Session(id_, mode, named, int(issued), int(renewed), int(generation))
+        name = base64.urlsafe_b64decode(subject + "=" * (-len(subject) % 4)).decode() or None
+        return Session(id_, mode, name, int(issued), int(renewed), int(generation))
     except ValueError:
         raise Unauthenticated(reason="session cookie is of another version") from None

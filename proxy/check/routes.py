@@ -22,7 +22,8 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
-from proxy.check.report import Departure, Report, State
+from proxy.check.report import HEADER, Departure, Report, State
+from proxy.check.ticket import Tickets
 from proxy.errors import (
     BadGateway,
     Busy,
@@ -83,7 +84,7 @@ class StreamSpec:
         return 1 <= self.events <= MOST_EVENTS and 0 <= (self.events - 1) * self.spacing <= LONGEST_STREAM
 
 
-class Diagnosis:
+class DiagnosticRoutes:
     """The diagnostic routes of one server. `wall` gives Unix seconds; its streams stand in `live` with the others."""
 
     def __init__(
@@ -93,6 +94,7 @@ class Diagnosis:
         live: set[CancelScope],
         *,
         server: str,
+        tickets: Tickets,
         cookie: str,
         is_draining: Callable[[], bool],
         wall: Callable[[], float],
@@ -100,6 +102,7 @@ class Diagnosis:
         self.edge = edge
         self.live = live
         self.server = server
+        self.tickets = tickets
         self.cookie = f"{cookie}-check"
         self.is_https = settings.server.is_https
         self.public_url = settings.server.public_url
@@ -115,6 +118,11 @@ class Diagnosis:
         }
         self.open = 0
         self.departures: dict[str, Departure] = {}  # by a stream's name; the newest last
+
+    def admits(self, context: RequestContext) -> bool:
+        """Whether the request has a valid ticket, so it comes from a `chat-proxy check` that has the session secret."""
+        ticket = context.headers.get(HEADER.encode())
+        return ticket is not None and self.tickets.admit(ticket, self.wall())
 
     async def show(self, context: RequestContext) -> None:
         """Answers what is asked for, by any method. Raises NotFound for what cannot be shown."""

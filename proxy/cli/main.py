@@ -524,11 +524,11 @@ def run_revoke(options: argparse.Namespace) -> int:
 def change_of(options: argparse.Namespace, mode: str) -> Callable[[RevocationRules], RevocationRules]:
     now = time.time()
     if options.all:
-        return lambda decree: decree.revoking_all(now)
+        return lambda rules: rules.revoking_all(now)
     if options.user is not None:
         user = options.user.lower() if mode == "oidc" else options.user
-        return lambda decree: decree.revoking_user(user, now)
-    return lambda decree: decree.revoking_before(options.before, now)
+        return lambda rules: rules.revoking_user(user, now)
+    return lambda rules: rules.revoking_before(options.before, now)
 
 
 async def revoke_in_store(chosen: settings.Settings, change: Callable[[RevocationRules], RevocationRules]) -> bool:

@@ -537,7 +537,7 @@ def test_a_control_file_of_something_else(content: bytes, tmp_path: Path) -> Non
         assert asked(proxy) == (200, None)
     done = revoke("--all", control=control)
     assert done.returncode == 2
-    assert f"session.control_file (from {control}): is not what `sessions revoke` writes" in done.stderr
+    assert f"session.control_file (from {control}): must be a file that `sessions revoke` wrote" in done.stderr
     assert control.read_bytes() == content
 
 
@@ -557,7 +557,7 @@ def test_decrees(steps: list[tuple[str, ...]]) -> None:
         else:
             decree = decree.revoking_user(step[1], number)
             alive = {session: lives and session.subject != step[1] for session, lives in alive.items()}
-    assert {session: not decree.kills(session) for session in alive} == alive
+    assert {session: not decree.revokes(session) for session in alive} == alive
 
 
 def test_decrees_of_two_places_hold_together() -> None:
@@ -566,9 +566,9 @@ def test_decrees_of_two_places_hold_together() -> None:
     new = RevocationRules().revoking_user("b", 2000)
     issued = {user: Session("i", "password", user, 5, 5, 1500) for user in "abc"}
     for decree in (old.merged(new), new.merged(old)):
-        assert [user for user, session in issued.items() if decree.kills(session)] == ["b"]
+        assert [user for user, session in issued.items() if decree.revokes(session)] == ["b"]
         assert decree.generation == 2000
-        assert all(decree.kills(Session("i", "password", user, 5, 5, 1000)) for user in "abc")
+        assert all(decree.revokes(Session("i", "password", user, 5, 5, 1000)) for user in "abc")
 
 
 def test_a_control_file_that_could_not_be_read_is_read_again(tmp_path: Path) -> None:
@@ -596,8 +596,8 @@ def test_a_link_beside_the_control_file_leads_nowhere(name: str, tmp_path: Path)
 
 def test_decrees_before_a_moment() -> None:
     decree = RevocationRules().revoking_before(100, 200).revoking_before(50, 200)
-    assert decree.kills(Session("i", "anonymous", None, 99, 99, 9))
-    assert not decree.kills(Session("i", "anonymous", None, 100, 100))
+    assert decree.revokes(Session("i", "anonymous", None, 99, 99, 9))
+    assert not decree.revokes(Session("i", "anonymous", None, 100, 100))
 
 
 # ---- making a line of the passwords' file ---------------------------------------------------------------------------

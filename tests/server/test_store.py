@@ -1172,13 +1172,13 @@ def test_all_that_was_revoked_is_told_at_the_end(store: Redis) -> None:
             many = 2 * MOST_SENT + 1
             for number in range(many):
                 board.post(RevokedId(f"id{number}", 1, 2))
-            await board.tell_rest()
+            await board.send_rest()
             assert not board.unsent
             with store.client() as client:
                 assert client.zcard("{chat-proxy}:revoked") == many
             store.stop()
             board.post(RevokedId("late", 1, 2))
-            await board.tell_rest()
+            await board.send_rest()
             assert len(board.unsent) == 1
 
     asyncio.run(story())
@@ -1200,9 +1200,9 @@ def test_whoever_begins_hears_of_all_logouts_at_once(apart: int, store: Redis, t
         configured = from_variables({f"CHAT_PROXY_{name}": value for name, value in given.items()})
         async with allowance(store) as limits:
             revoked = RevocationWatcher(configured.session, limits.shared, Logs(configured.log), time.time)
-            assert revoked.bulletin is not None
+            assert revoked.redis is not None
             async with asyncio.timeout(PATIENCE):
-                await revoked.read_bulletin()
+                await revoked.read_redis()
             assert {revoked.known.until(f"id{number}") for number in range(2 * PAGE + 1)} == {now}
 
     asyncio.run(story())

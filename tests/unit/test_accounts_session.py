@@ -20,9 +20,10 @@ from itsdangerous import Signer
 from support.harness import FULL
 
 from proxy.accounts.revocation.rules import SWEEP_AFTER, Revocations
-from proxy.accounts.session import LONGEST_COOKIE, SALT, SEPARATOR, Opened, Session, Sessions
+from proxy.accounts.session import LONGEST_COOKIE, SALT, Opened, Session, Sessions
 from proxy.errors import Refusal, SessionExpired, Unauthenticated
 from proxy.web.headers import set_cookie
+from proxy.web.signing import SEPARATOR
 
 MUTANTS = 100_000 if FULL else 10_000
 
@@ -42,12 +43,12 @@ def minted(sessions: Sessions, now: float = NOW) -> Session:
 
 
 def reopen(sessions: Sessions, session: Session, now: float = NOW, revocations: Revocations | None = None) -> Opened:
-    return sessions.open([sessions.seal(session).encode()], now, revocations or Revocations())
+    return (revocations or Revocations()).check(sessions.open([sessions.seal(session).encode()], now))
 
 
 def refused(sessions: Sessions, *cookies: bytes, now: float = NOW) -> Refusal:
     with pytest.raises(Refusal) as raised:
-        sessions.open(list(cookies), now, Revocations())
+        Revocations().check(sessions.open(list(cookies), now))
     return raised.value
 
 
@@ -107,7 +108,7 @@ def test_the_first_key_signs() -> None:
     """The newest key seals; a server that knows only that one opens the cookie, and finds it fresh."""
     session = minted(keyed(NEW, OLD))
     cookie = keyed(NEW, OLD).seal(session).encode()
-    assert keyed(NEW).open([cookie], NOW, Revocations()) == Opened(session, stale=False)
+    assert keyed(NEW).open([cookie], NOW) == Opened(session, stale=False)
     assert refused(keyed(OLD), cookie).code == "session_required"
 
 
@@ -116,9 +117,9 @@ def test_rotation_logs_nobody_out() -> None:
     session = minted(keyed(OLD))
     cookie = keyed(OLD).seal(session).encode()
     for keys in ((NEW, OLD), (NEW, "third-" + NEW, OLD)):
-        assert keyed(*keys).open([cookie], NOW, Revocations()) == Opened(session, stale=True)
+        assert keyed(*keys).open([cookie], NOW) == Opened(session, stale=True)
     again = keyed(NEW, OLD).seal(session).encode()
-    assert keyed(NEW).open([again], NOW, Revocations()) == Opened(session, stale=False)
+    assert keyed(NEW).open([again], NOW) == Opened(session, stale=False)
 
 
 def test_a_key_taken_away_is_dead() -> None:
@@ -211,7 +212,7 @@ COOKIE = signed(PAYLOAD)
 
 def test_the_good_cookie_of_this_chapter_is_good() -> None:
     """What the bad cookies below are made from opens, so that each of them is refused for its own fault."""
-    assert keyed().open([COOKIE], NOW, Revocations()) == Opened(GOOD, stale=False)
+    assert keyed().open([COOKIE], NOW) == Opened(GOOD, stale=False)
 
 
 BAD = {
@@ -333,7 +334,7 @@ def test_no_mutant_is_accepted() -> None:
     for original in good:
         for cookie in mutants(original, MUTANTS // 2):
             with pytest.raises(Unauthenticated) as raised:
-                sessions.open([cookie], NOW, revocations)
+                revocations.check(sessions.open([cookie], NOW))
             assert raised.value.code == "session_required", cookie
 
 
@@ -341,7 +342,7 @@ def test_no_mutant_is_accepted() -> None:
 def test_no_bytes_make_open_fail(cookies: list[bytes], now: float) -> None:
     """Whatever bytes come as cookies, whenever, they are refused and nothing breaks."""
     with pytest.raises(Unauthenticated):
-        keyed().open(cookies, now, Revocations())
+        Revocations().check(keyed().open(cookies, now))
 
 
 fields = st.sampled_from(["", "0", "-1", "1_0", "9" * 400, "nan", "a", "anonymous", "_w", str(NOW), "\n", "\0"])
@@ -351,7 +352,7 @@ fields = st.sampled_from(["", "0", "-1", "1_0", "9" * 400, "nan", "a", "anonymou
 def test_no_payload_of_ours_makes_open_fail(payload: str) -> None:
     """Even what our own key has signed, in an older or a newer version, opens or is refused and never breaks."""
     with suppress(Unauthenticated):
-        keyed().open([signed(payload)], NOW, Revocations())
+        keyed().open([signed(payload)], NOW)
 
 
 # ---- revocation ----------------------------------------------------------------------------------------------------
@@ -426,23 +427,26 @@ def test_one_address_has_one_session(one: str, other: str, now: int, later: int)
     """All callers of an address that keep no cookie share an id, at any time; no two addresses do."""
     sessions, revocations = keyed(), Revocations()
     one, other = (address.encode("utf-8", "replace").decode() for address in (one, other))
-    first = sessions.mint_for_address(now, one, revocations)
+    first = revocations.reissued(sessions.mint_for_address(now, one))
     assert ID.fullmatch(first.id)
-    assert sessions.mint_for_address(later, one, revocations).id == first.id
-    assert (sessions.mint_for_address(now, other, revocations).id == first.id) == (one == other)
+    assert revocations.reissued(sessions.mint_for_address(later, one)).id == first.id
+    assert (revocations.reissued(sessions.mint_for_address(now, other)).id == first.id) == (one == other)
 
 
 def test_an_addresss_session_opens_like_any_other() -> None:
     """What an address is given is an anonymous session, issued now."""
     sessions = keyed()
-    session = sessions.mint_for_address(NOW + 0.5, "203.0.113.7", Revocations())
+    session = Revocations().reissued(sessions.mint_for_address(NOW + 0.5, "203.0.113.7"))
     assert session == Session(session.id, "anonymous", None, NOW, NOW)
     assert reopen(sessions, session) == Opened(session, stale=False)
 
 
 def test_an_addresss_session_cannot_be_guessed() -> None:
     """The id of an address follows from the newest secret: without it nobody computes the id."""
-    ids = {keyed(*keys).mint_for_address(NOW, "203.0.113.7", Revocations()).id for keys in ((NEW,), (NEW, OLD), (OLD,))}
+    ids = {
+        Revocations().reissued(keyed(*keys).mint_for_address(NOW, "203.0.113.7")).id
+        for keys in ((NEW,), (NEW, OLD), (OLD,))
+    }
     assert len(ids) == 2
     plain = base64.urlsafe_b64encode(hashlib.sha256(b"203.0.113.7").digest()[:16]).rstrip(b"=").decode()
     assert plain not in ids
@@ -453,10 +457,10 @@ def test_an_address_lives_after_its_logout(wait: float) -> None:
     """A logout kills an address's cookies issued so far; one minted after it lives, even in the same second."""
     sessions, revocations = keyed(), Revocations()
     for _ in range(3):
-        session = sessions.mint_for_address(NOW, "203.0.113.7", revocations)
+        session = revocations.reissued(sessions.mint_for_address(NOW, "203.0.113.7"))
         revocations.revoke(session, NOW, NOW + LIFETIME)
         assert revoked(sessions, session, revocations, NOW)
-        later = sessions.mint_for_address(NOW + wait, "203.0.113.7", revocations)
+        later = revocations.reissued(sessions.mint_for_address(NOW + wait, "203.0.113.7"))
         assert later.id == session.id
         assert reopen(sessions, later, NOW + wait, revocations).session == later
         assert revoked(sessions, session, revocations, NOW + wait)

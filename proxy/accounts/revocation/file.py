@@ -1,6 +1,6 @@
-"""The control file: what `chat-proxy sessions revoke` has revoked, seen by every running server within a second.
+"""The control file: the rules that `chat-proxy sessions revoke` writes, read by every server within a second.
 
-It holds no secret. Whoever deletes it undoes what it says at the next start; running servers keep what they know.
+It contains no secret. Deleting it undoes its rules at the next start; running servers keep them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ControlFile:
         self._seen: tuple[int, int, int] | None = None
 
     def read(self) -> RevocationRules | None:
-        """What it says, if that may have changed since it was read last. Raises SettingsError; its last word stands."""
+        """The rules in the file; None when it is absent or has not changed since. Raises SettingsError."""
         try:
             seen = os.stat(self.path)
             signature = (seen.st_ino, seen.st_size, seen.st_mtime_ns)
@@ -44,9 +44,9 @@ class ControlFile:
             raise self.fault(error) from error
 
     def change(self, change: Callable[[RevocationRules], RevocationRules]) -> None:
-        """Rewrites it whole, so that nobody reads half of it. Raises SettingsError.
+        """Replaces the file atomically. Raises SettingsError.
 
-        Root may do so in a folder of the server's user: what that has put there leads to no file elsewhere.
+        Root may run this in a folder of the server's user, so symbolic links in it are not followed.
         """
         try:
             with open(f"{self.path}.lock", "a", opener=open_no_link) as lock:
@@ -56,13 +56,13 @@ class ControlFile:
                 fresh.unlink(missing_ok=True)
                 with fresh.open("xb") as file:
                     file.write(msgspec.json.encode(decree))
-                    self.give_to_its_readers(file.fileno())
+                    self.set_owner(file.fileno())
                 fresh.replace(self.path)
         except OSError as error:
             raise self.fault(error) from error
 
-    def give_to_its_readers(self, fresh: int) -> None:
-        """The server, under a user of its own, must be able to read what root has written."""
+    def set_owner(self, fresh: int) -> None:
+        """Makes a file that root writes readable for the server's own user."""
         if self.path.exists():
             before = self.path.stat()
             os.fchmod(fresh, before.st_mode & 0o777)
@@ -72,12 +72,12 @@ class ControlFile:
             os.fchmod(fresh, 0o644)
 
     def fault(self, error: Exception) -> SettingsError:
-        what = "is not what `sessions revoke` writes; mend it, or remove it: a restart then forgets what it said"
+        what = "must be a file that `sessions revoke` wrote; repair or remove it (a restart then forgets its rules)"
         if isinstance(error, OSError):
             what = error.strerror or "cannot be used"
         return SettingsError([Fault("session.control_file", str(self.path), what)])
 
 
 def open_no_link(path: str, flags: int) -> int:
-    """Raises OSError where there is a symbolic link."""
+    """Raises OSError for a symbolic link."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o644)

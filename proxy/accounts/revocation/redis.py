@@ -1,8 +1,7 @@
-"""What was revoked, on the store that servers share: a logout on one of them is known to all within a second.
+"""Revocations in the Redis that servers share: a logout on one server takes effect on all of them within a second.
 
-Each server asks a few times a second, in the call that also says what it has revoked itself. Nothing is asked for a
-request: what was heard is in memory. Ids of sessions that have ended stand there openly, and names of users whose
-sessions an operator has ended.
+Each server exchanges them several times a second: one call sends its own and receives the others'. No request waits
+for it. The store holds the ids of ended sessions and the names of users whose sessions the operator revoked, in clear.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ import msgspec
 from proxy.accounts.revocation.rules import RevocationRules
 from proxy.limits.store.redis import PREFIX, RedisStore, StoreGone
 
-OVERLAP = 5000  # ms that are heard twice: what was posted in the millisecond of the last question, or while it ran
-DEADLINE = 2.0  # seconds: nobody waits for it, and a long list is no sign of a store that is gone
-PAGE = 1000  # notices heard at once
-MOST_SENT = 200  # notices posted at once
+OVERLAP = 5000  # ms that are read twice: for revocations posted in the millisecond of the last call, or during it
+DEADLINE = 2.0  # seconds: no request waits for it, and a long list takes its time
+PAGE = 1000  # revoked ids received in one call
+MOST_SENT = 200  # revoked ids sent in one call
 
-# A store that is full must still hear of a logout: both are allowed to (allow-oom).
-# KEYS: the notices, the decree. ARGV: since when (ms), how long notices stay (ms), PAGE, new notices.
-# A page ends with all notices of its last millisecond: the next begins after that.
+# Both scripts may run on a store that is full (allow-oom): a logout must still be stored.
+# KEYS: the revoked ids, the rules. ARGV: read since (ms), how long ids stay (ms), PAGE, new ids.
+# A page ends with all ids of its last millisecond, so that the next page begins after it.
 EXCHANGE = """#!lua flags=allow-oom
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -34,7 +33,7 @@ local found = redis.call('ZRANGEBYSCORE', KEYS[1], ARGV[1], '+inf', 'WITHSCORES'
 if #found == 2 * ARGV[3] then found = redis.call('ZRANGEBYSCORE', KEYS[1], ARGV[1], found[#found], 'WITHSCORES') end
 return {now, found, redis.call('GET', KEYS[2])}
 """
-# KEYS: the decree. ARGV: what was there, what is to be there. Two operators at once do not undo each other.
+# KEYS: the rules. ARGV: the expected value, the new value. Compare-and-set keeps the changes of two operators.
 REPLACE = """#!lua flags=allow-oom
 if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[2])
@@ -47,80 +46,80 @@ decode = msgspec.json.Decoder(RevocationRules).decode
 
 
 class RevokedId(msgspec.Struct, array_like=True):
-    """One id that was revoked: its cookies issued up to `until` are dead, and forgotten after `forget_at`."""
+    """One id: its cookies issued up to `until` are revoked; the entry is forgotten after `forget_at`."""
 
     id: str
     until: int
     forget_at: int
 
 
-decode_notice = msgspec.json.Decoder(RevokedId).decode
+decode_revoked = msgspec.json.Decoder(RevokedId).decode
 
 
 class RedisRevocations:
-    """The board of one store. `keep` is for how many seconds the longest session lives."""
+    """The revocations in one store. `keep` is the lifetime of the longest session, in seconds."""
 
-    def __init__(self, shared: RedisStore, keep: int) -> None:
-        self.shared = shared
+    def __init__(self, store: RedisStore, keep: int) -> None:
+        self.store = store
         self.keep = keep
-        self.exchange_script = shared.client.register_script(EXCHANGE)
-        self.replace_script = shared.client.register_script(REPLACE)
+        self.exchange_script = store.client.register_script(EXCHANGE)
+        self.replace_script = store.client.register_script(REPLACE)
         self.since = 0
-        self.is_behind = False  # there is more to be heard than was
+        self.is_behind = False  # the last page was full
         self.unsent: list[RevokedId] = []
 
-    def post(self, notice: RevokedId) -> None:
-        """Goes out with the next exchange that succeeds."""
-        self.unsent.append(notice)
+    def post(self, revoked_id: RevokedId) -> None:
+        """Sends an id with the next exchange that succeeds."""
+        self.unsent.append(revoked_id)
 
     async def exchange(self) -> tuple[list[RevokedId], RevocationRules | None]:
-        """Some of what was revoked since the last time, and the decree in force; nothing while the store is gone."""
+        """The next page of revoked ids, and the rules in force; nothing while the store is unavailable."""
         sending = self.unsent[:MOST_SENT]
         arguments = [self.since, self.keep * 1000, PAGE, *map(encode, sending)]
         answer = await self.ask(self.exchange_script, KEYS, arguments)
         self.is_behind = answer is not None and len(answer[1]) >= 2 * PAGE
         if answer is None:
             return [], None
-        now, headers, decree = answer
+        now, entries, rules = answer
         del self.unsent[: len(sending)]
-        self.since = int(headers[-1]) + 1 if self.is_behind else int(now) - OVERLAP
-        return [notice for notice in map(notice_of, headers[::2]) if notice], decree_of(decree)
+        self.since = int(entries[-1]) + 1 if self.is_behind else int(now) - OVERLAP
+        return [revoked_id for revoked_id in map(revoked_id_of, entries[::2]) if revoked_id], rules_of(rules)
 
-    async def tell_rest(self) -> None:
-        """Sends what has not gone out yet, as long as the store takes it."""
+    async def send_rest(self) -> None:
+        """Sends the ids that were not sent yet, as long as the store accepts them."""
         while left := len(self.unsent):
             await self.exchange()
             if len(self.unsent) == left:
                 return
 
     async def change(self, change: Callable[[RevocationRules], RevocationRules]) -> bool:
-        """Puts up a new decree. False when the store does not answer."""
+        """Replaces the rules. False when the store does not answer."""
         while True:
             answer = await self.ask(self.exchange_script, KEYS, [self.since, self.keep * 1000, 1])
             if answer is None:
                 return False
             before = answer[2] or b""
-            after = encode(change(decree_of(before) or RevocationRules()))
+            after = encode(change(rules_of(before) or RevocationRules()))
             replaced = await self.ask(self.replace_script, KEYS[1:], [before, after])
             if replaced != 0:
                 return replaced is not None
 
     async def ask(self, script: Any, keys: list[str], arguments: list[Any]) -> Any:
-        """The script's answer; None when there is none. Whether the store is gone others decide."""
+        """The script's answer; None when the store does not answer."""
         try:
-            return await self.shared.ask(script, keys, arguments, DEADLINE)
+            return await self.store.ask(script, keys, arguments, DEADLINE)
         except StoreGone:
             return None
 
 
-def notice_of(written: bytes) -> RevokedId | None:
-    """None for what another version has written."""
+def revoked_id_of(written: bytes) -> RevokedId | None:
+    """None for an entry of another version."""
     with suppress(msgspec.MsgspecError, UnicodeDecodeError):
-        return decode_notice(written)
+        return decode_revoked(written)
     return None
 
 
-def decree_of(written: bytes | None) -> RevocationRules | None:
+def rules_of(written: bytes | None) -> RevocationRules | None:
     with suppress(msgspec.MsgspecError, UnicodeDecodeError):
         return decode(written) if written else None
     return None

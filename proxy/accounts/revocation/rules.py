@@ -1,20 +1,27 @@
-"""TODO."""
+"""Which sessions are revoked: by id, after a logout, and by generation, by the operator. Pure.
+
+Revoking an id revokes every cookie of that id issued until then, copies included. Revoking by generation revokes the
+sessions that were issued before the generation began: of one user, or of all.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 
-from proxy.accounts.session import Session
+from proxy.accounts.session import Opened, Session
+from proxy.errors import SessionExpired, Unauthenticated
 
-SWEEP_AFTER = 1024  # revoked ids, and as many again as live, between two sweeps for expired ones
+SWEEP_AFTER = 1024  # revoked ids, and as many again as remain, between two sweeps for expired ones
 
 
 class RevocationRules(msgspec.Struct, frozen=True):
-    """What was revoked by hand. Each decree begins a new generation; cookies carry the one they were issued in.
+    """What the operator has revoked. Each change begins a new generation; cookies carry the one they were issued in.
 
-    Killed is who was issued in a generation before `everyone`, or before that of the subject in `users`, or before
-    `before` (Unix seconds). A generation is the second it began in, or one more than the last: so those of a file that
-    was lost, or of two places, are in order, and two decrees can be merged.
+    Revoked are the sessions of a generation before `everyone`, or before that of their subject in `users`, and those
+    issued before `before` (Unix seconds). A generation is the second it began in, or one more than the last: so those
+    of a lost file, or of two places, are in order, and two sets of rules can be merged.
     """
 
     generation: int = 0
@@ -37,7 +44,7 @@ class RevocationRules(msgspec.Struct, frozen=True):
         return self.merged(RevocationRules(generation, users={user: generation}))
 
     def merged(self, other: RevocationRules) -> RevocationRules:
-        """Kills whom either kills."""
+        """Rules that revoke the sessions that either of the two revokes."""
         users = {user: max(self.users.get(user, 0), other.users.get(user, 0)) for user in self.users | other.users}
         return RevocationRules(
             max(self.generation, other.generation),
@@ -46,35 +53,48 @@ class RevocationRules(msgspec.Struct, frozen=True):
             users,
         )
 
-    def kills(self, session: Session) -> bool:
+    def revokes(self, session: Session) -> bool:
         least = max(self.everyone, self.users.get(session.subject or "", 0))
         return session.generation < least or session.issued < self.before
 
 
 class Revocations:
-    """What was revoked: ids that were logged out in this process, and the decree that holds for all processes."""
+    """All revocations known to this process: the ids that were logged out, and the operator's rules."""
 
     def __init__(self) -> None:
-        self.decree = RevocationRules()
+        self.rules = RevocationRules()
         self._until: dict[str, tuple[int, int]] = {}  # each until its last cookie has expired anyway
         self._sweep_at = SWEEP_AFTER
 
-    def kill(self, session: Session) -> bool:
-        return self.until(session.id) >= session.issued or self.decree.kills(session)
+    def revokes(self, session: Session) -> bool:
+        return self.until(session.id) >= session.issued or self.rules.revokes(session)
+
+    def check(self, opened: Opened) -> Opened:
+        """The same, if it may be used. Raises Unauthenticated when it is revoked, SessionExpired when only too old."""
+        if self.revokes(opened.session):
+            raise Unauthenticated(reason="session was revoked")
+        if opened.expired:
+            raise SessionExpired
+        return opened
+
+    def reissued(self, session: Session) -> Session:
+        """A derived session, issued after the last revocation of its id, and in the current generation."""
+        issued = max(session.issued, self.until(session.id) + 1)
+        return replace(session, issued=issued, renewed=issued, generation=self.rules.generation)
 
     def revoke(self, session: Session, now: float, forget_at: float) -> tuple[int, int]:
-        """Kills the cookies of this id issued until `now`, or until this one was when the clock has gone back since.
+        """Revokes the cookies of this id issued until `now`; until its own issue when the clock has gone back since.
 
-        `forget_at`: when the last cookie issued at `now` has expired. Returns until when cookies are dead, and when
-        that may be forgotten.
+        `forget_at` is when the last cookie issued at `now` expires. Returns the last second of issue that is revoked,
+        and when the revocation may be forgotten.
         """
         until = max(int(now), session.issued)
         forget_at = int(forget_at) + until - int(now)
-        self.hear(session.id, until, forget_at, now)
+        self.add(session.id, until, forget_at, now)
         return until, forget_at
 
-    def hear(self, id_: str, until: int, forget_at: int, now: float) -> None:
-        """Somebody has revoked this id, here or on another server."""
+    def add(self, id_: str, until: int, forget_at: int, now: float) -> None:
+        """Adds the revocation of an id, made here or on another server."""
         if until > self.until(id_):
             self._until[id_] = (until, forget_at)
         if len(self._until) >= self._sweep_at:
@@ -82,6 +102,6 @@ class Revocations:
             self._sweep_at = 2 * len(self._until) + SWEEP_AFTER
 
     def until(self, id_: str) -> int:
-        """The last second whose cookies are dead for this id; -1 when it was not revoked."""
+        """The last second of issue that is revoked for this id; -1 when there is none."""
         entry = self._until.get(id_)
         return entry[0] if entry else -1

@@ -1,7 +1,6 @@
-"""What was revoked, wherever that was done: by a logout here or on another server, or by an operator's hand.
+"""Watches the places where sessions are revoked elsewhere: the control file, and the Redis that servers share.
 
-A request asks memory only. What others say is heard a few times a second: from the control file, and from the bulletin
-of the store that servers share.
+A request reads memory only. The watcher reads both places several times a second.
 """
 
 from __future__ import annotations
@@ -19,90 +18,91 @@ from proxy.settings import SettingsError
 from proxy.telemetry.logs import Logs
 
 Source = Callable[[], Awaitable[None]]
-CHECK_EVERY = 0.4  # seconds between two looks at what was revoked elsewhere: a second is promised
+CHECK_EVERY = 0.4  # seconds between two reads; a revocation must take effect within a second
 
 
 class RevocationWatcher:
-    """The revocations of one server. `wall` gives Unix seconds. Raises SettingsError for a bad control file."""
+    """The revocations of one server. `wall` gives Unix seconds. Raises SettingsError for an unusable control file."""
 
     def __init__(
-        self, configured: SessionSettings, shared: RedisStore | None, logs: Logs, wall: Callable[[], float]
+        self, configured: SessionSettings, store: RedisStore | None, logs: Logs, wall: Callable[[], float]
     ) -> None:
         self.lifetime = configured.lifetime
         self.logs = logs
         self.wall = wall
         self.known = Revocations()
-        self.control = ControlFile(configured.control_file)
-        self.bulletin = RedisRevocations(shared, self.lifetime) if shared else None
+        self.file = ControlFile(configured.control_file)
+        self.redis = RedisRevocations(store, self.lifetime) if store else None
         self._watching: list[asyncio.Task[None]] = []
-        self._told = ""
-        self.obey_control()
+        self._last_fault = ""
+        self.apply_file()
 
     async def start(self) -> None:
-        """Hears what there is to hear, before anybody is let in; then goes on listening."""
-        sources = [self.read_control, *([self.read_bulletin] if self.bulletin else [])]
+        """Reads all revocations before the first request, then keeps watching."""
+        sources: list[Source] = [self.read_file]
+        if self.redis is not None:
+            sources.append(self.read_redis)
         for source in sources:
-            await self.look(source)
+            await self.read(source)
         self._watching = [asyncio.create_task(self.watch(source)) for source in sources]
 
     async def stop(self) -> None:
-        """Tells the other servers what they have not heard yet."""
+        """Stops watching, and sends the other servers what they have not received yet."""
         for watching in self._watching:
             watching.cancel()
-        if self.bulletin is not None:
-            await self.bulletin.tell_rest()
+        if self.redis is not None:
+            await self.redis.send_rest()
 
-    def end(self, id_: str, issued: int, *, here_only: bool = False) -> None:
-        """Kills the cookies of an id that were issued until now, here and where the bulletin is read."""
+    def revoke(self, id_: str, issued: int, *, here_only: bool = False) -> None:
+        """Revokes the cookies of an id issued until now, on this server and, unless `here_only`, on the others."""
         now = self.wall()
         until, forget_at = self.known.revoke(Session(id_, "", None, issued, issued), now, now + self.lifetime)
-        if self.bulletin is not None and not here_only:
-            self.bulletin.post(RevokedId(id_, until, forget_at))
+        if self.redis is not None and not here_only:
+            self.redis.post(RevokedId(id_, until, forget_at))
 
     async def watch(self, source: Source) -> None:
-        """Each by itself: a store that does not answer keeps nobody from hearing of the file."""
+        """Reads one source for ever. Each has its own task, so a store that does not answer delays no other."""
         while True:
             await asyncio.sleep(CHECK_EVERY)
-            await self.look(source)
+            await self.read(source)
 
-    async def look(self, source: Source) -> None:
+    async def read(self, source: Source) -> None:
         try:
             await source()
-        except Exception as error:  # noqa: BLE001  # all that is revoked from now on depends on this task
+        except Exception as error:  # noqa: BLE001  # every later revocation depends on this task
             self.logs.bug(error)
 
-    def tell_unread(self, fault: str) -> None:
-        """Once, not with every look."""
-        if fault != self._told:
-            self._told = fault
+    async def read_redis(self) -> None:
+        is_behind = self.redis is not None  # at the start there may be days of logouts, and requests already arrive
+        while is_behind and self.redis is not None:
+            revoked, rules = await self.redis.exchange()
+            for each in revoked:
+                self.known.add(each.id, each.until, each.forget_at, self.wall())
+            if rules is not None:
+                self.apply(rules)
+            is_behind = self.redis.is_behind
+
+    async def read_file(self) -> None:
+        try:
+            self.apply_file()
+            self._last_fault = ""
+        except SettingsError as error:
+            self.note_unread(str(error))
+
+    def note_unread(self, fault: str) -> None:
+        """Logs a fault of the file once, not with every read."""
+        if fault != self._last_fault:
+            self._last_fault = fault
             self.logs.line("control_file_unread", "error", fault=fault)
 
-    async def read_bulletin(self) -> None:
-        assert self.bulletin is not None
-        is_behind = True  # who begins has the logouts of days to hear, and is asked for sessions already
-        while is_behind:
-            notices, decree = await self.bulletin.exchange()
-            for notice in notices:
-                self.known.hear(notice.id, notice.until, notice.forget_at, self.wall())
-            if decree is not None:
-                self.obey(decree)
-            is_behind = self.bulletin.is_behind
+    def apply_file(self) -> None:
+        rules = self.file.read()
+        if rules is not None:
+            self.apply(rules)
 
-    async def read_control(self) -> None:
-        try:
-            self.obey_control()
-            self._told = ""
-        except SettingsError as error:
-            self.tell_unread(str(error))
-
-    def obey_control(self) -> None:
-        decree = self.control.read()
-        if decree is not None:
-            self.obey(decree)
-
-    def obey(self, decree: RevocationRules) -> None:
-        """What the file says and what the store says, each of which may be behind, hold together."""
-        merged = self.known.decree.merged(decree)
-        if merged != self.known.decree:
-            self.known.decree = merged
+    def apply(self, rules: RevocationRules) -> None:
+        """Adds rules to those in force: the file and the store may each be behind, so both apply."""
+        merged = self.known.rules.merged(rules)
+        if merged != self.known.rules:
+            self.known.rules = merged
             self.logs.line("revoked", generation=merged.generation)
