@@ -44,7 +44,7 @@ from proxy.errors import (
     TooMany,
 )
 from proxy.limits.limiter import Limiter
-from proxy.limits.requests import ask, diagnose, refuse
+from proxy.limits.requests import ChargeKind
 from proxy.limits.status import Subject, limit_headers
 from proxy.settings import Settings, refused_by_opentelemetry
 from proxy.telemetry.logs import Bridge, Logs
@@ -122,7 +122,8 @@ class DiagnosticRoute(Resource):
         if self.proxy.draining or not self.proxy.diagnosis.admits(context):
             return await super().handler(context)
         context.log["check"] = True
-        context.limit_headers = limit_headers(await self.proxy.limits.charge(diagnose, Subject("check", "check")))
+        charged = await self.proxy.limits.charge(ChargeKind.CHECK, Subject("check", "check"))
+        context.limit_headers = limit_headers(charged)
         return self.diagnose
 
     async def diagnose(self, context: RequestContext) -> None:
@@ -243,7 +244,7 @@ class ChatProxy:
         body = await context.body(self.settings.server.max_body_bytes)
         session = await self.access.session_of(context)
         subject = self.access.subject_of(session, context)
-        context.limit_headers = limit_headers(await self.limits.charge(ask, subject))
+        context.limit_headers = limit_headers(await self.limits.charge(ChargeKind.QUESTION, subject))
         request = policy.apply(body, self.settings.policy, exact_usage=self.settings.limits.exact_usage)
         del body  # prompts are long, and answers take their time
         context.log["model"] = request.model
@@ -299,7 +300,7 @@ class ChatProxy:
         if refusal.status not in (401, 403):
             return refusal
         try:
-            await self.limits.charge(refuse, Subject("refused", context.caller.key))
+            await self.limits.charge(ChargeKind.REFUSAL, Subject("refused", context.caller.key))
         except (TooMany, LimitsUnavailable) as instead:
             return instead
         return refusal

@@ -24,7 +24,7 @@ from proxy.accounts.revocation.watcher import RevocationWatcher
 from proxy.accounts.session import ID_BYTES, Session, Sessions
 from proxy.errors import LoginRequired, Refusal, SessionExpired, Unauthenticated
 from proxy.limits.limiter import Limiter
-from proxy.limits.requests import mint, refuse
+from proxy.limits.requests import ChargeKind
 from proxy.limits.status import Subject
 from proxy.settings import Secret, Settings
 from proxy.telemetry.logs import Logs
@@ -59,7 +59,7 @@ class Access:
         self.secret = configured.secret or Secret(secrets.token_urlsafe(32))
         self.audit = Audit(configured.mode, logs)
         self.mode = self.choose_mode(settings, transport, clock)
-        self.revocations = RevocationWatcher(configured, limits.shared, logs, wall)
+        self.revocations = RevocationWatcher(configured, limits.store, logs, wall)
         self.use_keys()
 
     def choose_mode(self, settings: Settings, transport: httpx.AsyncBaseTransport, clock: Callable[[], float]) -> Mode:
@@ -120,7 +120,7 @@ class Access:
         except SessionExpired:
             session = None
         except Unauthenticated:
-            await self.limits.charge(refuse, Subject("refused", context.caller.key))
+            await self.limits.charge(ChargeKind.REFUSAL, Subject("refused", context.caller.key))
             self.clear_cookie(context)
             session = None
         if session is None and not self.mode.wants_login:
@@ -162,7 +162,7 @@ class Access:
     async def mint(self, context: RequestContext, subject: str | None) -> Session:
         """A session with an id of its own. Anonymous ones are counted: new sessions would evade the limits."""
         if subject is None:
-            await self.limits.charge(mint, Subject("new", context.caller.key))
+            await self.limits.charge(ChargeKind.NEW_SESSION, Subject("new", context.caller.key))
         session = self.sessions.mint(
             self.wall(),
             self.randomness(ID_BYTES),

@@ -14,7 +14,7 @@ from proxy.accounts.login.failed_page import failed_login
 from proxy.accounts.login.flow import CALLBACK
 from proxy.accounts.session import Session
 from proxy.limits.limiter import Limiter
-from proxy.limits.requests import ask, guess, refuse
+from proxy.limits.requests import ChargeKind
 from proxy.limits.status import LimitStatus, Subject, limit_headers
 from proxy.web.client import Edge
 from proxy.web.context import RequestContext
@@ -64,7 +64,8 @@ class AccountRoutes:
     async def log_in(self, mode: PasswordMode, context: RequestContext) -> None:
         self.edge.check_origin(context.headers)
         self.edge.check_body(context.headers)
-        context.limit_headers = limit_headers(await self.limits.charge(guess, Subject("login", context.caller.key)))
+        charged = await self.limits.charge(ChargeKind.LOGIN, Subject("login", context.caller.key))
+        context.limit_headers = limit_headers(charged)
         user = await mode.authenticate(context)
         await self.answer(context, await self.access.log_in(context, user))
 
@@ -98,7 +99,7 @@ class AccountRoutes:
             await self.answer_failed_login(context, failed)
 
     async def charge_unauthenticated(self, context: RequestContext) -> None:
-        await self.limits.charge(refuse, Subject("refused", context.caller.key))
+        await self.limits.charge(ChargeKind.REFUSAL, Subject("refused", context.caller.key))
 
     async def answer_failed_login(self, context: RequestContext, failed: LoginFailed) -> None:
         context.reason = failed.reason
@@ -106,7 +107,9 @@ class AccountRoutes:
 
     async def answer(self, context: RequestContext, session: Session | None) -> None:
         """The session, the models and the limits; without a session only what is public."""
-        statuses = await self.limits.standings(ask, self.access.subject_of(session, context)) if session else []
+        statuses: list[LimitStatus] = []
+        if session is not None:
+            statuses = await self.limits.statuses(ChargeKind.QUESTION, self.access.subject_of(session, context))
         account = {
             "session": {
                 "mode": self.access.mode.name,

@@ -1,7 +1,7 @@
-"""What everybody may still ask: one door to the three kinds of limits, counted here or on the shared store.
+"""The facade of all limits: requests, live streams and tokens, counted in this process or in the shared store.
 
-Without a store, or while it is gone and `when_store_fails` is local, the counters of this process decide. With one,
-each question is one round trip; streams hold their lease and their tokens there, renewed while they live.
+Without a store, or during its outage where `when_store_fails` is local, the counters of this process decide. With a
+store each charge is one round trip; streams hold their lease and their tokens there and renew them.
 """
 
 from __future__ import annotations
@@ -12,39 +12,39 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from proxy.errors import LimitsUnavailable, Refusal, TokensExhausted, TooManyStreams
-from proxy.limits.requests import Event, RequestLimits, too_many
+from proxy.limits.requests import ChargeKind, RequestLimits, too_many
 from proxy.limits.status import LimitStatus, Subject, limit_headers
 from proxy.limits.store.redis import AT_ONCE, RENEW_EVERY, Charge, CounterState, RedisStore, open_store
 from proxy.limits.streams import SOON, Lease, Leases
 from proxy.limits.tokens import Reservation, Tokens
 from proxy.settings import Limits
 
-RENEWED_AT_ONCE = AT_ONCE // 2  # one by one, a thousand would expire on a slow store; requests need places, too
-TOLD_AT_ONCE = 100  # counters in one question: thousands would hold the store up for everybody, beyond the deadline
+RENEWED_AT_ONCE = AT_ONCE // 2  # one by one, a thousand would expire on a slow store; requests need places as well
+SENT_AT_ONCE = 100  # counters in one call: thousands would block the store beyond the deadline of other calls
 
 
 class Permit:
-    """What one answer holds while it is written: its place among the live streams, and the most it may cost.
+    """What one answer holds while it is written: a place among the live streams, and the most tokens it may cost.
 
-    `settle` books what was used in its place; leaving the `async with` without that gives all of it back. `so_far` says
-    what has been used: should this process die, the store books that.
+    `settle` charges what was used in their place; leaving the `async with` without that returns all of them. `so_far`
+    gives the tokens used by now, which the store charges if this process dies.
     """
 
     def __init__(
         self,
-        allowance: Limiter,
+        limiter: Limiter,
         lease: Lease,
-        claims: list[Charge],
+        charges: list[Charge],
         holder: str,
         reservation: Reservation | None = None,
     ) -> None:
-        self.allowance = allowance
+        self.limiter = limiter
         self.lease = lease
-        self.claims = claims
+        self.charges = charges
         self.holder = holder
         self.so_far: Callable[[], int] = lambda: 0
-        self.reservation = reservation  # of the counters here; None while the store has it
-        self.is_unheard = False  # asked of the store, which may have booked it without our hearing so
+        self.reservation = reservation  # in the local counters; None while the store has it
+        self.may_be_booked = False  # the store did not answer and may have charged it all the same
         self.used = 0
 
     def settle(self, used: int) -> None:
@@ -52,12 +52,12 @@ class Permit:
 
     @property
     def owed(self) -> list[tuple[Charge, int]]:
-        """What the store is to book in place of what it holds: nothing where the counters here have it."""
+        """The charges that settle it in the store: of 0 tokens where the local counters have them."""
         used = self.used if self.reservation is None else 0
-        return [(claim, used) for claim in self.claims]
+        return [(charge, used) for charge in self.charges]
 
-    def leave_to_store(self) -> None:
-        """From now on the store holds what this process held in its place."""
+    def move_to_store(self) -> None:
+        """Ends the local reservation: the store holds it from now on."""
         if self.reservation is not None:
             self.reservation.settle(0)
             self.reservation = None
@@ -71,199 +71,203 @@ class Permit:
         self.lease.__exit__(kind, error, trace)
         if self.reservation is not None:
             self.reservation.settle(self.used)
-        if self.allowance.shared is not None:
-            await self.allowance.settle(self)
+        if self.limiter.store is not None:
+            await self.limiter.settle(self)
 
 
 class Limiter:
-    """The limits of one server. `tell` hears when the store is lost (why) and found (None), `bug` of other failures."""
+    """The limits of one server. `report` gets a reason when the store is lost, and None when it is back.
+
+    `bug` logs unexpected exceptions.
+    """
 
     def __init__(
         self,
         limits: Limits,
         max_streams: int,
         clock: Callable[[], float],
-        tell: Callable[[str | None], None],
+        report: Callable[[str | None], None],
         bug: Callable[[BaseException], None],
     ) -> None:
         self.requests = RequestLimits(limits, clock)
         self.leases = Leases(limits, max_streams)
         self.tokens = Tokens(limits, clock)
         self.bug = bug
-        self.refuses_alone = limits.when_store_fails == "refuse"
-        self.shared: RedisStore | None = None
+        self.refuses_outage = limits.when_store_fails == "refuse"
+        self.store: RedisStore | None = None
         if limits.is_shared:
-            self.shared = open_store(limits.store, clock, tell)
-            self.shared.on_found = self.merge
-        self.holds: dict[str, Permit] = {}  # those that the store knows of, or should
-        self.unsettled: dict[str, list[tuple[Charge, int]]] = {}  # by holder: what the store has not heard yet
+            self.store = open_store(limits.store, clock, report)
+            self.store.on_found = self.merge
+        self.permits: dict[str, Permit] = {}  # by holder: those in the store
+        self.unsettled: dict[str, list[tuple[Charge, int]]] = {}  # by holder: charges that the store has not received
         self._renewing: asyncio.Task[None] | None = None
 
     @property
     def is_up(self) -> bool:
-        """Does the store answer? Always, where there is none."""
-        return self.shared is None or self.shared.is_up
+        """Whether the store answers; true without one."""
+        return self.store is None or self.store.is_up
 
     async def start(self) -> None:
-        if self.shared is not None:
-            await self.shared.open()
+        if self.store is not None:
+            await self.store.open()
             self._renewing = asyncio.create_task(self.renew())
 
     async def aclose(self) -> None:
         if self._renewing is not None:
             self._renewing.cancel()
-        if self.shared is not None:
-            await self.shared.aclose()
+        if self.store is not None:
+            await self.store.aclose()
 
     # ---- requests -------------------------------------------------------------------------------------------------
 
-    async def charge(self, event: Event, subject: Subject) -> list[LimitStatus]:
-        """Books one event in all its windows, or in none. Raises TooMany with a true Retry-After, LimitsUnavailable."""
-        claims = self.requests.claims(event, subject) if self.shared else []
-        taken = await self.shared.take(claims) if self.shared and claims else None
-        if taken is None:
-            if claims:
-                self.check_alone()
-            return self.requests.charge(event, subject)
-        if not taken.booked:
+    async def charge(self, kind: ChargeKind, subject: Subject) -> list[LimitStatus]:
+        """Charges one event to all windows or none. Raises TooMany with a true Retry-After, LimitsUnavailable."""
+        charges = self.requests.charges(kind, subject) if self.store else []
+        result = await self.store.take(charges) if self.store and charges else None
+        if result is None:
+            if charges:
+                self.check_outage()
+            return self.requests.charge(kind, subject)
+        if not result.booked:
             raise too_many(
-                event, [standing(c, f, 0) for c, f in zip(claims, taken.found, strict=True) if is_full(c, f)]
+                kind, [status_of(c, s) for c, s in zip(charges, result.counters, strict=True) if is_full(c, s)]
             )
-        return [standing(claim, found, claim.amount) for claim, found in zip(claims, taken.found, strict=True)]
+        return [status_of(c, s, charged=c.amount) for c, s in zip(charges, result.counters, strict=True)]
 
-    async def standings(self, event: Event, subject: Subject) -> list[LimitStatus]:
-        """Where the subject stands in requests and tokens; nothing is booked. Of a store that is gone, and that nobody
-        stands in for, nothing is known."""
-        here = [*self.requests.standings(event, subject), *self.tokens.standings(subject)]
-        if self.shared is None or not here:
+    async def statuses(self, kind: ChargeKind, subject: Subject) -> list[LimitStatus]:
+        """The subject's request and token limits; nothing is charged. Empty during an outage that refuses requests."""
+        here = [*self.requests.statuses(kind, subject), *self.tokens.statuses(subject)]
+        if self.store is None or not here:
             return here
-        claims = [claim.of(0) for claim in (*self.requests.claims(event, subject), *self.tokens.claims(subject, 0))]
-        claims = [claim for claim in claims if claim.name != "tokens_total"]  # not the page's business
-        taken = await self.shared.take(claims)
-        if taken is None:
-            return [] if self.refuses_alone else here
-        return [standing(claim, found, 0) for claim, found in zip(claims, taken.found, strict=True)]
+        charges = [charge.of(0) for charge in (*self.requests.charges(kind, subject), *self.tokens.charges(subject, 0))]
+        charges = [charge for charge in charges if charge.name != "tokens_total"]  # a visitor must not learn it
+        result = await self.store.take(charges)
+        if result is None:
+            return [] if self.refuses_outage else here
+        return [status_of(c, s) for c, s in zip(charges, result.counters, strict=True)]
 
     # ---- live answers ---------------------------------------------------------------------------------------------
 
     async def hold(self, subject: Subject, amount: int, so_far: Callable[[], int] = lambda: 0) -> Permit:
         """Raises TokensExhausted, TooManyStreams, Busy, LimitsUnavailable."""
-        if self.shared is None:
+        if self.store is None:
             return self.hold_here(subject, amount, [], "")
-        claims = [*self.tokens.claims(subject, amount), *self.leases.claims(subject)]
+        charges = [*self.tokens.charges(subject, amount), *self.leases.charges(subject)]
         holder = secrets.token_hex(8)
-        was_up = self.shared.is_up
-        taken = await self.shared.take(claims, holder, so_far())
-        if taken is None:
-            hold = self.hold_alone(subject, amount, claims, holder, is_unheard=was_up)
-        elif not taken.booked:
-            raise full([(c, f) for c, f in zip(claims, taken.found, strict=True) if is_full(c, f)])
+        was_up = self.store.is_up
+        result = await self.store.take(charges, holder, so_far())
+        if result is None:
+            permit = self.hold_in_outage(subject, amount, charges, holder, may_be_booked=was_up)
+        elif not result.booked:
+            raise full([(c, s) for c, s in zip(charges, result.counters, strict=True) if is_full(c, s)])
         else:
             try:
-                hold = Permit(self, self.leases.acquire(subject), claims, holder)
+                permit = Permit(self, self.leases.acquire(subject), charges, holder)
             except BaseException:
-                nothing = [(claim, 0) for claim in claims]
-                if not await self.shared.settle(nothing, holder):
+                nothing = [(charge, 0) for charge in charges]
+                if not await self.store.settle(nothing, holder):
                     self.unsettled[holder] = nothing
                 raise
-        hold.so_far = so_far
-        self.holds[holder] = hold
-        return hold
+        permit.so_far = so_far
+        self.permits[holder] = permit
+        return permit
 
-    def hold_alone(
-        self, subject: Subject, amount: int, claims: list[Charge], holder: str, *, is_unheard: bool
+    def hold_in_outage(
+        self, subject: Subject, amount: int, charges: list[Charge], holder: str, *, may_be_booked: bool
     ) -> Permit:
-        """While the store is gone. A question that it may have heard is settled when it is back, or who asked would be
-        in his own way until that expires."""
+        """Holds in the local counters. A call that timed out may still have been charged: it is settled when the store
+        returns, or the client counts twice until the hold expires."""
         try:
-            self.check_alone()
-            hold = self.hold_here(subject, amount, claims, holder)
+            self.check_outage()
+            permit = self.hold_here(subject, amount, charges, holder)
         except Refusal:
-            if is_unheard:
-                self.unsettled[holder] = [(claim, 0) for claim in claims]
+            if may_be_booked:
+                self.unsettled[holder] = [(charge, 0) for charge in charges]
             raise
-        hold.is_unheard = is_unheard
-        return hold
+        permit.may_be_booked = may_be_booked
+        return permit
 
-    def hold_here(self, subject: Subject, amount: int, claims: list[Charge], holder: str) -> Permit:
-        """By the counters of this process. Who gets no place begins no window of tokens."""
+    def hold_here(self, subject: Subject, amount: int, charges: list[Charge], holder: str) -> Permit:
+        """Holds in the local counters. A refused stream begins no token window."""
         windows = self.tokens.check(subject, amount)
         lease = self.leases.acquire(subject)
         try:
-            return Permit(self, lease, claims, holder, self.tokens.reserve(windows, amount))
+            return Permit(self, lease, charges, holder, self.tokens.reserve(windows, amount))
         except BaseException as error:
             lease.__exit__(type(error), error, None)
             raise
 
-    async def settle(self, hold: Permit) -> None:
-        """Tells the store. One that is gone hears of it when it is back; what it holds expires by itself."""
-        assert self.shared is not None
-        del self.holds[hold.holder]
-        is_heard = hold.reservation is None and await self.shared.settle(hold.owed, hold.holder)
-        if not is_heard and (hold.reservation is None or hold.is_unheard):
-            self.unsettled[hold.holder] = hold.owed
+    async def settle(self, permit: Permit) -> None:
+        """Settles a permit in the store; during an outage when the store returns. Unsettled holds expire there."""
+        if self.store is None:
+            return
+        del self.permits[permit.holder]
+        is_settled = permit.reservation is None and await self.store.settle(permit.owed, permit.holder)
+        if not is_settled and (permit.reservation is None or permit.may_be_booked):
+            self.unsettled[permit.holder] = permit.owed
 
     async def renew(self) -> None:
-        """Holds on to what the live answers of this process hold."""
+        """Renews the holds of all live answers, for ever."""
         while True:
             await asyncio.sleep(RENEW_EVERY)
             try:
                 await self.renew_all()
-            except Exception as error:  # noqa: BLE001  # the next time may go well, and the leases depend on it
+            except Exception as error:  # noqa: BLE001  # the next round may succeed, and the leases depend on it
                 self.bug(error)
 
     async def renew_all(self) -> None:
-        holders = iter(list(self.holds))
+        holders = iter(list(self.permits))
         await asyncio.gather(*(self.renew_each(holders) for _ in range(RENEWED_AT_ONCE)))
 
     async def renew_each(self, holders: Iterator[str]) -> None:
-        assert self.shared is not None
         for holder in holders:
-            hold = self.holds.get(holder)  # it may have ended while others were renewed
-            if hold is not None and hold.reservation is None:
-                spent = hold.so_far()
-                await self.shared.renew([(claim, spent) for claim in hold.claims], holder)
+            permit = self.permits.get(holder)  # it may have ended while others were renewed
+            if self.store is not None and permit is not None and permit.reservation is None:
+                spent = permit.so_far()
+                await self.store.renew([(charge, spent) for charge in permit.charges], holder)
 
-    # ---- alone ----------------------------------------------------------------------------------------------------
+    # ---- outages --------------------------------------------------------------------------------------------------
 
-    def check_alone(self) -> None:
-        """Raises LimitsUnavailable where the operator would rather refuse than count alone."""
-        if self.shared is not None and self.refuses_alone:
+    def check_outage(self) -> None:
+        """Raises LimitsUnavailable during an outage where `when_store_fails` is refuse."""
+        if self.store is not None and self.refuses_outage:
             raise LimitsUnavailable
 
     async def merge(self) -> None:
-        """The store is back. It takes over what live answers hold, and hears what ended ones have used; what it does
-        not hear, since it is gone again, is told the next time. Requests stay counted here: they would be again in the
-        next outage.
+        """Moves the holds of live answers to the store that is back, and sends it what ended ones have used.
+
+        What it does not receive, since it is lost again, is sent the next time. Requests stay in the local counters:
+        they would count there in the next outage.
         """
-        assert self.shared is not None
-        for hold in self.holds.values():
-            hold.leave_to_store()
+        if self.store is None:
+            return
+        for permit in self.permits.values():
+            permit.move_to_store()
         used = self.tokens.used()
-        for first in range(0, len(used), TOLD_AT_ONCE):
-            self.unsettled[secrets.token_hex(8)] = used[first : first + TOLD_AT_ONCE]
-        self.tokens.forget()  # before anything is waited for: what is counted here after that is not told yet
+        for first in range(0, len(used), SENT_AT_ONCE):
+            self.unsettled[secrets.token_hex(8)] = used[first : first + SENT_AT_ONCE]
+        self.tokens.forget()  # before the first await: what is counted here after it has not been sent
         await self.renew_all()
         for holder, amounts in list(self.unsettled.items()):
-            if not await self.shared.add(amounts, holder):
+            if not await self.store.add(amounts, holder):
                 return
             del self.unsettled[holder]
 
 
-def is_full(claim: Charge, found: CounterState) -> bool:
-    return found.used + claim.amount > claim.limit
+def is_full(charge: Charge, state: CounterState) -> bool:
+    return state.used + charge.amount > charge.limit
 
 
-def standing(claim: Charge, found: CounterState, taken: int) -> LimitStatus:
-    free_in = found.free_in if found.used else float(claim.seconds)
-    remaining = max(0, claim.limit - found.used - taken)
-    return LimitStatus(claim.name, claim.limit, remaining, free_in, claim.seconds, claim.text)
+def status_of(charge: Charge, state: CounterState, charged: int = 0) -> LimitStatus:
+    free_in = state.free_in if state.used else float(charge.seconds)
+    remaining = max(0, charge.limit - state.used - charged)
+    return LimitStatus(charge.name, charge.limit, remaining, free_in, charge.seconds, charge.text)
 
 
-def full(found: list[tuple[Charge, CounterState]]) -> TokensExhausted | TooManyStreams:
-    """Tokens before streams, as the counters of one process tell them."""
-    if tokens := [standing(claim, found, 0) for claim, found in found if claim.kind == "fixed"]:
-        longest = max(standing.resets_in for standing in tokens)
+def full(refused: list[tuple[Charge, CounterState]]) -> TokensExhausted | TooManyStreams:
+    """The refusal by these counters: tokens before streams, in the order of the local counters."""
+    if tokens := [status_of(charge, state) for charge, state in refused if charge.kind == "fixed"]:
+        longest = max(status.resets_in for status in tokens)
         return TokensExhausted(retry_after=longest, headers=limit_headers(tokens))
-    claim, _ = found[0]
-    return TooManyStreams(retry_after=SOON, headers=limit_headers([LimitStatus(claim.name, claim.limit, 0, SOON)]))
+    charge, _ = refused[0]
+    return TooManyStreams(retry_after=SOON, headers=limit_headers([LimitStatus(charge.name, charge.limit, 0, SOON)]))

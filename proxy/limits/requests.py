@@ -1,27 +1,26 @@
-"""Requests per moving window, through slowapi's Limiter.
+"""Requests per moving window, counted in this process.
 
-slowapi gives registration, key functions, scopes and its exception; `limits` the window arithmetic behind a storage
-interface. Ours is the check: all windows of one request are charged together, or none when one refuses.
+slowapi gives the registration of the configured limits, their key functions and its exception. The check is ours: all
+windows of one request are charged together, or none when one refuses.
 
 Rules:
-1. Nothing is read from `.env` or the environment: a stray RATELIMIT_ENABLED=false must not open the gates.
-2. Time is a monotonic clock, so a wall clock that jumps neither frees nor locks anyone.
-3. A key that nobody asked about for its whole window is forgotten.
+1. Nothing is read from `.env` or the environment: a stray RATELIMIT_ENABLED=false must not switch limits off. So
+   slowapi's Limiter, which reads both, is not used.
+2. Time is a monotonic clock, so a wall clock that jumps neither frees nor locks a client.
+3. A key that was not charged for its whole window is forgotten.
 """
 
 from __future__ import annotations
 
-import warnings
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, cast
+from enum import Enum, auto
+from typing import NamedTuple, TypeAlias, cast
 
 from limits import RateLimitItem
-from limits.storage import MovingWindowSupport, Storage
-from slowapi import Limiter
 from slowapi.errors import RateLimitExceeded
-from slowapi.wrappers import Limit
+from slowapi.wrappers import Limit, LimitGroup
 
 from proxy.errors import TooMany, TooManySessions
 from proxy.limits.status import LimitStatus, Subject, keep_newest, limit_headers
@@ -30,13 +29,22 @@ from proxy.settings import Limits, Rate
 
 Clock = Callable[[], float]
 Times: TypeAlias = "array[float]"
-Entry: TypeAlias = "tuple[int, Times]"  # seconds an entry counts, and when each was made
+Entry: TypeAlias = "tuple[int, Times]"  # seconds that an entry counts, and when each was made
 
-SCHEME = "chat-proxy-memory"
-GUESSES = Rate(10, 60, "10/minute")  # per address; a person needs three
-CHECKS = Rate(600, 60, "600/minute")  # a run of `check` makes 40, and 200 where it has to ask often
+LOGINS = Rate(10, 60, "10/minute")  # per address; a person needs three
+CHECKS = Rate(600, 60, "600/minute")  # a run of `check` makes 40 requests, 200 where it has to repeat many
 MOST_KEYS = 200_000  # about 80 MB; beyond it the oldest are forgotten
-SWEEP_AFTER = 4096  # new keys, and as many again as live: a sweep is linear, so its share per key is constant
+SWEEP_AFTER = 4096  # new keys, and as many again as remain: a sweep is linear, so its share per key is constant
+
+
+class ChargeKind(Enum):
+    """The kinds of events that limits count."""
+
+    QUESTION = auto()  # a request to the model, refused bodies included
+    NEW_SESSION = auto()  # a new session for a browser
+    REFUSAL = auto()  # a response of 401 or 403, and the start of a login
+    LOGIN = auto()  # an attempt to log in with a password
+    CHECK = auto()  # a request of `chat-proxy check`, from every address
 
 
 def by_session(request: Subject) -> str:
@@ -47,34 +55,26 @@ def by_address(request: Subject) -> str:
     return request.address
 
 
-# What is limited. slowapi registers limits under functions, and these are their names.
-
-
-def ask(request: Subject) -> None:
-    """A question to the model, refused bodies included."""
-
-
-def mint(request: Subject) -> None:
-    """A new session for a browser."""
-
-
-def refuse(request: Subject) -> None:
-    """An answer of 401 or 403."""
-
-
-def guess(request: Subject) -> None:
-    """A try to log in with a password."""
-
-
-def diagnose(request: Subject) -> None:
-    """A request of `chat-proxy check`, whoever makes it."""
-
-
-Event = Callable[[Subject], None]
+def registered(name: str, rates: tuple[Rate, ...], key_func: Callable[[Subject], str]) -> list[Limit]:
+    """One configured limit as slowapi's Limit objects, a window each. `scope` is its name, `error_message` the rate."""
+    found: list[Limit] = []
+    for rate in rates:
+        found += LimitGroup(
+            rate.text,
+            key_func,
+            name,
+            per_method=False,
+            methods=None,
+            error_message=rate.text,
+            exempt_when=None,
+            cost=1,
+            override_defaults=False,
+        )
+    return found
 
 
 class Counted(NamedTuple):
-    """One window of one subject: its key in the storage, when its oldest entry was made, and how many it has."""
+    """One window of one subject: its key, when its oldest entry was made, and how many it has."""
 
     limit: Limit
     key: str
@@ -82,144 +82,100 @@ class Counted(NamedTuple):
     used: int
 
 
-class RequestLimits(Limiter):
+class RequestLimits:
     """The request limits of one server, counted in this process."""
 
     def __init__(self, limits: Limits, clock: Clock) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # slowapi warns that the settings file "" is absent; so it should be
-            super().__init__(
-                key_func=by_address,
-                config_filename="",
-                strategy="moving-window",
-                storage_uri=f"{SCHEME}://",
-                storage_options=cast(dict[str, str], {"clock": clock}),  # handed to MovingWindows as they are
-            )
         self.clock = clock
-        self.watch("per_session", limits.per_session, by_session, ask)
-        self.watch("per_address", limits.per_address, by_address, ask)
-        self.watch("new_sessions", limits.new_sessions, by_address, mint)
-        self.watch("refusals_per_address", limits.refusals_per_address, by_address, refuse)
-        self.watch("logins", (GUESSES,), by_address, guess)
-        self.watch("checks", (CHECKS,), by_address, diagnose)
+        self.windows = MovingWindows(clock)
+        self.limits: dict[ChargeKind, list[Limit]] = {
+            ChargeKind.QUESTION: [
+                *registered("per_session", limits.per_session, by_session),
+                *registered("per_address", limits.per_address, by_address),
+            ],
+            ChargeKind.NEW_SESSION: registered("new_sessions", limits.new_sessions, by_address),
+            ChargeKind.REFUSAL: registered("refusals_per_address", limits.refusals_per_address, by_address),
+            ChargeKind.LOGIN: registered("logins", (LOGINS,), by_address),
+            ChargeKind.CHECK: registered("checks", (CHECKS,), by_address),
+        }
 
-    def get_app_config(self, key: str, default_value: Any = None) -> Any:
-        """slowapi's look into `.env` and the environment, closed (rule 1)."""
-        return default_value
+    def statuses(self, kind: ChargeKind, subject: Subject) -> list[LimitStatus]:
+        """The subject's status in every window of the kind; nothing is charged."""
+        return [self.status_of(counted, charged=0) for counted in self.count(kind, subject)]
 
-    def watch(self, name: str, rates: tuple[Rate, ...], key_func: Callable[[Subject], str], event: Event) -> None:
-        for rate in rates:
-            self.shared_limit(rate.text, scope=name, key_func=key_func, error_message=rate.text)(event)
-
-    def registered(self, event: Event) -> list[Limit]:
-        found: list[Limit] = self._route_limits.get(f"{event.__module__}.{event.__name__}", [])
-        return found
-
-    def standings(self, event: Event, subject: Subject) -> list[LimitStatus]:
-        """Where the subject stands in every window of the event; nothing is charged."""
-        return [self.standing(counted, taken=0) for counted in self.count(event, subject)]
-
-    def charge(self, event: Event, subject: Subject) -> list[LimitStatus]:
-        """Books one event in all its windows, or in none. Raises TooMany, TooManySessions, with a true Retry-After."""
-        windows = self.count(event, subject)
+    def charge(self, kind: ChargeKind, subject: Subject) -> list[LimitStatus]:
+        """Charges one event to all its windows, or to none. Raises TooMany, TooManySessions with a true Retry-After."""
+        windows = self.count(kind, subject)
         full = [counted for counted in windows if counted.used >= counted.limit.limit.amount]
         if full:
-            standings = [self.standing(counted, taken=0) for counted in full]
-            raise too_many(event, standings) from RateLimitExceeded(full[0].limit)
+            statuses = [self.status_of(counted, charged=0) for counted in full]
+            raise too_many(kind, statuses) from RateLimitExceeded(full[0].limit)
         for limit, key, _, _ in windows:
-            self.storage.enter(key, limit.limit.get_expiry())
-        return [self.standing(counted, taken=1) for counted in windows]
+            self.windows.enter(key, limit.limit.get_expiry())
+        return [self.status_of(counted, charged=1) for counted in windows]
 
-    def claims(self, event: Event, subject: Subject) -> list[Charge]:
-        """One event in all its windows, for a store that others share."""
-        claims = []
-        for limit in self.registered(event):
-            whose, scope = key_of(limit, subject)
+    def charges(self, kind: ChargeKind, subject: Subject) -> list[Charge]:
+        """One event in all its windows, for a shared store."""
+        charges = []
+        for limit in self.limits.get(kind, ()):
             item: RateLimitItem = limit.limit
-            text = cast(str, limit.error_message)
-            claims.append(Charge("moving", scope, whose, 1, item.amount, item.get_expiry(), text))
-        return claims
+            key, text = key_of(limit, subject), cast(str, limit.error_message)
+            charges.append(Charge("moving", limit.scope, key, 1, item.amount, item.get_expiry(), text))
+        return charges
 
-    def count(self, event: Event, subject: Subject) -> list[Counted]:
+    def count(self, kind: ChargeKind, subject: Subject) -> list[Counted]:
         counted = []
-        for limit in self.registered(event):
-            whose, scope = key_of(limit, subject)
-            key = f"{scope} {limit.error_message} {whose}"
-            counted.append(Counted(limit, key, *self.storage.window(key, limit.limit.get_expiry())))
+        for limit in self.limits.get(kind, ()):
+            key = f"{limit.scope} {limit.error_message} {key_of(limit, subject)}"
+            counted.append(Counted(limit, key, *self.windows.window(key, limit.limit.get_expiry())))
         return counted
 
-    @property
-    def storage(self) -> MovingWindows:
-        return cast(MovingWindows, self.limiter.storage)
-
-    def standing(self, counted: Counted, *, taken: int) -> LimitStatus:
+    def status_of(self, counted: Counted, *, charged: int) -> LimitStatus:
         """A moving window frees a place when its oldest entry leaves it."""
         limit, _, oldest, used = counted
         item: RateLimitItem = limit.limit
-        remaining = item.amount - used - taken
-        window = item.get_expiry()
-        text = cast(str, limit.error_message)  # the rate as it was configured, where slowapi keeps words of ours
-        return LimitStatus(limit.scope, item.amount, max(0, remaining), oldest + window - self.clock(), window, text)
+        seconds, text = item.get_expiry(), cast(str, limit.error_message)
+        remaining = max(0, item.amount - used - charged)
+        return LimitStatus(limit.scope, item.amount, remaining, oldest + seconds - self.clock(), seconds, text)
 
 
-def too_many(event: Event, full: list[LimitStatus]) -> TooMany:
+def too_many(kind: ChargeKind, full: list[LimitStatus]) -> TooMany:
     """The refusal by these windows."""
-    refusal = TooManySessions if event is mint else TooMany
-    return refusal(retry_after=max(standing.resets_in for standing in full), headers=limit_headers(full))
+    refusal = TooManySessions if kind is ChargeKind.NEW_SESSION else TooMany
+    return refusal(retry_after=max(status.resets_in for status in full), headers=limit_headers(full))
 
 
-def key_of(limit: Limit, subject: Subject) -> tuple[str, str]:
+def key_of(limit: Limit, subject: Subject) -> str:
     key = limit.key_func(subject)
     if not key:
-        raise ValueError("a limit without a key would count everyone as one")
-    return key, limit.scope
+        raise ValueError("a limit without a key would count all clients as one")
+    return key
 
 
-class MovingWindows(Storage, MovingWindowSupport):
-    """A `limits` storage in this process: the times of the entries that still count, oldest first.
+class MovingWindows:
+    """The times of the entries that still count, by key, oldest first. 8 bytes an entry, about 400 a key.
 
-    `limits` brings one, which keeps dead keys for ever and reads the wall clock. 8 bytes an entry, about 400 a key.
+    The storage of the `limits` package keeps dead keys for ever and reads the wall clock.
     """
 
-    STORAGE_SCHEME: list[str] | None = [SCHEME]  # noqa: RUF012  # as `limits` declares it
-
-    def __init__(self, uri: str | None = None, wrap_exceptions: bool = False, *, clock: Clock) -> None:
-        super().__init__(uri, wrap_exceptions=wrap_exceptions)
+    def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.entries: dict[str, Entry] = {}
         self.sweep_at = SWEEP_AFTER
 
-    @property
-    def base_exceptions(self) -> type[Exception]:
-        return ValueError
-
-    def alive(self, key: str, expiry: int) -> Times:
-        """The entries of the key that are younger than `expiry` seconds."""
-        times = self.entries.get(key, (0, NOTHING))[1]
-        if times and times[0] <= (horizon := self.clock() - expiry):
-            del times[: bisect_right(times, horizon)]
-        return times
-
-    def enter(self, key: str, expiry: int, amount: int = 1) -> None:
-        """Makes so many entries now, whatever the limit."""
+    def enter(self, key: str, expiry: int) -> None:
+        """Adds an entry now, whatever the limit."""
         if key not in self.entries:
             self.make_room()
             self.entries[key] = (expiry, array("d"))
-        self.entries[key][1].extend([self.clock()] * amount)
+        self.entries[key][1].append(self.clock())
 
     def window(self, key: str, expiry: int) -> tuple[float, int]:
-        """When the oldest entry that counts was made, and how many there are."""
-        times = self.alive(key, expiry)
+        """When the oldest entry younger than `expiry` seconds was made, and how many there are; now and 0 for none."""
+        times = self.entries.get(key, (0, NO_TIMES))[1]
+        if times and times[0] <= (horizon := self.clock() - expiry):
+            del times[: bisect_right(times, horizon)]
         return (times[0], len(times)) if times else (self.clock(), 0)
-
-    def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
-        if len(self.alive(key, expiry)) + amount > limit:
-            return False
-        self.enter(key, expiry, amount)
-        return True
-
-    def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
-        return self.window(key, expiry)
 
     def make_room(self) -> None:
         if len(self.entries) < self.sweep_at:
@@ -229,26 +185,5 @@ class MovingWindows(Storage, MovingWindowSupport):
         keep_newest(self.entries, MOST_KEYS)
         self.sweep_at = min(2 * len(self.entries) + SWEEP_AFTER, MOST_KEYS)
 
-    def get(self, key: str) -> int:
-        return len(self.entries.get(key, (0, NOTHING))[1])
 
-    def get_expiry(self, key: str) -> float:
-        expiry, times = self.entries.get(key, (0, NOTHING))
-        return times[-1] + expiry if times else self.clock()
-
-    def clear(self, key: str) -> None:
-        self.entries.pop(key, None)
-
-    def reset(self) -> int:
-        held = len(self.entries)
-        self.entries.clear()
-        return held
-
-    def check(self) -> bool:
-        return True
-
-    def incr(self, key: str, expiry: float, amount: int = 1) -> int:
-        raise NotImplementedError("this storage holds moving windows only")
-
-
-NOTHING: Times = array("d")  # of a key that has no entries; nobody adds to it
+NO_TIMES: Times = array("d")  # of a key without entries; never changed

@@ -1,4 +1,4 @@
-"""How much they may ask: requests, live streams, tokens. What crosses the three rooms is defined here."""
+"""The values that all kinds of limits share: the subject that is charged, and the status of a limit. Pure."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from proxy.errors import HeaderList
 
 
 class Subject(NamedTuple):
-    """Who pays: what the key functions see. Empty keys are refused, they would count everyone as one.
+    """The subject of a charge: what the key functions read. Empty keys are errors: they would count all clients as one.
 
-    `session` is the user's own name once one has logged in: who has many sessions has still one allowance.
+    `session` is the user's name after a login, so that a user with several sessions has one allowance.
     """
 
     session: str
@@ -23,30 +23,30 @@ class Subject(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LimitStatus:
-    """One limit as it stands for one subject. `resets_in` is in seconds from now."""
+    """One limit for one subject. `resets_in` is in seconds from now."""
 
     name: str
     limit: int
     remaining: int
     resets_in: float
-    window: int = 0  # seconds; 0 for limits that know no time
-    text: str = ""  # the window as it was configured, like 20/minute
+    window: int = 0  # seconds; 0 for limits without a window
+    text: str = ""  # the rate as configured, like 20/minute
 
 
 def keep_newest(entries: dict[Any, Any], most: int) -> None:
-    """Forgets the oldest until there is room for a fifth of `most` again, or strangers could fill the memory."""
+    """Removes the oldest entries until a fifth of `most` is free; otherwise clients could fill the memory."""
     for key in list(islice(entries, max(0, len(entries) - most * 4 // 5))):
         del entries[key]
 
 
-def limit_headers(standings: list[LimitStatus]) -> HeaderList:
+def limit_headers(statuses: list[LimitStatus]) -> HeaderList:
     """`RateLimit-Policy` and `RateLimit` (draft-ietf-httpapi-ratelimit-headers-10)."""
-    if not standings:
+    if not statuses:
         return []
     policies, states = [], []
-    for standing in standings:
-        label = f'"{standing.name} {standing.text}"' if standing.text else f'"{standing.name}"'
-        window = f";w={standing.window}" if standing.window else ""
-        policies.append(f"{label};q={standing.limit}{window}")
-        states.append(f"{label};r={standing.remaining};t={max(0, ceil(standing.resets_in))}")
+    for status in statuses:
+        label = f'"{status.name} {status.text}"' if status.text else f'"{status.name}"'
+        window = f";w={status.window}" if status.window else ""
+        policies.append(f"{label};q={status.limit}{window}")
+        states.append(f"{label};r={status.remaining};t={max(0, ceil(status.resets_in))}")
     return [(b"ratelimit-policy", ", ".join(policies).encode()), (b"ratelimit", ", ".join(states).encode())]

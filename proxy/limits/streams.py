@@ -1,6 +1,6 @@
-"""Live streams: how many answers a session, an address and this process may be writing at one time.
+"""Limits of live streams: how many answers a session, an address and this process may have at one time.
 
-A lease is taken before the upstream is called and given back by the stream's end, whatever the end.
+A lease is taken before the upstream is called and returned when the stream ends, however it ends.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from proxy.limits.status import LimitStatus, Subject, limit_headers
 from proxy.limits.store.redis import Charge
 from proxy.settings import Limits
 
-SOON = 1.0  # seconds after which a retry may find a free place; nobody knows when an answer ends
-BUSY_FOR = 5.0  # the same for a full process: far longer, or all who wait come back at once
+SOON = 1.0  # seconds until a retry may find a free place; the end of an answer cannot be predicted
+BUSY_FOR = 5.0  # the same for a full process: longer, so that waiting clients do not all return at once
 
 
 class Lease:
-    """One place, given back at the end of the `with`."""
+    """One place, returned at the end of the `with`."""
 
     __slots__ = ("_keys", "_leases")
 
@@ -29,7 +29,7 @@ class Lease:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._leases.give_back(self._keys)
+        self._leases.release(self._keys)
 
 
 class Leases:
@@ -59,20 +59,20 @@ class Leases:
             self.held[key] += 1
         return Lease(self, keys)
 
-    def claims(self, subject: Subject) -> list[Charge]:
-        """The same for a store that others share; what this process can bear is its own business."""
+    def charges(self, subject: Subject) -> list[Charge]:
+        """The same as charges for a shared store; max_streams is a limit of this process only."""
         return [
             Charge("held", "streams_per_session", subject.session, 1, self.per_session),
             Charge("held", "streams_per_address", subject.address, 1, self.per_address),
         ]
 
-    def give_back(self, keys: tuple[str, str]) -> None:
+    def release(self, keys: tuple[str, str]) -> None:
         self.live -= 1
         for key in keys:
             self.held[key] -= 1
             if not self.held[key]:
                 del self.held[key]
 
-    def standing(self, subject: Subject) -> LimitStatus:
+    def status(self, subject: Subject) -> LimitStatus:
         held = self.held.get(f"session {subject.session}", 0)
         return LimitStatus("streams_per_session", self.per_session, max(0, self.per_session - held), 0)

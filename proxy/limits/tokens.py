@@ -1,7 +1,7 @@
-"""Tokens: what an answer may cost is reserved before, and what it did cost is settled after.
+"""Token limits: the most that an answer may cost is reserved before it, and its real cost is settled after it.
 
-Fixed windows that begin with the first token counted in them. The reservation is the prompt's estimate plus the
-most that may be answered, so a burst of parallel requests cannot overdraw: each of them holds its worst case.
+The windows are fixed and begin with the first token counted in them. A reservation is the prompt's estimate plus the
+largest possible answer, so parallel requests cannot overdraw a limit: each of them holds its worst case.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from proxy.limits.store.redis import Charge
 from proxy.settings import Limits, Rate
 
 MOST_WINDOWS = 100_000  # about 35 MB; beyond it the oldest are forgotten
-SWEEP_AFTER = 4096  # new windows, and as many again as live, between two sweeps for dead ones
+SWEEP_AFTER = 4096  # new windows, and as many again as remain, between two sweeps for ended ones
 
 
 @dataclass(slots=True)
 class Window:
-    """What was used since it began; both ends in seconds of the monotonic clock."""
+    """The tokens used in it. `ends` is in seconds of the monotonic clock."""
 
     ends: float
     used: int = 0
 
 
 class Reservation:
-    """Tokens held for one answer. Settled once; leaving the `with` unsettled gives all of them back."""
+    """Tokens held for one answer. Settled once; leaving the `with` without that returns all of them."""
 
     __slots__ = ("_windows", "amount")
 
@@ -42,7 +42,7 @@ class Reservation:
         self.amount = amount
 
     def settle(self, used: int) -> None:
-        """Books what was used in place of what was held. A window that has ended meanwhile is nobody's any more."""
+        """Replaces the held tokens by the used ones. A window that has ended meanwhile no longer counts."""
         for window in self._windows:
             window.used += used - self.amount
         self._windows = []
@@ -50,7 +50,7 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class TokenLimit:
-    """One configured limit and whose tokens it counts."""
+    """One configured limit; `key` selects what it counts by."""
 
     name: str
     rate: Rate
@@ -62,7 +62,7 @@ class Tokens:
 
     def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
         self.clock = clock
-        self.purses = [
+        self.limits = [
             *(
                 TokenLimit("tokens_per_session", rate, lambda subject: subject.session)
                 for rate in limits.tokens_per_session
@@ -77,7 +77,7 @@ class Tokens:
         self.sweep_at = SWEEP_AFTER
 
     def reserve(self, windows: dict[tuple[int, str], Window], amount: int) -> Reservation:
-        """Holds `amount` tokens in all windows, which `check` has just found to have room."""
+        """Holds `amount` tokens in all windows, which `check` has just returned."""
         self.make_room()
         for key, window in windows.items():
             window.used += amount
@@ -85,29 +85,27 @@ class Tokens:
         return Reservation(list(windows.values()), amount)
 
     def check(self, subject: Subject, amount: int) -> dict[tuple[int, str], Window]:
-        """The windows that have room for it; nothing is held. Raises TokensExhausted."""
-        held = [(purse, key, self.window(purse, key)) for purse, key in self.keys(subject)]
-        short = [
-            self.standing_of(purse, window) for purse, _, window in held if window.used + amount > purse.rate.amount
-        ]
+        """The subject's windows, if all have room for `amount`; nothing is held. Raises TokensExhausted."""
+        held = [(limit, key, self.window(limit, key)) for limit, key in self.keys(subject)]
+        short = [self.status_of(limit, window) for limit, _, window in held if window.used + amount > limit.rate.amount]
         if short:
-            wait = max(standing.resets_in for standing in short)
+            wait = max(status.resets_in for status in short)
             raise TokensExhausted(retry_after=wait, headers=limit_headers(short))
         return {key: window for _, key, window in held}
 
-    def claims(self, subject: Subject, amount: int) -> list[Charge]:
-        """The same for a store that others share."""
-        return [self.claim(purse, key, amount) for purse, key in self.keys(subject)]
+    def charges(self, subject: Subject, amount: int) -> list[Charge]:
+        """The same as charges for a shared store."""
+        return [self.charge_of(limit, key, amount) for limit, key in self.keys(subject)]
 
-    def claim(self, purse: TokenLimit, key: tuple[int, str], amount: int) -> Charge:
-        rate = purse.rate
-        return Charge("fixed", purse.name, key[1], amount, rate.amount, rate.seconds, rate.text)
+    def charge_of(self, limit: TokenLimit, key: tuple[int, str], amount: int) -> Charge:
+        rate = limit.rate
+        return Charge("fixed", limit.name, key[1], amount, rate.amount, rate.seconds, rate.text)
 
     def used(self) -> list[tuple[Charge, int]]:
-        """What was used in the windows that still run."""
+        """The tokens used in the windows that have not ended."""
         now = self.clock()
         return [
-            (self.claim(self.purses[key[0]], key, 0), window.used)
+            (self.charge_of(self.limits[key[0]], key, 0), window.used)
             for key, window in self.windows.items()
             if window.ends > now and window.used > 0
         ]
@@ -115,36 +113,36 @@ class Tokens:
     def forget(self) -> None:
         self.windows.clear()
 
-    def standings(self, subject: Subject) -> list[LimitStatus]:
-        """Where the subject stands; what the whole server has left is not the page's business."""
+    def statuses(self, subject: Subject) -> list[LimitStatus]:
+        """The subject's status; without tokens_total: a visitor must not learn what the server has left."""
         return [
-            self.standing_of(purse, self.window(purse, key))
-            for purse, key in self.keys(subject)
-            if purse.name != "tokens_total"
+            self.status_of(limit, self.window(limit, key))
+            for limit, key in self.keys(subject)
+            if limit.name != "tokens_total"
         ]
 
-    def standing_of(self, purse: TokenLimit, window: Window) -> LimitStatus:
-        rate = purse.rate
+    def status_of(self, limit: TokenLimit, window: Window) -> LimitStatus:
+        rate = limit.rate
         remaining = max(0, rate.amount - window.used)
-        return LimitStatus(purse.name, rate.amount, remaining, window.ends - self.clock(), rate.seconds, rate.text)
+        return LimitStatus(limit.name, rate.amount, remaining, window.ends - self.clock(), rate.seconds, rate.text)
 
     def keys(self, subject: Subject) -> list[tuple[TokenLimit, tuple[int, str]]]:
-        """The purses that the subject pays from. Who is named cannot get round a limit by a new session, so the
-        address, which others may share, does not pay."""
+        """The limits that count for the subject. A named user cannot evade a limit by a new session, so the address,
+        which others may share, is not charged."""
         found = []
-        for number, purse in enumerate(self.purses):
-            if subject.is_named and purse.name == "tokens_per_address":
+        for number, limit in enumerate(self.limits):
+            if subject.is_named and limit.name == "tokens_per_address":
                 continue
-            whose = purse.key(subject)
-            if not whose:
-                raise ValueError("a limit without a key would count everyone as one")
-            found.append((purse, (number, whose)))
+            key = limit.key(subject)
+            if not key:
+                raise ValueError("a limit without a key would count all clients as one")
+            found.append((limit, (number, key)))
         return found
 
-    def window(self, purse: TokenLimit, key: tuple[int, str]) -> Window:
-        """The window that runs for the key, or the one that would begin now."""
+    def window(self, limit: TokenLimit, key: tuple[int, str]) -> Window:
+        """The current window of the key, or the one that would begin now."""
         window, now = self.windows.get(key), self.clock()
-        return window if window and window.ends > now else Window(now + purse.rate.seconds)
+        return window if window and window.ends > now else Window(now + limit.rate.seconds)
 
     def make_room(self) -> None:
         if len(self.windows) < self.sweep_at:

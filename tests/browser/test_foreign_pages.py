@@ -97,7 +97,7 @@ def visitor(browser: Browser) -> Iterator[tuple[Page, Running, ScriptedUpstream]
 
 def minted(proxy: Running) -> int:
     """Entries of the limit on new sessions."""
-    entries = proxy.service.app.limits.requests.storage.entries
+    entries = proxy.service.app.limits.requests.windows.entries
     return sum(len(times) for key, (_, times) in entries.items() if "new_sessions" in key)
 
 

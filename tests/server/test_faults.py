@@ -178,7 +178,7 @@ def test_a_clock_that_jumps_opens_and_closes_nothing(
         assert len(server.seen) == 6
 
         later = lambda: time.monotonic() + no_requests  # noqa: E731  # the clock that counts has gone on
-        app.limits.requests.clock = app.limits.requests.storage.clock = later
+        app.limits.requests.clock = app.limits.requests.windows.clock = later
         assert ask(one).body == WHOLE
         assert_all_used(proxy, 7 * USED)
 

@@ -50,7 +50,7 @@ from support.redis_server import Redis
 from proxy.chat.policy import apply
 from proxy.errors import TokensExhausted, TooMany, TooManyStreams
 from proxy.limits.limiter import Limiter, Permit
-from proxy.limits.requests import ask
+from proxy.limits.requests import ChargeKind
 from proxy.limits.status import Subject
 from proxy.limits.store import redis as shared
 from proxy.settings import from_variables
@@ -427,7 +427,7 @@ async def remembered(hits: int) -> Histories:
         subject = Subject(f"s{number}", f"a{number % 2}")
         try:
             if random.random() < 0.6:
-                await limits.charge(ask, subject)
+                await limits.charge(ChargeKind.QUESTION, subject)
                 found.granted("ask", [*subject[:2], "1", str(now), str(now), "memory", "0"])
             else:
                 amount, until = random.randint(50, 150), now + random.choice((1, 2, 3, 5, 100)) / 64

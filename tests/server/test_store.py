@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import redis
@@ -51,7 +51,7 @@ from proxy.accounts.revocation.watcher import CHECK_EVERY, RevocationWatcher
 from proxy.errors import Busy, TokensExhausted, TooMany
 from proxy.limits import limiter as door
 from proxy.limits.limiter import Limiter, Permit
-from proxy.limits.requests import ask
+from proxy.limits.requests import ChargeKind
 from proxy.limits.status import Subject
 from proxy.limits.store import redis as shared
 from proxy.limits.store.redis import Charge, RedisStore, open_store
@@ -62,6 +62,8 @@ from proxy.telemetry.logs import Logs
 both_loops = pytest.mark.parametrize("loop", LOOPS)
 DEADLINE = shared.DEADLINE  # the product's own
 numbers = itertools.count(1)
+
+NOTHING = cast(ChargeKind, "a kind without windows")  # so that statuses are those of tokens only
 
 
 class Link(ScriptedUpstream):
@@ -230,8 +232,8 @@ def test_urls(scheme: str, store: Redis) -> None:
         url = f"redis://:s3cret@127.0.0.1:{store.port}/2"
     with ScriptedUpstream(streaming(*GOOD)) as upstream, running(upstream.base_url, LIMITS_STORE=url) as proxy:
         assert chat(proxy).status == 200
-        assert proxy.service.app.limits.shared is not None
-        assert proxy.service.app.limits.shared.is_up
+        assert proxy.service.app.limits.store is not None
+        assert proxy.service.app.limits.store.is_up
         assert b"s3cret" not in proxy.output.getvalue()
 
 
@@ -498,12 +500,12 @@ def test_a_store_far_away_is_found_again(store: Redis, monkeypatch: pytest.Monke
 
     async def story(url: str) -> None:
         async with allowance(store, LIMITS_STORE=url) as limits:
-            assert limits.shared is not None
+            assert limits.store is not None
             link.delay = 0.15
-            limits.shared.lose("test")
+            limits.store.lose("test")
             for _ in range(5):  # a busy machine may be late, too
                 await is_up(limits, True)
-                await asyncio.gather(*(limits.standings(lambda request: None, ME) for _ in range(shared.AT_ONCE)))
+                await asyncio.gather(*(limits.statuses(NOTHING, ME) for _ in range(shared.AT_ONCE)))
                 if limits.is_up:
                     return
             pytest.fail("lost each time")
@@ -519,7 +521,7 @@ def test_connections_are_there_before_anybody_asks(store: Redis) -> None:
         async with allowance(store, LIMITS_STORE=link.url) as limits:
             await limits.start()
             opened = link.connections
-            await asyncio.gather(*(limits.charge(ask, ME) for _ in range(shared.AT_ONCE)))
+            await asyncio.gather(*(limits.charge(ChargeKind.QUESTION, ME) for _ in range(shared.AT_ONCE)))
             assert link.connections == opened
 
     with Link(store) as link:
@@ -531,14 +533,14 @@ def test_another_server_takes_over(store: Redis, tmp_path: Path) -> None:
 
     async def story(url: str) -> None:
         async with allowance(store, LIMITS_STORE=url) as limits:
-            await asyncio.gather(*(limits.charge(ask, ME) for _ in range(8)))
+            await asyncio.gather(*(limits.charge(ChargeKind.QUESTION, ME) for _ in range(8)))
             with store.client() as client:
                 client.replicaof("127.0.0.1", free_port())
-            await limits.charge(ask, ME)
+            await limits.charge(ChargeKind.QUESTION, ME)
             assert not limits.is_up
             link.to = other.port
             await is_up(limits, True)
-            await asyncio.gather(*(limits.charge(ask, ME) for _ in range(8)))
+            await asyncio.gather(*(limits.charge(ChargeKind.QUESTION, ME) for _ in range(8)))
             assert limits.is_up
 
     other = Redis(tmp_path)
@@ -660,7 +662,7 @@ def test_what_a_dead_worker_held_is_free_again(store: Redis, monkeypatch: pytest
             await asyncio.sleep(3.1)
             async with await alive.hold(Subject("s", "a"), 90) as hold:
                 hold.settle(5)
-            found = await alive.standings(lambda request: None, Subject("s", "a"))
+            found = await alive.statuses(NOTHING, Subject("s", "a"))
             assert [(s.name, s.limit - s.remaining) for s in found if s.name == "tokens_per_session"] == [
                 ("tokens_per_session", 5)
             ]
@@ -675,7 +677,7 @@ def test_a_dead_worker_pays_what_it_had_spent(store: Redis, monkeypatch: pytest.
     given = {"LIMITS_TOKENS_PER_SESSION": "1000/hour", "LIMITS_TOKENS_PER_ADDRESS": ""}
 
     async def used(limits: Limiter) -> int:
-        found = await limits.standings(lambda request: None, ME)
+        found = await limits.statuses(NOTHING, ME)
         return next(each.limit - each.remaining for each in found if each.name == "tokens_per_session")
 
     async def die_and_look() -> None:
@@ -685,7 +687,7 @@ def test_a_dead_worker_pays_what_it_had_spent(store: Redis, monkeypatch: pytest.
             await dead.hold(ME, 100, lambda: spent)
             late = await dead.hold(ME, 100, lambda: spent)
             spent = 25
-            del dead.holds[silent.holder]  # nothing is heard of it any more
+            del dead.permits[silent.holder]  # nothing is heard of it any more
             await dead.renew_all()
             assert await used(alive) == 300
             await asyncio.sleep(1.1)
@@ -768,7 +770,7 @@ def test_a_burst_never_overdraws(store: Redis) -> None:
             for hold in admitted:
                 async with hold:
                     hold.settle(7)
-            found = await limits.standings(lambda request: None, Subject("s", "a"))
+            found = await limits.statuses(NOTHING, Subject("s", "a"))
             return len(admitted), next(s.limit - s.remaining for s in found if s.name == "tokens_per_session")
 
     admitted, booked = asyncio.run(burst())
@@ -789,15 +791,15 @@ def test_another_limit_forgets_nothing(store: Redis) -> None:
         few = {"LIMITS_PER_SESSION": "2/minute", "LIMITS_TOKENS_TOTAL": "5000/hour"}
         async with allowance(store, **many) as loose, allowance(store, **few) as strict:
             for _ in range(4):
-                await loose.charge(ask, ME)
+                await loose.charge(ChargeKind.QUESTION, ME)
                 await asyncio.sleep(0.05)  # or all leave at one time
             async with await loose.hold(ME, 4000) as hold:
                 hold.settle(4000)
             with pytest.raises(TooMany) as refused:
-                await strict.charge(ask, ME)
+                await strict.charge(ChargeKind.QUESTION, ME)
             with pytest.raises(TokensExhausted):
                 await strict.hold(ME, 1001)
-            assert (await loose.charge(ask, ME))[0].remaining == 1
+            assert (await loose.charge(ChargeKind.QUESTION, ME))[0].remaining == 1
             with store.client() as client:
                 (key,) = client.keys("*:per_session:*")
                 made = [made for _, made in client.zrange(key, 0, 3, withscores=True)]  # ms, as the store's clock
@@ -817,7 +819,7 @@ PURSE = "tokens_per_session"
 
 async def booked(limits: Limiter) -> int:
     """What the limits say is used of the session's tokens, held ones included."""
-    found = await limits.standings(lambda request: None, ME)
+    found = await limits.statuses(NOTHING, ME)
     return next(standing.limit - standing.remaining for standing in found if standing.name == PURSE)
 
 
@@ -830,7 +832,7 @@ async def is_up(limits: Limiter, wanted: bool) -> None:
 
 async def lost(store: Redis, limits: Limiter) -> None:
     store.stop()
-    await limits.standings(lambda request: None, ME)
+    await limits.statuses(NOTHING, ME)
     await is_up(limits, False)
 
 
@@ -907,7 +909,7 @@ def test_a_clock_that_goes_back_locks_nobody_out(store: Redis) -> None:
 
     async def story() -> None:
         async with allowance(store, **given) as limits:
-            await limits.charge(ask, ME)
+            await limits.charge(ChargeKind.QUESTION, ME)
             async with await limits.hold(ME, 90) as hold:
                 hold.settle(90)
             with store.client() as client:
@@ -918,7 +920,7 @@ def test_a_clock_that_goes_back_locks_nobody_out(store: Redis) -> None:
                 for key in client.keys("*:tokens_per_session:*"):
                     client.hincrby(key, "ends", 3600_000)
             with pytest.raises(TooMany) as requests:
-                await limits.charge(ask, ME)
+                await limits.charge(ChargeKind.QUESTION, ME)
             with pytest.raises(TokensExhausted) as tokens:
                 await limits.hold(ME, 90)
             assert 0 < (requests.value.retry_after or 0) <= 60
@@ -932,10 +934,10 @@ def test_a_question_that_comes_after_its_end_books_nothing(store: Redis) -> None
 
     async def story() -> None:
         async with allowance(store, LIMITS_TOKENS_PER_SESSION="10000/hour") as limits:
-            assert limits.shared is not None
-            claims = [*limits.tokens.claims(ME, 1000), *limits.leases.claims(ME)]
-            assert await limits.shared.add([(claim, 0) for claim in claims], "holder")
-            await limits.shared.take(claims, "holder", 300)
+            assert limits.store is not None
+            charges = [*limits.tokens.charges(ME, 1000), *limits.leases.charges(ME)]
+            assert await limits.store.add([(claim, 0) for claim in charges], "holder")
+            await limits.store.take(charges, "holder", 300)
             with store.client() as client:
                 assert leases(client) == []
             assert await booked(limits) == 0
@@ -948,8 +950,8 @@ def test_what_was_booked_for_nobody_is_given_back(store: Redis) -> None:
 
     async def story() -> None:
         async with allowance(store, LIMITS_TOKENS_PER_SESSION="10000/hour") as limits:
-            assert limits.shared is not None
-            shared_, limits.leases.max_streams = limits.shared, 0
+            assert limits.store is not None
+            shared_, limits.leases.max_streams = limits.store, 0
             acquire = limits.leases.acquire
 
             def lost_meanwhile(subject: Subject) -> Lease:
@@ -1027,12 +1029,12 @@ def test_a_store_that_goes_again_before_it_has_heard(store: Redis) -> None:
                 hold.settle(50)
             limits.unsettled["again"] = limits.tokens.used()
             limits.tokens.forget()
-            assert limits.shared is not None
+            assert limits.store is not None
             await limits.merge()  # it is still gone: nothing may be forgotten
             assert len(limits.unsettled) == 1
             await found(store, limits)
             assert await booked(limits) == 50
-            limits.unsettled["again"] = [(limits.tokens.claims(ME, 0)[0], 50)]  # its answer had been lost
+            limits.unsettled["again"] = [(limits.tokens.charges(ME, 0)[0], 50)]  # its answer had been lost
             await limits.merge()
             assert await booked(limits) == 50
 
@@ -1074,7 +1076,7 @@ def test_what_many_have_used_is_told_in_parts(store: Redis) -> None:
                 await asyncio.to_thread(eventually, lambda: not limits.unsettled)
                 longest = max(length_of(entry["command"]) for entry in client.slowlog_get(100000))
                 assert longest < 1000
-            found = await limits.standings(lambda request: None, Subject("s5", "a5"))
+            found = await limits.statuses(NOTHING, Subject("s5", "a5"))
             assert {each.limit - each.remaining for each in found} == {7}
 
     asyncio.run(story())
@@ -1139,7 +1141,7 @@ def test_flapping_gives_nothing_away(store: Redis) -> None:
                 await lost(store, limits)
                 for _ in range(2):
                     try:
-                        await limits.charge(ask, ME)
+                        await limits.charge(ChargeKind.QUESTION, ME)
                         answers.append("granted")
                     except TooMany:
                         answers.append("refused")
@@ -1162,13 +1164,13 @@ def test_a_notice_of_another_version_harms_nobody(store: Redis, tmp_path: Path) 
         assert one.lines("bug") == other.lines("bug") == []
 
 
-def test_all_that_was_revoked_is_told_at_the_end(store: Redis) -> None:
+def test_all_that_was_revoked_is_reported_at_the_end(store: Redis) -> None:
     """Also more than goes out at once; of a store that is gone nobody waits to be heard."""
 
     async def story() -> None:
         async with allowance(store) as limits:
-            assert limits.shared is not None
-            board = RedisRevocations(limits.shared, 3600)
+            assert limits.store is not None
+            board = RedisRevocations(limits.store, 3600)
             many = 2 * MOST_SENT + 1
             for number in range(many):
                 board.post(RevokedId(f"id{number}", 1, 2))
@@ -1199,7 +1201,7 @@ def test_whoever_begins_hears_of_all_logouts_at_once(apart: int, store: Redis, t
         given = {**settings_for("http://127.0.0.1:1"), "SESSION_CONTROL_FILE": str(tmp_path / "none")}
         configured = from_variables({f"CHAT_PROXY_{name}": value for name, value in given.items()})
         async with allowance(store) as limits:
-            revoked = RevocationWatcher(configured.session, limits.shared, Logs(configured.log), time.time)
+            revoked = RevocationWatcher(configured.session, limits.store, Logs(configured.log), time.time)
             assert revoked.redis is not None
             async with asyncio.timeout(PATIENCE):
                 await revoked.read_redis()

@@ -36,7 +36,7 @@ from support.harness import (
 )
 
 from proxy.accounts.session import Session
-from proxy.limits.requests import Event, ask, mint
+from proxy.limits.requests import ChargeKind
 from proxy.limits.status import Subject
 
 HOUR, DAY = 3600, 86_400
@@ -764,14 +764,17 @@ def full_process(proxy: Running) -> AbstractContextManager[None]:
     return setting(proxy.service.app.limits.leases, "max_streams", 0)
 
 
+ASK, MINT = ChargeKind.QUESTION, ChargeKind.NEW_SESSION
+
+
 @contextmanager
-def spent(proxy: Running, event: Event, address: str) -> Iterator[None]:
-    """No more room for the event at the address; the sessions that used it up are other ones."""
+def spent(proxy: Running, kind: ChargeKind, address: str) -> Iterator[None]:
+    """Fills the limits of this kind at the address, from another session."""
     limits = proxy.service.app.limits.requests
     subject = Subject("other", address)
-    counted = next(counted for counted in limits.count(event, subject) if counted.limit.scope != "per_session")
+    counted = next(counted for counted in limits.count(kind, subject) if counted.limit.scope != "per_session")
     with setting(counted.limit.limit, "amount", counted.used + 1):
-        limits.charge(event, subject)
+        limits.charge(kind, subject)
         yield
 
 
@@ -800,8 +803,8 @@ FAULTS = [
     Fault(5, "long", 413, "body_too_large", {"padding": 3000}),
     Fault(5, "long, in chunks", 413, "body_too_large", {"padding": 3000, "Transfer-Encoding": "chunked"}),
     Fault(6, "bad cookie", 401, "session_required", {"Cookie": "chat=forged"}),
-    Fault(6, "too many sessions", 429, "too_many_sessions", {"Cookie": ""}, lambda proxy, at: spent(proxy, mint, at)),
-    Fault(7, "too many requests", 429, "rate_limited", {}, lambda proxy, address: spent(proxy, ask, address)),
+    Fault(6, "too many sessions", 429, "too_many_sessions", {"Cookie": ""}, lambda proxy, at: spent(proxy, MINT, at)),
+    Fault(7, "too many requests", 429, "rate_limited", {}, lambda proxy, at: spent(proxy, ASK, at)),
     Fault(8, "bad JSON", 400, "invalid_json", {"body": b"{"}),
     Fault(8, "bad request", 400, "field_not_allowed", {"body": question(tools=[])}),
     Fault(9, "no tokens", 429, "tokens_exhausted", {}, tokens_held),

@@ -399,7 +399,7 @@ class Running:
         tokens = self.service.app.limits.tokens
         used: dict[str, int] = {}
         for (number, _), window in tokens.windows.items():
-            name = tokens.purses[number].name
+            name = tokens.limits[number].name
             used[name] = used.get(name, 0) + window.used
         return used
 

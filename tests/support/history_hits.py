@@ -35,7 +35,7 @@ import uvloop
 from proxy.errors import LimitsUnavailable, TokensExhausted, TooMany, TooManyStreams
 from proxy.limits import limiter as door
 from proxy.limits.limiter import Limiter
-from proxy.limits.requests import ask
+from proxy.limits.requests import ChargeKind
 from proxy.limits.status import Subject
 from proxy.limits.store import redis as shared
 from proxy.limits.store.redis import Charge, ChargeResult
@@ -77,8 +77,8 @@ class History:
         self.allowance = Limiter(chosen.limits, 1000, time.monotonic, lambda lost: None, self.fail)
         self.left = plan.hits
         self.questions = count()
-        if self.allowance.shared is not None:
-            self.listen_to(self.allowance.shared)
+        if self.allowance.store is not None:
+            self.listen_to(self.allowance.store)
 
     def fail(self, error: BaseException) -> None:
         self.write("bug", repr(error))
@@ -90,9 +90,9 @@ class History:
         """Who decided is told by the store's answer; that it forgets its own token windows, by the merge."""
         real_take, real_keep, real_merge = store.take, store.keep, store.on_found
 
-        async def take(claims: list[Charge], holder: str = "", spent: int = 0) -> ChargeResult | None:
+        async def take(charges: list[Charge], holder: str = "", spent: int = 0) -> ChargeResult | None:
             was_up = store.is_up
-            taken: ChargeResult | None = await real_take(claims, holder, spent)
+            taken: ChargeResult | None = await real_take(charges, holder, spent)
             alone_since.set(time.monotonic())
             if taken is None:
                 store_said.set(UNHEARD if was_up else UNASKED)
@@ -107,7 +107,7 @@ class History:
             ended = time.monotonic() if kept else began
             for claim, _ in amounts:
                 if claim.kind == "fixed" and what != "settle":
-                    self.write("kept", claim.whose, began, ended)
+                    self.write("kept", claim.subject, began, ended)
             return kept
 
         async def merge() -> None:
@@ -122,7 +122,7 @@ class History:
         while not self.allowance.is_up or self.allowance.unsettled:  # noqa: ASYNC110  # there is no event for it
             await asyncio.sleep(0.01)
         held = self.allowance.leases
-        self.write("end", held.live + len(held.held) + len(self.allowance.holds))
+        self.write("end", held.live + len(held.held) + len(self.allowance.permits))
         await self.allowance.aclose()
 
     def turns(self) -> Iterator[int]:
@@ -150,7 +150,7 @@ class History:
 
     async def ask(self, subject: Subject) -> None:
         asked = time.monotonic()
-        await self.allowance.charge(ask, subject)
+        await self.allowance.charge(ChargeKind.QUESTION, subject)
         answered, by = time.monotonic(), self.by
         self.write("ask", *subject[:2], 1, asked if by == STORE else alone_since.get(), answered, by, 0)
 

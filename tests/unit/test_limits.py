@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import slowapi
 from hypothesis import given
 from hypothesis import strategies as st
 from slowapi.errors import RateLimitExceeded
@@ -24,7 +23,7 @@ from support.harness import FULL, Clock, unmeasured
 
 from proxy.errors import Busy, Refusal, TokensExhausted, TooMany, TooManySessions, TooManyStreams
 from proxy.limits import requests, tokens
-from proxy.limits.requests import Event, MovingWindows, RequestLimits, ask, mint, refuse
+from proxy.limits.requests import ChargeKind, MovingWindows, RequestLimits
 from proxy.limits.status import LimitStatus, Subject, limit_headers
 from proxy.limits.streams import Lease, Leases
 from proxy.limits.tokens import Reservation, Tokens
@@ -60,9 +59,9 @@ def counting(clock: Clock, per_session: str = "", per_address: str = "", **more:
     return RequestLimits(limited(per_session, per_address, **more), clock)
 
 
-def allowed(limits: RequestLimits, subject: Subject, event: Event = ask) -> bool:
+def allowed(limits: RequestLimits, subject: Subject, kind: ChargeKind = ChargeKind.QUESTION) -> bool:
     try:
-        limits.charge(event, subject)
+        limits.charge(kind, subject)
     except TooMany:
         return False
     return True
@@ -116,13 +115,13 @@ def test_windows_match_the_definition(walk: list[tuple[int, Subject]]) -> None:
     for ticks, subject in walk:
         clock.now += ticks * TICK
         room = model.remaining(subject, clock.now)
-        assert [standing.remaining for standing in limits.standings(ask, subject)] == room
+        assert [standing.remaining for standing in limits.statuses(ChargeKind.QUESTION, subject)] == room
         passes = allowed(limits, subject)
         assert passes == all(room)
         if passes:
             model.let_through.append((clock.now, subject))
             room = [left - 1 for left in room]
-        assert [standing.remaining for standing in limits.standings(ask, subject)] == room
+        assert [standing.remaining for standing in limits.statuses(ChargeKind.QUESTION, subject)] == room
 
 
 @given(steps)
@@ -157,7 +156,7 @@ def test_retry_after_is_true_of_requests(walk: list[tuple[int, Subject]]) -> Non
     for ticks, subject in walk:
         clock.now += ticks * TICK
         try:
-            limits.charge(ask, subject)
+            limits.charge(ChargeKind.QUESTION, subject)
         except TooMany as refusal:
             wait = wait_told(refusal)
             assert 0 < wait <= 3
@@ -175,10 +174,10 @@ def test_a_refused_request_costs_nothing() -> None:
     for _ in range(2):
         clock.now += 1
         assert allowed(limits, ANN)
-    assert [standing.remaining for standing in limits.standings(ask, ANN)] == [0, 0, 1]
+    assert [standing.remaining for standing in limits.statuses(ChargeKind.QUESTION, ANN)] == [0, 0, 1]
     clock.now += 1
     assert not allowed(limits, ANN)
-    assert [standing.remaining for standing in limits.standings(ask, ANN)] == [1, 0, 1]
+    assert [standing.remaining for standing in limits.statuses(ChargeKind.QUESTION, ANN)] == [1, 0, 1]
 
 
 def test_sessions_share_their_address() -> None:
@@ -201,7 +200,7 @@ def test_a_session_takes_its_count_along() -> None:
 def test_what_is_limited_is_limited_apart() -> None:
     """Questions, new sessions and refusals have windows of their own, also at the same rate and address."""
     limits = counting(Clock(), per_address="1/minute", new_sessions="1/minute", refusals="1/minute")
-    for event in (ask, mint, refuse):
+    for event in (ChargeKind.QUESTION, ChargeKind.NEW_SESSION, ChargeKind.REFUSAL):
         assert allowed(limits, ANN, event)
         assert not allowed(limits, ANN, event)
         assert allowed(limits, BEN, event)
@@ -210,20 +209,20 @@ def test_what_is_limited_is_limited_apart() -> None:
 def test_no_limit_is_no_limit() -> None:
     """An empty setting limits nothing, shows nothing, and keeps nothing."""
     limits = counting(Clock())
-    assert [limits.charge(ask, ANN) for _ in range(10_000)][-1] == []
-    assert limits.standings(ask, ANN) == []
-    assert limits.limiter.storage.reset() == 0
+    assert [limits.charge(ChargeKind.QUESTION, ANN) for _ in range(10_000)][-1] == []
+    assert limits.statuses(ChargeKind.QUESTION, ANN) == []
+    assert limits.windows.entries == {}
 
 
 def test_refusals_name_what_was_refused() -> None:
     """Too many questions and too many sessions are told apart; the longest wait is told, and full windows shown."""
     clock = Clock()
     limits = counting(clock, "1/second;2/minute;9/hour", new_sessions="1/hour")
-    limits.charge(ask, ANN)
+    limits.charge(ChargeKind.QUESTION, ANN)
     clock.now += 10
-    limits.charge(ask, ANN)
+    limits.charge(ChargeKind.QUESTION, ANN)
     with pytest.raises(TooMany) as asked:
-        limits.charge(ask, ANN)
+        limits.charge(ChargeKind.QUESTION, ANN)
     assert (asked.value.code, asked.value.retry_after) == ("rate_limited", 50)
     assert dict(asked.value.headers()) == {
         b"retry-after": b"50",
@@ -231,9 +230,9 @@ def test_refusals_name_what_was_refused() -> None:
         b"ratelimit-policy": b'"per_session 1/second";q=1;w=1, "per_session 2/minute";q=2;w=60',
         b"ratelimit": b'"per_session 1/second";r=0;t=1, "per_session 2/minute";r=0;t=50',
     }
-    limits.charge(mint, ANN)
+    limits.charge(ChargeKind.NEW_SESSION, ANN)
     with pytest.raises(TooManySessions) as minted:
-        limits.charge(mint, ANN)
+        limits.charge(ChargeKind.NEW_SESSION, ANN)
     assert (minted.value.code, minted.value.retry_after) == ("too_many_sessions", 3600)
 
 
@@ -241,13 +240,13 @@ def test_standings_tell_when_the_next_place_frees() -> None:
     """A standing names the limit, what is left after this request, and when the oldest entry leaves the window."""
     clock = Clock()
     limits = counting(clock, "3/minute", "5/2 hours")
-    assert limits.standings(ask, ANN) == [
+    assert limits.statuses(ChargeKind.QUESTION, ANN) == [
         LimitStatus("per_session", 3, 3, 60, 60, "3/minute"),
         LimitStatus("per_address", 5, 5, 7200, 7200, "5/2 hour"),
     ]
-    limits.charge(ask, ANN)
+    limits.charge(ChargeKind.QUESTION, ANN)
     clock.now += 15
-    assert limits.charge(ask, ANN) == [
+    assert limits.charge(ChargeKind.QUESTION, ANN) == [
         LimitStatus("per_session", 3, 1, 45, 60, "3/minute"),
         LimitStatus("per_address", 5, 3, 7185, 7200, "5/2 hour"),
     ]
@@ -257,10 +256,10 @@ def test_standings_tell_when_the_next_place_frees() -> None:
 def test_an_empty_key_is_refused(subject: Subject) -> None:
     """A subject without a key is a bug, and neither counts everyone as one nor goes uncounted."""
     limits = counting(Clock(), "5/minute", "5/minute")
-    for attempt in (limits.charge, limits.standings):
+    for attempt in (limits.charge, limits.statuses):
         with pytest.raises(ValueError, match="without a key"):
-            attempt(ask, subject)
-    assert limits.limiter.storage.reset() == 0
+            attempt(ChargeKind.QUESTION, subject)
+    assert limits.windows.entries == {}
 
 
 # ---- requests: the memory ------------------------------------------------------------------------------------------
@@ -268,16 +267,23 @@ def test_an_empty_key_is_refused(subject: Subject) -> None:
 MANY = 100_000
 
 
+def entered(windows: MovingWindows, key: str, limit: int, expiry: int) -> bool:
+    """Adds an entry if the window has room for it."""
+    if windows.window(key, expiry)[1] >= limit:
+        return False
+    windows.enter(key, expiry)
+    return True
+
+
 def test_dead_keys_do_not_gather() -> None:
     """While 100,000 callers come and go, no more is kept than twice what counts, and a fixed rest."""
     clock, live = Clock(), 1000
     limits = counting(clock, "5/second")
-    storage = limits.limiter.storage
-    assert isinstance(storage, MovingWindows)
+    storage = limits.windows
     largest = 0
     for number in range(MANY):
         clock.now += 1 / live
-        limits.charge(ask, Subject(f"session {number}", "203.0.113.1"))
+        limits.charge(ChargeKind.QUESTION, Subject(f"session {number}", "203.0.113.1"))
         largest = max(largest, len(storage.entries))
     assert largest <= 2 * (live + 1) + requests.SWEEP_AFTER
 
@@ -285,63 +291,45 @@ def test_dead_keys_do_not_gather() -> None:
 def test_a_burst_of_keys_is_forgotten() -> None:
     """After 100,000 callers at once have gone, the next callers sweep them out, and none that still counts."""
     clock = Clock()
-    storage = MovingWindows(clock=clock)
-    assert storage.acquire_entry("of the day", 1, 86400)
+    storage = MovingWindows(clock)
+    assert entered(storage, "of the day", 1, 86400)
     for number in range(MANY):
-        assert storage.acquire_entry(f"burst {number}", 1, 60)
+        assert entered(storage, f"burst {number}", 1, 60)
     assert len(storage.entries) == MANY + 1
     clock.now += 60
     for number in range(MANY + requests.SWEEP_AFTER):
         clock.now += TICK
-        assert storage.acquire_entry(f"later {number}", 1, 1)
+        assert entered(storage, f"later {number}", 1, 1)
     assert len(storage.entries) <= 2 * 66 + requests.SWEEP_AFTER
     assert not any(key.startswith("burst") for key in storage.entries)
-    assert not storage.acquire_entry("of the day", 1, 86400)
+    assert not entered(storage, "of the day", 1, 86400)
 
 
 def test_a_key_holds_no_more_than_its_limit() -> None:
     """However often a caller asks, its entry has as many times as the limit is wide, and old ones go."""
     clock = Clock()
-    storage = MovingWindows(clock=clock)
+    storage = MovingWindows(clock)
     for _ in range(1000):
-        storage.acquire_entry("key", 5, 60)
+        entered(storage, "key", 5, 60)
         clock.now += 7
-        assert storage.get("key") <= 5
+        assert len(storage.entries["key"][1]) <= 5
     clock.now += 60
-    assert storage.get_moving_window("key", 5, 60) == (clock.now, 0)
-    assert storage.get("key") == 0
-
-
-def test_the_storage_keeps_its_bargain_with_limits() -> None:
-    """What the `limits` package asks of a storage is answered: counts, expiry, clearing, health; no counters."""
-    clock = Clock()
-    storage = MovingWindows(clock=clock)
-    assert (storage.get("key"), storage.get_expiry("key")) == (0, clock.now)
-    assert storage.acquire_entry("key", 3, 60, amount=2)
-    assert not storage.acquire_entry("key", 3, 60, amount=2)
-    assert (storage.get("key"), storage.get_expiry("key")) == (2, clock.now + 60)
-    storage.clear("key")
-    storage.clear("unknown")
-    assert storage.get("key") == 0
-    assert storage.acquire_entry("other", 3, 60)
-    assert (storage.reset(), storage.reset()) == (1, 0)
-    assert storage.check()
-    assert issubclass(ValueError, storage.base_exceptions)
-    with pytest.raises(NotImplementedError):
-        storage.incr("key", 60)
+    assert storage.window("key", 60) == (clock.now, 0)
+    assert len(storage.entries["key"][1]) == 0
 
 
 # ---- requests: slowapi ---------------------------------------------------------------------------------------------
 
 
-def test_it_is_slowapis_limiter() -> None:
-    """The limiter is slowapi's, with its registration, its limits and its exception."""
+def test_limits_are_registered_with_slowapi() -> None:
+    """A configured limit is a Limit of slowapi with its key function; the refusal's cause is slowapi's exception."""
     limits = counting(Clock(), "1/minute", "2/minute")
-    assert isinstance(limits, slowapi.Limiter)
-    assert [type(limit) for limit in limits.registered(ask)] == [Limit, Limit]
-    limits.charge(ask, ANN)
+    registered = limits.limits[ChargeKind.QUESTION]
+    assert [type(limit) for limit in registered] == [Limit, Limit]
+    assert [limit.key_func(ANN) for limit in registered] == [ANN.session, ANN.address]
+    limits.charge(ChargeKind.QUESTION, ANN)
     with pytest.raises(TooMany) as raised:
-        limits.charge(ask, ANN)
+        limits.charge(ChargeKind.QUESTION, ANN)
     assert isinstance(raised.value.__cause__, RateLimitExceeded)
 
 
@@ -368,13 +356,13 @@ def test_nothing_outside_opens_the_gates(place: str, tmp_path: Path, monkeypatch
             monkeypatch.setenv(name, value)
     limits = counting(Clock(), "2/minute")
     assert [allowed(limits, ANN) for _ in range(4)] == [True, True, False, False]
-    assert limits.enabled is True
-    assert isinstance(limits.limiter.storage, MovingWindows)
-    assert not limits._default_limits + limits._application_limits + limits._in_memory_fallback
-    assert not limits._swallow_errors
-    assert not limits.app_config.file_values
-    for name in strays:
-        assert limits.get_app_config(name, "ours") == "ours"
+    assert {kind: [limit.error_message for limit in registered] for kind, registered in limits.limits.items()} == {
+        ChargeKind.QUESTION: ["2/minute"],
+        ChargeKind.NEW_SESSION: [],
+        ChargeKind.REFUSAL: [],
+        ChargeKind.LOGIN: ["10/minute"],
+        ChargeKind.CHECK: ["600/minute"],
+    }
 
 
 # ---- leases --------------------------------------------------------------------------------------------------------
@@ -458,8 +446,8 @@ def test_session_and_address_of_one_name_are_two() -> None:
     """An id that reads like an address does not count as that address."""
     held = leases(per_session=1, per_address=2)
     with held.acquire(Subject("same", "same")), held.acquire(Subject("other", "same")):
-        assert held.standing(Subject("same", "elsewhere")) == LimitStatus("streams_per_session", 1, 0, 0)
-        assert held.standing(Subject("third", "same")) == LimitStatus("streams_per_session", 1, 1, 0)
+        assert held.status(Subject("same", "elsewhere")) == LimitStatus("streams_per_session", 1, 0, 0)
+        assert held.status(Subject("third", "same")) == LimitStatus("streams_per_session", 1, 1, 0)
     assert_none_held(held)
 
 
@@ -513,7 +501,7 @@ def reserve(purse: Tokens, subject: Subject, amount: int) -> Reservation:
 
 
 def left(purse: Tokens, subject: Subject = ANN) -> list[int]:
-    return [standing.remaining for standing in purse.standings(subject)]
+    return [standing.remaining for standing in purse.statuses(subject)]
 
 
 def exhausted(purse: Tokens, subject: Subject, amount: int) -> TokensExhausted:
@@ -608,7 +596,7 @@ def test_tokens_are_told_apart() -> None:
 def test_the_whole_servers_account_is_not_shown() -> None:
     """What the server has left in all is not the page's business."""
     tokens = purse(Clock(), "100/day", "", "200/day")
-    assert [standing.name for standing in tokens.standings(ANN)] == ["tokens_per_session"]
+    assert [standing.name for standing in tokens.statuses(ANN)] == ["tokens_per_session"]
 
 
 def test_the_window_begins_with_its_first_token() -> None:
@@ -765,7 +753,7 @@ def test_refused_tokens_say_which_limit() -> None:
 def test_tokens_refuse_an_empty_key(subject: Subject) -> None:
     """A subject without a key is a bug, and spends from nobody's account."""
     purses = purse(Clock(), "100/day", "100/day")
-    for attempt in (lambda: reserve(purses, subject, 1), lambda: purses.standings(subject)):
+    for attempt in (lambda: reserve(purses, subject, 1), lambda: purses.statuses(subject)):
         with pytest.raises(ValueError, match="without a key"):
             attempt()
     assert purses.windows == {}
@@ -786,7 +774,7 @@ def test_looking_costs_no_memory() -> None:
     """Who only asks how much is left, or is refused, opens no account."""
     purses = purse(Clock(), "100/day")
     for number in range(100):
-        purses.standings(Subject(f"session {number}", "203.0.113.1"))
+        purses.statuses(Subject(f"session {number}", "203.0.113.1"))
         exhausted(purses, Subject(f"session {number}", "203.0.113.1"), 101)
     assert purses.windows == {}
 
@@ -843,18 +831,18 @@ HEADERS = [
 
 
 @pytest.mark.parametrize(
-    ("standings", "headers"), [case[1:] for case in HEADERS], ids=[str(case[0]) for case in HEADERS]
+    ("statuses", "headers"), [case[1:] for case in HEADERS], ids=[str(case[0]) for case in HEADERS]
 )
-def test_limit_headers(standings: list[LimitStatus], headers: list[tuple[bytes, bytes]]) -> None:
+def test_limit_headers(statuses: list[LimitStatus], headers: list[tuple[bytes, bytes]]) -> None:
     """RateLimit-Policy and RateLimit are as draft-ietf-httpapi-ratelimit-headers-10 has them; times are rounded up."""
-    assert limit_headers(standings) == headers
+    assert limit_headers(statuses) == headers
 
 
 def every_configured() -> Iterator[LimitStatus]:
     clock = Clock()
     everything = "1/second;2 per minute;3/5 minutes;4 per 1 day;5/month"
-    yield from counting(clock, everything, everything).standings(ask, ANN)
-    yield from purse(clock, everything, everything).standings(ANN)
+    yield from counting(clock, everything, everything).statuses(ChargeKind.QUESTION, ANN)
+    yield from purse(clock, everything, everything).statuses(ANN)
 
 
 def test_labels_are_structured_field_strings() -> None:
@@ -886,7 +874,7 @@ CALLERS = 1_000_000 if FULL else 100_000
 CROWD = """
 import sys
 from proxy.limits.status import Subject
-from proxy.limits.requests import RequestLimits, ask, mint
+from proxy.limits.requests import RequestLimits, ChargeKind
 from proxy.limits.tokens import Tokens
 from proxy.settings import Limits
 
@@ -899,15 +887,15 @@ before = held()
 for number in range(int(sys.argv[1])):
     now += 0.0001
     subject = Subject(f"{number:022d}", f"2001:db8:{number >> 16:x}:{number & 65535:x}::/64")
-    requests.charge(mint, subject)
-    requests.charge(ask, subject)
+    requests.charge(ChargeKind.NEW_SESSION, subject)
+    requests.charge(ChargeKind.QUESTION, subject)
     tokens.reserve(tokens.check(subject, 100), 100).settle(20)
 print(held() - before)
 now += 1_000_000
-for sweep in (requests.storage.make_room, tokens.make_room):
-    requests.storage.sweep_at = tokens.sweep_at = 0
+for sweep in (requests.windows.make_room, tokens.make_room):
+    requests.windows.sweep_at = tokens.sweep_at = 0
     sweep()
-print(len(requests.storage.entries) + len(tokens.windows))
+print(len(requests.windows.entries) + len(tokens.windows))
 """
 
 
@@ -926,11 +914,11 @@ def test_the_oldest_are_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None
     clock = Clock()
     limits, purses = counting(clock, "1/day"), purse(clock, "200000/day", "1000000/day", "10000/day")
     for number in range(10_000):
-        limits.charge(ask, Subject(str(number), str(number)))
+        limits.charge(ChargeKind.QUESTION, Subject(str(number), str(number)))
         reserve(purses, Subject(str(number), str(number)), 1).settle(1)
-    assert len(limits.storage.entries) <= 1000
+    assert len(limits.windows.entries) <= 1000
     assert len(purses.windows) <= 1000
     with pytest.raises(TooMany):
-        limits.charge(ask, Subject("9999", "9999"))
-    assert purses.standings(Subject("9999", "9999"))[0].remaining == 199_999
+        limits.charge(ChargeKind.QUESTION, Subject("9999", "9999"))
+    assert purses.statuses(Subject("9999", "9999"))[0].remaining == 199_999
     exhausted(purses, Subject("another", "another"), 1)  # what all have used together is never forgotten
