@@ -12,10 +12,11 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from proxy.chat.api_key import secret_in
 from proxy.chat.policy import ChatRequest
 from proxy.chat.relay import Relay
 from proxy.chat.sse import Events
-from proxy.chat.upstream import Upstream, UpstreamCall, secret_in
+from proxy.chat.upstream import Upstream, UpstreamCall
 from proxy.chat.usage import UsageMeter
 from proxy.errors import Draining, GatewayTimeout, Interruption, Refusal, StreamDrained
 from proxy.settings import Settings

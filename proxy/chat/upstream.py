@@ -14,19 +14,27 @@ from __future__ import annotations
 import asyncio
 import errno
 import re
-import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC
-from email.utils import parsedate_to_datetime
 from typing import NoReturn, TypeVar, cast
 
 import httpx
 import msgspec
 
 from proxy import settings
+from proxy.chat.api_key import ApiKey
+from proxy.chat.upstream_errors import (
+    HARMLESS,
+    decoded,
+    describe,
+    error_of,
+    is_json,
+    read_at_most,
+    refuse_transport,
+    retry_after,
+)
 from proxy.errors import (
     BadGateway,
     Busy,
@@ -48,31 +56,11 @@ T = TypeVar("T")
 
 FIRST_PAUSE = 0.5  # seconds before the first retry; doubled each time (the guide's 2 ** attempt, begun earlier)
 LONGEST_PAUSE = 8.0  # seconds; a browser waits meanwhile
-LONGEST_WAIT = 86400.0  # seconds: whoever asks for more than a day has not meant it
-LONGEST_ERROR = 64 * 1024  # bytes of an error's body that are read for its code
 LONGEST_ANSWER = 8 << 20  # bytes of an answer that is not streamed
-ERROR_BODY_TIMEOUT = 5.0  # seconds for an error's body, of which only the code is wanted; and for a list of models
 WRITE_TIMEOUT = 30.0  # seconds for the upstream to take more of the request's body
-KEY_CHECK = 1.0  # seconds between two looks at the key's file
-DECIMAL = re.compile(r"-?\d{1,15}(?:\.\d{0,15})?", re.ASCII)
-HARMLESS = re.compile(r"[a-z0-9_.\[\]]{1,64}")
 PLAIN_NAME = re.compile(r"[a-z0-9.+/-]{1,40}")  # of a media type or a content coding
-KEY_PREFIX = re.compile(r"(?:[a-z]{1,12}[-_]){0,3}")  # sk-proj-; of a random part it would seldom take anything
-PIECE = 8  # characters of a key that identify it
-PLACEHOLDERS = frozenset(  # what servers that want no key are given, where it is not shorter than a piece
-    {"dummy-key", "lm-studio", "no-key-required", "not-needed", "not_needed", "placeholder", "sk-no-key-required"}
-)
 
 Random = Callable[[], float]
-
-
-class UpstreamError(msgspec.Struct):
-    code: object = None
-    param: object = None
-
-
-class ErrorBody(msgspec.Struct):
-    error: UpstreamError
 
 
 class Model(msgspec.Struct):
@@ -83,54 +71,7 @@ class ModelList(msgspec.Struct):
     data: list[Model]
 
 
-decode_error = msgspec.json.Decoder(ErrorBody).decode
 decode_models = msgspec.json.Decoder(ModelList).decode
-decode_any = msgspec.json.Decoder(msgspec.Raw).decode
-
-
-class ApiKey:
-    """The key and its file: a new key in the file is used from the next request on.
-
-    `pieces` finds any PIECE characters of the key's random part in lower or upper case; of the one before it, too,
-    since requests that went out with that may still be answered.
-    """
-
-    def __init__(self, secret: settings.Secret, clock: Callable[[], float]) -> None:
-        self._secret = secret
-        self._clock = clock
-        self._look_again = clock() + KEY_CHECK
-        self.pieces = pieces_of(secret.value)
-
-    def value(self) -> str:
-        if self._secret.path is not None and self._clock() >= self._look_again:
-            self.reload()
-        return self._secret.value
-
-    def reload(self) -> None:
-        self._look_again = self._clock() + KEY_CHECK
-        again = self._secret.again()
-        if again != self._secret:
-            self.pieces = pieces_of(again.value, self._secret.value)
-            self._secret = again
-
-
-def secret_in(key: str) -> bytes:
-    """What no answer may hold; nothing where the key is too short for a secret, or known to be none."""
-    return b"" if len(key) < PIECE or key.lower() in PLACEHOLDERS else key.encode()
-
-
-def pieces_of(*keys: str) -> re.Pattern[bytes]:
-    """A pattern that finds any PIECE characters of a key's random part: what follows words like `sk-proj-`.
-
-    Where that part is shorter, it finds the whole key.
-    """
-    pieces = set()
-    for key in filter(secret_in, keys):
-        secret_part = KEY_PREFIX.sub("", key, count=1)
-        if len(secret_part) < PIECE:
-            pieces.add(key)
-        pieces |= {secret_part[i : i + PIECE] for i in range(len(secret_part) - PIECE + 1)}
-    return re.compile(("|".join(re.escape(piece) for piece in sorted(pieces)) or "(?!)").encode(), re.IGNORECASE)
 
 
 @dataclass(slots=True)
@@ -354,89 +295,6 @@ class Upstream:
         return None
 
 
-def refuse_transport(error: httpx.TransportError) -> NoReturn:
-    reason = describe(error)
-    if isinstance(error, httpx.ConnectTimeout):
-        raise GatewayTimeout(should_retry=False, reason=reason) from error
-    if isinstance(error, httpx.ConnectError):
-        raise UpstreamUnreachable(reason=reason) from error
-    if isinstance(error, httpx.TimeoutException):
-        raise GatewayTimeout(should_retry=False, reason=reason, billed=True) from error
-    if isinstance(error, httpx.NetworkError):
-        raise UpstreamUnreachable(reason=reason, billed=True) from error
-    raise UpstreamProtocol(reason=reason, billed=True) from error
-
-
-def describe(error: httpx.TransportError) -> str:
-    """What happened, for the log: kinds of error only, since their texts may quote what was sent."""
-    cause = error.__cause__
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        return f"{type(error).__name__}: {cause.verify_message}"
-    if isinstance(cause, socket.gaierror | OSError):
-        return f"{type(error).__name__}: {cause.strerror or type(cause).__name__}"
-    return type(error).__name__
-
-
-async def read_at_most(response: httpx.Response, most: int) -> bytes | None:
-    """The whole body, or None when it is longer than `most` bytes."""
-    parts, size = [], 0
-    async for part in cast(AsyncIterator[bytes], response.stream):
-        size += len(part)
-        if size > most:
-            return None
-        parts.append(part)
-    return b"".join(parts)
-
-
-def is_json(answer: bytes) -> bool:
-    try:
-        decode_any(answer)
-    except (msgspec.MsgspecError, RecursionError):
-        return False
-    return True
-
-
-async def decoded(response: httpx.Response, most: int, decode: Callable[[bytes], T]) -> T | None:
-    """The body, where that can be read, soon and in at most `most` bytes."""
-    try:
-        async with asyncio.timeout(ERROR_BODY_TIMEOUT):
-            body = await read_at_most(response, most)
-        return decode(body or b"")
-    except (TimeoutError, httpx.TransportError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return None
-
-
-async def error_of(response: httpx.Response) -> UpstreamError:
-    told = await decoded(response, LONGEST_ERROR, decode_error)
-    return told.error if told else UpstreamError()
-
-
 async def models_in(response: httpx.Response) -> frozenset[str]:
     listed = await decoded(response, LONGEST_ANSWER, decode_models)
     return frozenset(model.id for model in listed.data) if listed else frozenset()
-
-
-def retry_after(headers: httpx.Headers, now: float) -> float | None:
-    """Seconds to wait as the upstream asked: retry-after-ms (OpenAI's), else Retry-After, seconds or date (RFC 9110).
-
-    Never negative, and at most LONGEST_WAIT; None when it asked nothing that can be read.
-    """
-    milliseconds, written = number(headers.get("retry-after-ms", "")), headers.get("retry-after", "")
-    wait = number(written) if milliseconds is None else milliseconds / 1000
-    if wait is None:
-        wait = seconds_until(written, now)
-    return None if wait is None else min(max(0.0, wait), LONGEST_WAIT)
-
-
-def number(written: str) -> float | None:
-    """A decimal number; not what else float() takes, such as nan."""
-    return float(written) if DECIMAL.fullmatch(written.strip()) else None
-
-
-def seconds_until(date: str, now: float) -> float | None:
-    """The seconds from `now` to an HTTP date, in any of its forms; all of them mean UTC (RFC 9110 section 5.6.7)."""
-    try:
-        moment = parsedate_to_datetime(date)
-        return moment.replace(tzinfo=moment.tzinfo or UTC).timestamp() - now
-    except (ValueError, OverflowError):
-        return None

@@ -20,11 +20,10 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
-import certifi
 import httpx
 import msgspec
 
-from proxy.check import findings
+from proxy.check import findings, judgements
 from proxy.check.findings import Finding
 from proxy.check.report import (
     CHAT,
@@ -43,6 +42,7 @@ from proxy.check.report import (
 )
 from proxy.check.ticket import Tickets
 from proxy.settings import USUAL_PORTS, Settings, is_loopback
+from proxy.transport.tls import system_ssl_context
 
 DEADLINE = 10.0  # seconds for each thing that is waited for
 NOBODY = "nobody@elsewhere.invalid"
@@ -96,15 +96,6 @@ def longest_silence(settings: Settings) -> float:
     return min(LONGEST_SILENCE, SILENCE_OVER_TIMEOUT * max(upstream.first_byte_timeout, idle))
 
 
-def trusted_by(ca_file: str | None) -> ssl.SSLContext:
-    """The system's roots (SSL_CERT_FILE), the browsers', and the operator's own. Raises OSError, ssl.SSLError."""
-    context = ssl.create_default_context()
-    context.load_verify_locations(certifi.where())
-    if ca_file is not None:
-        context.load_verify_locations(ca_file)
-    return context
-
-
 def examine(
     settings: Settings,
     url: str,
@@ -118,7 +109,7 @@ def examine(
     tickets = Tickets(settings.session.secret.lines())
     if url.startswith("http://") and not is_loopback(urlsplit(url).hostname or ""):
         return [findings.unprotected(url)], Measured()
-    context = trusted_by(ca_file)
+    context = system_ssl_context(ca_file)
     try:
         certificate, offers_h2 = greet(url, context)
     except ssl.SSLCertVerificationError as error:
@@ -136,7 +127,7 @@ def examine(
                 return [obstacle], Measured()
         door = Connection(url, now, ours, certificate, offers_h2, plain, first)
         seen = Prober(browser, settings, slow=slow).beyond(door)
-    return findings.judge(seen), measured(seen)
+    return judgements.judge(seen), measured(seen)
 
 
 def greet(url: str, context: ssl.SSLContext) -> tuple[Certificate | None, bool | None]:
@@ -289,7 +280,7 @@ class Prober:
     def rhythm(self, path: str) -> Streamed:
         """A stream that came in lumps is looked at once more, slower: this machine may have stood still."""
         stream = self.stream(path, EVENTS, SPACING, DEADLINE)
-        return self.stream(path, EVENTS, 2 * SPACING, DEADLINE) if findings.is_lumped(stream) else stream
+        return self.stream(path, EVENTS, 2 * SPACING, DEADLINE) if judgements.is_lumped(stream) else stream
 
     def silence(self) -> Streamed | None:
         seconds = self.silence_seconds

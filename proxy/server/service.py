@@ -19,11 +19,9 @@ import gc
 import resource
 import signal
 import socket
-import ssl
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import certifi
 from starlette.types import Receive, Scope, Send
 
 from proxy.app import ChatProxy
@@ -31,7 +29,8 @@ from proxy.server.protocol import Guard, GuardedProtocol
 from proxy.server.runner import bridged, uvicorn_for
 from proxy.settings import Settings
 from proxy.telemetry.logs import Logs
-from proxy.transport.connection import Transport
+from proxy.transport.pool import Transport
+from proxy.transport.tls import upstream_ssl_context
 
 LAST_WORDS = 2.0  # seconds for the final events of a drain to reach their browsers
 LAST_REQUESTS = 5.0  # seconds for requests on idle connections of one that retires: a busy pool has used them by then
@@ -67,7 +66,7 @@ class Service:
         self.metrics_listener = metrics_listener
         self.logs = logs
         self.drain_seconds = settings.server.drain_seconds
-        self.transport = Transport(ssl_context=ssl_context(settings))
+        self.transport = Transport(ssl_context=upstream_ssl_context(settings.upstream.ca_file))
         self.app = ChatProxy(settings, transport=self.transport, logs=logs)
         self.most_sockets = resource.getrlimit(resource.RLIMIT_NOFILE)[0] * DESCRIPTORS_USED - OWN_DESCRIPTORS
         self.guard = Guard(
@@ -174,12 +173,3 @@ def allow_all_descriptors() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # some systems call it unlimited and then do not allow that
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def ssl_context(settings: Settings) -> ssl.SSLContext | None:
-    """None for the transport's own roots, or those with the operator's beside them."""
-    if not settings.upstream.ca_file:
-        return None
-    context = ssl.create_default_context(cafile=certifi.where())
-    context.load_verify_locations(settings.upstream.ca_file)
-    return context

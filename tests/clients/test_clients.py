@@ -33,6 +33,7 @@ from support.npm import installed
 from support.stage import always
 
 from proxy.demo import model as demo
+from proxy.demo import request as demo_request
 
 CLIENTS = Path(__file__).parent
 LONGEST = 60.0  # seconds for one program; they take one or two
@@ -41,7 +42,7 @@ COMMANDS = {".py": [sys.executable], ".mjs": ["node"], ".sh": ["sh"]}
 STREAMING = ["stream.py", "stream_async.py", "stream.mjs"]
 
 HELLO = "hello"
-ANSWER = demo.answer(HELLO, demo.Staging(), (), None)
+ANSWER = demo.answer(HELLO, demo_request.Staging(), (), None)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from proxy.check.ticket import Tickets
 from proxy.cli import main as cli
 from proxy.limits import requests
 from proxy.settings import Rate, Secret, Settings
+from proxy.transport import tls
 
 NOWHERE = "http://127.0.0.1:9/v1"  # no check with --url calls the model
 SECRET = secrets.token_urlsafe(32)
@@ -467,7 +468,9 @@ def test_the_process_that_knows_is_found(knows: Callable[[int, int], bool], stat
     with (
         ScriptedUpstream(Processes(knows)) as processes,
         patch.object(checkup, "LEAVING_PATIENCE", 0.3),
-        checkup.Browser(f"http://127.0.0.1:{processes.port}", checkup.trusted_by(None), lambda: "ticket") as browser,
+        checkup.Browser(
+            f"http://127.0.0.1:{processes.port}", tls.system_ssl_context(None), lambda: "ticket"
+        ) as browser,
     ):
         left = checkup.Prober(browser, right.proxy.settings, slow=False).leave()
     assert left.state == state
@@ -487,7 +490,7 @@ def test_nonsense_is_no_answer(right: Site) -> None:
     with ScriptedUpstream(nonsense) as other:
         url = f"http://127.0.0.1:{other.port}"
         found, _ = checkup.examine(right.proxy.settings, url)
-        with checkup.Browser(url, checkup.trusted_by(None), lambda: "ticket") as browser:
+        with checkup.Browser(url, tls.system_ssl_context(None), lambda: "ticket") as browser:
             streamed = checkup.Prober(browser, right.proxy.settings, slow=False).rhythm("/api/chat")
     assert [(finding.code, "DecodingError" in finding.what) for finding in found] == [("unreachable", True)]
     assert (streamed.answer.status, streamed.report, streamed.ended) == (200, None, False)

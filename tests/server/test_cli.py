@@ -50,8 +50,8 @@ from support.harness import (
 from support.stage import Steps
 
 from proxy import __version__, settings
-from proxy.cli import main as cli
-from proxy.demo import model as demo
+from proxy.cli import admin
+from proxy.demo import request as demo_request
 
 PIPE = 4096  # bytes, the smallest that Linux gives
 MODELS_LIST = b'{"object":"list","data":[]}'
@@ -219,12 +219,12 @@ def test_init_writes_a_file_that_works(tmp_path: Path) -> None:
 def test_init_names_only_real_settings(tmp_path: Path) -> None:
     """What init's file holds in comments is accepted when it is uncommented, and its active lines are the defaults."""
     file = tmp_path / "all.toml"
-    file.write_text(re.sub(r"(?m)^# (\w+ = )", r"\1", cli.TEMPLATE), encoding="utf-8")
+    file.write_text(re.sub(r"(?m)^# (\w+ = )", r"\1", admin.TEMPLATE), encoding="utf-8")
     given = environment(UPSTREAM_API_KEY=random_key(), SESSION_SECRET="s" * 43)
     chosen = settings.load(str(file), given)
     assert chosen.server.public_url == "https://chat.example.org"
     assert chosen.limits.tokens_total
-    file.write_text(cli.TEMPLATE, encoding="utf-8")
+    file.write_text(admin.TEMPLATE, encoding="utf-8")
     plain = settings.from_variables(environment(**settings_for("https://x"), SESSION_SECRET="s" * 43))
     chosen = settings.load(str(file), given)
     assert (chosen.server, chosen.limits) == (plain.server, plain.limits)
@@ -676,7 +676,7 @@ def test_demo(tmp_path: Path) -> None:
         status, page = process.get("/")
         assert status == 200
         assert b"<!doctype html>" in page.lower()
-        assert [model["id"] for model in json.loads(process.get("/api/v1/models")[1])["data"]] == list(demo.MODELS)
+        assert [model["id"] for model in json.loads(process.get("/api/v1/models")[1])["data"]] == [*demo_request.MODELS]
         answer = chat(process)
         assert answer.startswith(b"data: {")
         assert answer.endswith(DONE)
@@ -694,7 +694,7 @@ def test_upstream(tmp_path: Path) -> None:
         assert url_printed(process) == f"http://127.0.0.1:{process.port}/v1"
         assert "any key" in process.printed()
         with closing(process.connect()) as connection:
-            status, body = exchange(connection, "/v1/chat/completions", **HELLO, model=demo.MODELS[0])
+            status, body = exchange(connection, "/v1/chat/completions", **HELLO, model=demo_request.MODELS[0])
             assert status == 200
             assert body.endswith(DONE)
         process.tell(signal.SIGTERM)
@@ -710,7 +710,7 @@ def test_a_cut_that_was_asked_for(command: str, tmp_path: Path) -> None:
         if command == "demo":
             eventually(process.answers, STARTING)
         with closing(process.connect()) as connection:
-            asked = {"messages": [{"role": "user", "content": "/cut"}], "model": demo.MODELS[0], "stream": True}
+            asked = {"messages": [{"role": "user", "content": "/cut"}], "model": demo_request.MODELS[0], "stream": True}
             with suppress(http.client.IncompleteRead):
                 assert not exchange(connection, path, **asked)[1].endswith(DONE)
         process.tell(signal.SIGTERM)

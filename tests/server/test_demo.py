@@ -27,6 +27,7 @@ from support.harness import eventually
 
 from proxy.demo import answers as demo_answers
 from proxy.demo import model as demo
+from proxy.demo import request as demo_request
 
 KEY = "demo-" + secrets.token_hex(16)
 DEADLINE = 10.0
@@ -153,7 +154,7 @@ def test_one_object_without_stream(model: Running) -> None:
 def test_models_are_listed(model: Running) -> None:
     """GET /v1/models lists MODELS, the default first."""
     with model.openai() as client:
-        assert tuple(entry.id for entry in client.models.list()) == demo.MODELS
+        assert tuple(entry.id for entry in client.models.list()) == demo_request.MODELS
 
 
 def test_a_wrong_key_is_an_authentication_error(model: Running) -> None:
@@ -516,22 +517,22 @@ json_values = st.recursive(
 OPTIONAL = ("max_tokens", "max_completion_tokens", "n", "stop", "stream", "stream_options")
 requests = st.fixed_dictionaries(
     {
-        "model": st.sampled_from(demo.MODELS) | json_values,
+        "model": st.sampled_from(demo_request.MODELS) | json_values,
         "messages": json_values | st.just([{"role": "user"}]),
     },
     optional=dict.fromkeys(OPTIONAL, json_values),
 )
 
 
-@given(st.binary() | requests.map(demo.encode) | json_values.map(demo.encode))
+@given(st.binary() | requests.map(demo_request.encode) | json_values.map(demo_request.encode))
 def test_parse_never_fails_otherwise(body: bytes) -> None:
     """Whatever the body is, it is understood or it is refused with 400 or 404."""
     try:
-        ask = demo.parse(body)
-    except demo.Rejected as refusal:
+        ask = demo_request.parse(body)
+    except demo_request.Rejected as refusal:
         refused = refusal
     else:
-        assert ask.model in demo.MODELS
+        assert ask.model in demo_request.MODELS
         return
     assert refused.status in (400, 404)
     assert json.loads(refused.body)["error"]["message"]
@@ -540,32 +541,32 @@ def test_parse_never_fails_otherwise(body: bytes) -> None:
 @pytest.mark.parametrize(
     ("prompt", "faults", "rest"),
     [
-        ("hello", demo.Staging(), "hello"),
-        ("/cut", demo.Staging(cut=True), ""),
-        ("/cut a story", demo.Staging(cut=True), "a story"),
-        ("a story /cut", demo.Staging(cut=True), "a story"),
-        ("/slow /silent 5 a\nstory", demo.Staging(slow=True, silent=5), "a\nstory"),
-        ("/silent", demo.Staging(silent=30), ""),
-        ("/silent 0", demo.Staging(), ""),
-        ("/silent 999999", demo.Staging(silent=600), ""),
-        ("/error 429", demo.Staging(error=429), ""),
-        ("/error", demo.Staging(error=500), ""),
-        ("/error 200", demo.Staging(error=500), ""),
-        ("/error 600", demo.Staging(error=500), ""),
-        ("cut/cut /cutting `/cut` /CUT", demo.Staging(), "cut/cut /cutting `/cut` /CUT"),
+        ("hello", demo_request.Staging(), "hello"),
+        ("/cut", demo_request.Staging(cut=True), ""),
+        ("/cut a story", demo_request.Staging(cut=True), "a story"),
+        ("a story /cut", demo_request.Staging(cut=True), "a story"),
+        ("/slow /silent 5 a\nstory", demo_request.Staging(slow=True, silent=5), "a\nstory"),
+        ("/silent", demo_request.Staging(silent=30), ""),
+        ("/silent 0", demo_request.Staging(), ""),
+        ("/silent 999999", demo_request.Staging(silent=600), ""),
+        ("/error 429", demo_request.Staging(error=429), ""),
+        ("/error", demo_request.Staging(error=500), ""),
+        ("/error 200", demo_request.Staging(error=500), ""),
+        ("/error 600", demo_request.Staging(error=500), ""),
+        ("cut/cut /cutting `/cut` /CUT", demo_request.Staging(), "cut/cut /cutting `/cut` /CUT"),
     ],
 )
-def test_knobs(prompt: str, faults: demo.Staging, rest: str) -> None:
+def test_knobs(prompt: str, faults: demo_request.Staging, rest: str) -> None:
     """A knob is a word of its own; what is left of the message chooses the answer."""
-    assert demo.staging(prompt) == (faults, rest)
+    assert demo_request.staging(prompt) == (faults, rest)
 
 
 @given(st.text(alphabet="/cutsilenorw 0123456789\n", max_size=60))
 def test_staging_takes_any_text(prompt: str) -> None:
     """No text makes the search for knobs fail, and no fault exceeds its bound."""
-    faults, _ = demo.staging(prompt)
+    faults, _ = demo_request.staging(prompt)
     assert faults.error is None or 400 <= faults.error <= 599
-    assert 0 <= faults.silent <= demo.MAX_SILENT_SECONDS
+    assert 0 <= faults.silent <= demo_request.MAX_SILENT_SECONDS
 
 
 @given(st.integers(0, 100_000), st.sampled_from([0.0, 0.001, 0.02, 1.0]), st.booleans(), st.integers(0, 600))
@@ -591,22 +592,22 @@ def test_slow_takes_ten_times_as_long() -> None:
 @pytest.mark.parametrize(
     ("prompt", "text"),
     [
-        ("ሰላም", demo_answers.AMHARIC),
-        ("Say something in Amharic", demo_answers.AMHARIC),
-        ("አማርኛ", demo_answers.AMHARIC),
-        ("مرحبا", demo_answers.ARABIC),
-        ("שלום", demo_answers.HEBREW),
-        ("Hi there!", demo_answers.HELLO),
+        ("ሰላም", demo_answers.text("amharic")),
+        ("Say something in Amharic", demo_answers.text("amharic")),
+        ("አማርኛ", demo_answers.text("amharic")),
+        ("مرحبا", demo_answers.text("arabic")),
+        ("שלום", demo_answers.text("hebrew")),
+        ("Hi there!", demo_answers.text("hello")),
         ("Write a LONG text", demo_answers.essay()),
         ("an essay, please", demo_answers.essay()),
-        ("Explain machine learning in simple terms.", demo_answers.LEARNING),
-        ("Write a short story.", demo_answers.STORY),
-        ("Tell me a joke", demo_answers.JOKE),
-        ("Show me some code", demo_answers.CODE),
-        ("compare three things", demo_answers.TABLE),
-        ("a list of things to do", demo_answers.LIST),
-        ("markdown", demo_answers.MARKDOWN),
-        ("thanks a lot", demo_answers.THANKS),
+        ("Explain machine learning in simple terms.", demo_answers.text("learning")),
+        ("Write a short story.", demo_answers.text("story")),
+        ("Tell me a joke", demo_answers.text("joke")),
+        ("Show me some code", demo_answers.text("code")),
+        ("compare three things", demo_answers.text("table")),
+        ("a list of things to do", demo_answers.text("list")),
+        ("markdown", demo_answers.text("markdown")),
+        ("thanks a lot", demo_answers.text("thanks")),
         ("Where do I put my API key?", demo_answers.ABOUT),
         ("how long does it take to Mars", demo_answers.ABOUT),
         ("what is this?", demo_answers.ABOUT),
@@ -669,7 +670,7 @@ def test_the_showcase_has_everything_a_page_must_render() -> None:
         "\n> ",
         "🍏",
     ):
-        assert sign in demo_answers.MARKDOWN
+        assert sign in demo_answers.text("markdown")
 
 
 @pytest.mark.parametrize(

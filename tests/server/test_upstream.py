@@ -53,8 +53,10 @@ from support.harness import (
 from support.stage import Act, Stage, always, prompt_tokens
 
 from proxy import settings
-from proxy.chat import upstream
-from proxy.chat.upstream import ApiKey, Upstream, pieces_of, retry_after, secret_in
+from proxy.chat import api_key, upstream, upstream_errors
+from proxy.chat.api_key import ApiKey, pieces_of, secret_in
+from proxy.chat.upstream import Upstream
+from proxy.chat.upstream_errors import retry_after
 from proxy.errors import (
     BadGateway,
     GatewayTimeout,
@@ -66,7 +68,7 @@ from proxy.errors import (
     UpstreamUnreachable,
 )
 from proxy.settings import Secret
-from proxy.transport.connection import Transport
+from proxy.transport.pool import Transport
 
 FIRST_BYTE = 1.6  # seconds of first_byte_timeout on the stage: what has to fit into it fits easily, and it soon ends
 THEIR_TEXT = "what the upstream wrote"  # stands in every answer of it, and must not go any further
@@ -273,7 +275,7 @@ ROWS = {
     "14 not UTF-8": Row(saying("400 Bad Request", body=b'{"error":{"code":"\xff"}}'), UpstreamRejected),
     "14 too deep": Row(saying("400 Bad Request", body=b'{"error":{"code":' + b"[" * 50_000), UpstreamRejected),
     "14 too long": Row(
-        saying("400 Bad Request", body=error_of(code="a", x="x" * upstream.LONGEST_ERROR)), UpstreamRejected
+        saying("400 Bad Request", body=error_of(code="a", x="x" * upstream_errors.LONGEST_ERROR)), UpstreamRejected
     ),
     "14 a code that is a text": Row(
         saying("400 Bad Request", body=error_of(code=THEIR_TEXT, param=THEIR_TEXT)), UpstreamRejected
@@ -705,7 +707,7 @@ def test_an_upstream_that_does_not_read(loop: str, monkeypatch: pytest.MonkeyPat
 
 def test_a_slow_error_body_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error whose body does not come is told without its code, soon."""
-    monkeypatch.setattr(upstream, "ERROR_BODY_TIMEOUT", 0.2)
+    monkeypatch.setattr(upstream_errors, "ERROR_BODY_TIMEOUT", 0.2)
     act = sending(b'HTTP/1.1 400 No\r\ncontent-length: 99\r\n\r\n{"error":{"code":"late"')
     with ScriptedUpstream(always(act)) as server, running(server.base_url) as proxy:
         began = time.monotonic()
@@ -780,7 +782,7 @@ def test_request_ids_and_path() -> None:
 
 def test_key_rotation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row 38: a new key in the file is used from the next request on; the stream that was live goes on as it began."""
-    monkeypatch.setattr(upstream, "KEY_CHECK", 0.0)
+    monkeypatch.setattr(api_key, "KEY_CHECK", 0.0)
     old, new = random_key(), random_key()
     file = tmp_path / "key"
     file.write_text(old + "\n")
@@ -878,7 +880,7 @@ def test_pieces_of(key: str, found: list[str]) -> None:
     for piece in found:
         for written in (piece, piece.upper(), piece.lower(), f"x{piece}x"):
             assert pattern.search(written.encode())
-    if len(found[0]) == upstream.PIECE:
+    if len(found[0]) == api_key.PIECE:
         assert not pattern.search(f"{found[0][:-1]} {found[-1][1:]}".encode())
         assert not pattern.search(b"an answer about sk-proj- and sk-ant-api03- and gsk_ keys")
 
@@ -902,8 +904,8 @@ random_parts = random_parts.filter(secret_in)  # Hypothesis draws words of the s
 @given(st.sampled_from(["", "sk-", "sk-proj-", "sk-or-v1-", "gsk_"]), random_parts, st.text(max_size=20), st.data())
 def test_every_piece_is_found(prefix: str, random_part: str, around: str, data: st.DataObject) -> None:
     """No eight characters of the random part go unseen, in any surroundings and case."""
-    start = data.draw(st.integers(0, len(random_part) - upstream.PIECE))
-    piece = random_part[start : start + upstream.PIECE]
+    start = data.draw(st.integers(0, len(random_part) - api_key.PIECE))
+    piece = random_part[start : start + api_key.PIECE]
     pattern = pieces_of(prefix + random_part)
     assert pattern.search(f"{around}{piece}{around}".encode())
     assert pattern.search(f"{around}{piece.swapcase()}{around}".encode())
@@ -979,7 +981,7 @@ def test_retry_after_of_anything(headers: dict[str, str], now: float) -> None:
     """Whatever stands there: a wait of at most a day, or none."""
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     wait = retry_after(httpx.Headers(raw), now)
-    assert wait is None or 0 <= wait <= upstream.LONGEST_WAIT
+    assert wait is None or 0 <= wait <= upstream_errors.LONGEST_WAIT
 
 
 # ---- probing --------------------------------------------------------------------------------------------------------

@@ -48,13 +48,14 @@ HELD = 3  # seconds that a dead worker's leases stay, in place of 30
 START = """
 import sys
 from proxy.cli import main as cli
+from proxy.cli import serve
 from proxy.limits import limiter
 from proxy.limits.store import redis
 redis.HELD_SECONDS, limiter.RENEW_EVERY = {held}, {held} / 3
 redis.DEADLINE = 10  # the store is there; only this machine may be busy
 if "{loop}" == "asyncio":
     import asyncio
-    cli.uvloop = asyncio
+    serve.uvloop = asyncio
 raise SystemExit(cli.main())
 """
 WIDE = {

@@ -44,7 +44,7 @@ from proxy.accounts.login.flow import LONGEST_PATH, SALT, Flow, FlowCookies, saf
 from proxy.accounts.login.id_token import ALGORITHMS, Profile, Registry
 from proxy.accounts.login.oidc import Provider, name_of
 from proxy.settings import Oidc, Secret
-from proxy.transport.connection import Transport
+from proxy.transport.pool import Transport
 
 NOW = 1_800_000_000  # what the injected wall clock says
 CLIENT = "chat+proxy:1"  # form-encoding alters it, as it does the secret

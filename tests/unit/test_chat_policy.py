@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from support.harness import FULL
 
 from proxy import errors
-from proxy.chat import policy
+from proxy.chat import json_fields, policy
 from proxy.settings import Policy
 
 EXAMPLES = 2000 if FULL else 80
@@ -290,7 +290,7 @@ PLACES = [
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("bomb", BOMBS)
-@pytest.mark.parametrize("depth", [policy.MAX_DEPTH + 1, 300, 900, 1100, 100_000])
+@pytest.mark.parametrize("depth", [json_fields.MAX_DEPTH + 1, 300, 900, 1100, 100_000])
 def test_a_depth_bomb_is_a_refusal(place: bytes, bomb: bytes, depth: int) -> None:
     """Nesting of any kind and size, anywhere, closed or not, is a 400 and never a RecursionError."""
     closing = bytes(reversed(bomb)).translate(bytes.maketrans(b"[{", b"]}"), b'" \n:,ax')
@@ -320,7 +320,7 @@ def nested(depth: int, inside: bytes = b"") -> bytes:
 )
 def test_values_we_pass_unread_nest_so_deep_and_no_deeper(written: bytes, path: str, inside: bytes) -> None:
     """MAX_DEPTH levels pass, one more is invalid_json with the field's path; brackets in strings do not count."""
-    levels = policy.MAX_DEPTH - (path == "stream_options")
+    levels = json_fields.MAX_DEPTH - (path == "stream_options")
     allowed = with_fields("tools")
     fits = written % nested(levels, inside)
     assert upstream(policy.apply(fits, allowed)) == {**json.loads(fits), "model": "small", "max_tokens": 4096}
@@ -333,7 +333,7 @@ def test_values_we_pass_unread_nest_so_deep_and_no_deeper(written: bytes, path: 
 def test_no_string_hides_depth_or_makes_it(text: bytes) -> None:
     """A string before the brackets, however it ends, changes nothing in how many levels are counted."""
     allowed = with_fields("tools")
-    fits = b'{"tools":["%s",%s,"%s"],' % (text, nested(policy.MAX_DEPTH - 1), text) + HEAD[1:] + b"}"
+    fits = b'{"tools":["%s",%s,"%s"],' % (text, nested(json_fields.MAX_DEPTH - 1), text) + HEAD[1:] + b"}"
     assert policy.apply(fits, allowed)
     assert refusal(fits.replace(b",[[", b",[[[", 1).replace(b"]],", b"]]],", 1), allowed).param == "tools"
 
@@ -351,7 +351,7 @@ def test_a_deep_stack_gives_a_refusal_too() -> None:
         if levels:
             descend(levels - 1)
             return
-        for depth in range(1, policy.MAX_DEPTH + 1):
+        for depth in range(1, json_fields.MAX_DEPTH + 1):
             with suppress(errors.InvalidJson):
                 policy.apply(b'%s,"tools":%s}' % (HEAD, nested(depth)), with_fields("tools"))
 
@@ -384,10 +384,10 @@ def test_a_deep_stack_gives_a_refusal_too() -> None:
         "field_not_allowed",
         rules(allow=("max_tokens",)),
     ),
-    Case("too many", body(**{f"x{i}": 1 for i in range(policy.MAX_FIELDS)})),
+    Case("too many", body(**{f"x{i}": 1 for i in range(json_fields.MAX_FIELDS)})),
     Case(
         "too many in a message",
-        message(role="user", content="x", **{f"x{i}": 1 for i in range(policy.MAX_FIELDS)}),
+        message(role="user", content="x", **{f"x{i}": 1 for i in range(json_fields.MAX_FIELDS)}),
         "messages[0]",
     ),
 )
@@ -466,11 +466,12 @@ def test_fields_we_read_have_their_type(case: Case) -> None:
 def test_fields_are_counted_before_they_are_read() -> None:
     """A body full of names is refused before each of them has cost its time; no text counts as one."""
     names = with_fields("tools", max_input_chars=10**6)
-    for most, verdict in ((policy.MAX_NAMES - 5, policy.ChatRequest), (policy.MAX_NAMES, errors.InvalidRequest)):
+    limit = json_fields.MAX_NAMES
+    for most, verdict in ((limit - 5, policy.ChatRequest), (limit, errors.InvalidRequest)):
         assert isinstance(answer(body(tools=[{"a": 1}] * most), names), verdict)
-    assert refusal(parts(b'{"a":1},' * policy.MAX_NAMES + b"{}"), names).param is None
+    assert refusal(parts(b'{"a":1},' * json_fields.MAX_NAMES + b"{}"), names).param is None
     for text in (': "', '\\": \\', '{"a": 1}', ":"):
-        written = text * (policy.MAX_NAMES + 1)
+        written = text * (json_fields.MAX_NAMES + 1)
         assert isinstance(answer(message(role="user", content=written), names), policy.ChatRequest)
 
 

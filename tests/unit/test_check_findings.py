@@ -10,7 +10,8 @@ import msgspec
 import pytest
 
 from proxy.check import findings
-from proxy.check.findings import Finding, judge, obstacle
+from proxy.check.findings import Finding, obstacle
+from proxy.check.judgements import judge
 from proxy.check.report import CHAT, LOOK, SPOOF, AbortResult, Answer, Certificate, Observed, Report, Streamed
 
 URL = "https://chat.example.org"

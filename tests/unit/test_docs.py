@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from proxy import settings
-from proxy.cli import main as cli
+from proxy.cli import options as cli
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -38,7 +38,9 @@ from support.transport_servers import (
 )
 
 from proxy.transport import connection as module
-from proxy.transport.connection import ResponseStream, Transport
+from proxy.transport import framing
+from proxy.transport.connection import ResponseStream
+from proxy.transport.pool import Transport
 
 UNTRUSTING = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # loading certifi's roots takes longer than a test
 ONE_READ = 256 * 1024  # the most that either loop reads at once
@@ -743,7 +745,7 @@ async def test_heads_up_to_the_bounds_pass() -> None:
         response = await transport.handle_async_request(post(upstream.url))
         assert len(response.headers.raw) == 100
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "MAX_BARREN_BYTES", 200)
+        patch.setattr(framing, "MAX_BARREN_BYTES", 200)
         parts = [part for _ in range(60) for part in (b"1;extension=12\r\n", b"a\r\n")]
         async with serving(once(CHUNKED, *parts, b"0\r\n\r\n")) as upstream, transporting() as transport:
             recorder = await push(await transport.handle_async_request(post(upstream.url)))
@@ -1444,7 +1446,7 @@ def test_finished_streams_are_freed_without_the_collector(loop: str) -> None:
     """No cycle is left of an exchange, ended or aborted: its memory goes as soon as its last user does."""
 
     def exchanges() -> list[object]:
-        return [kept for kept in gc.get_objects() if type(kept) in (ResponseStream, module._Answer)]
+        return [kept for kept in gc.get_objects() if type(kept) in (ResponseStream, framing.ResponseParser)]
 
     async def main() -> None:
         answer = CHUNKED + chunk(b"ab") + b"0\r\n\r\n"

@@ -34,7 +34,8 @@ from support.transport_servers import (
     ticks,
 )
 
-from proxy.transport.connection import ResponseStream, Transport
+from proxy.transport.connection import ResponseStream
+from proxy.transport.pool import Transport
 
 STREAMS = 20_000 if FULL else 2_000
 TLS_STREAMS = 4_000 if FULL else 400

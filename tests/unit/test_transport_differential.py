@@ -28,7 +28,8 @@ from support.transport_servers import (
     serving,
 )
 
-from proxy.transport.connection import ResponseStream, Transport
+from proxy.transport.connection import ResponseStream
+from proxy.transport.pool import Transport
 
 LENGTH = OK + b"Content-Length: "
 PADDING = b"x" * 40_000

@@ -1,0 +1,140 @@
+"""The command `check`: tries the settings, the upstream, the store and the public address."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import secrets
+import time
+
+import uvloop
+
+from proxy import __version__, settings
+from proxy.chat.upstream import Upstream
+from proxy.check import prober as checkup
+from proxy.check.findings import Finding
+from proxy.errors import Refusal
+from proxy.limits.store.redis import DEADLINE, open_store
+from proxy.transport.pool import Transport
+from proxy.transport.tls import upstream_ssl_context
+
+# ---- looking ---------------------------------------------------------------------------------------------------------
+
+
+def run_check(options: argparse.Namespace) -> int:
+    chosen = settings.load(options.config, os.environ)
+    if options.url:
+        check_options(options, chosen)
+    elif options.ca_file or options.slow:
+        raise settings.SettingsError([settings.Fault("--url", "", "is missing: --ca-file and --slow are about it")])
+    told = Printer(as_json=options.json)
+    told.add(Finding("ok", "settings", "settings: every value is valid"))
+    told.add(*(Finding("warning", "settings", warning) for warning in warnings_about(chosen)))
+    told.add(*uvloop.run(check_upstream(chosen)))
+    if chosen.limits.is_shared:
+        told.add(uvloop.run(check_store(chosen)))
+    if options.url:
+        found, told.measured = checkup.examine(chosen, options.url, ca_file=options.ca_file, slow=options.slow)
+        told.add(*found)
+        if not found:
+            told.add(Finding("ok", "url", f"{options.url}: {in_words(told.measured)}"))
+    told.end()
+    return 1 if told.faults else 0
+
+
+class Printer:
+    """What was found so far: lines as they come, or one JSON object at the end."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+        self.findings: list[Finding] = []
+        self.measured: checkup.Measured | None = None
+
+    @property
+    def faults(self) -> int:
+        return sum(finding.level == "fault" for finding in self.findings)
+
+    def add(self, *findings: Finding) -> None:
+        self.findings += findings
+        for finding in findings if not self.as_json else ():
+            print(f"{finding.level:8} {finding.what}")
+            for name in ("why", "change"):
+                if said := getattr(finding, name):
+                    print(f"         {name + ':':7} {said}")
+
+    def end(self) -> None:
+        if self.as_json:
+            shown = {
+                "ok": not self.faults,
+                "findings": [dataclasses.asdict(finding) for finding in self.findings],
+                "measured": dataclasses.asdict(self.measured) if self.measured else None,
+            }
+            print(json.dumps(shown, ensure_ascii=False, indent=2))
+
+
+def in_words(measured: checkup.Measured) -> str:
+    """The figures of a public address at which nothing was found."""
+    silence = "the longest silence was not tried (--slow)"
+    if measured.silence_seconds:
+        silence = f"{measured.silence_seconds:g} s of silence are borne"
+    return (
+        f"events arrive one by one (within {measured.event_delay_ms} ms), "
+        f"leaving is known after {measured.leaving_ms} ms; {silence}"
+    )
+
+
+def check_options(options: argparse.Namespace, chosen: settings.Settings) -> None:
+    """Raises SettingsError when the public address cannot be looked at."""
+    faults = []
+    if chosen.session.secret is None:
+        faults.append(settings.Fault("session.secret", "", "is needed for --url, and has to be the running server's"))
+    if options.ca_file and not settings.holds_certificates(options.ca_file):
+        faults.append(settings.Fault("--ca-file", "", "cannot be read, or holds no certificate in PEM format"))
+    if faults:
+        raise settings.SettingsError(faults)
+
+
+def warnings_about(chosen: settings.Settings) -> list[str]:
+    """What is valid and yet unlikely to be meant."""
+    limits, longest = chosen.limits, chosen.policy.max_output_tokens
+    found = [
+        f"limits.{name} allows less than one answer of policy.max_output_tokens: every question would be refused"
+        for name in ("tokens_per_session", "tokens_per_address", "tokens_total")
+        if any(rate.amount <= longest for rate in getattr(limits, name))
+    ]
+    if chosen.session.mode == "oidc" and not (chosen.oidc.allowed_emails or chosen.oidc.allowed_domains):
+        found.append("oidc.allowed_emails and oidc.allowed_domains are not set: everybody with an account there may in")
+    if not limits.tokens_total:
+        found.append("limits.tokens_total is not set: nothing bounds what all visitors together may spend")
+    return found
+
+
+async def check_upstream(chosen: settings.Settings) -> list[Finding]:
+    transport = Transport(ssl_context=upstream_ssl_context(chosen.upstream.ca_file))
+    upstream = Upstream(
+        chosen.upstream, transport, user_agent=f"chat-proxy/{__version__}", random=secrets.SystemRandom().random
+    )
+    try:
+        listed = await upstream.probe()
+    except Refusal as refusal:
+        wanted = "upstream.base_url (all that comes before /chat/completions, mostly ending in /v1) and the key"
+        return [Finding("fault", "upstream", f"upstream: {refusal.code} ({refusal.reason}); check {wanted}")]
+    finally:
+        await transport.aclose()
+    found = [Finding("ok", "upstream", "upstream: it answers, and accepts the key")]
+    if missing := [name for name in chosen.policy.models if listed and name not in listed]:
+        what = f"policy.models: the upstream does not list {', '.join(missing)}"
+        found.append(Finding("warning", "models", what, "it may refuse what is asked of such a model"))
+    return found
+
+
+async def check_store(chosen: settings.Settings) -> Finding:
+    store = open_store(chosen.limits.store, time.monotonic, lambda lost: None)
+    answers = await store.answers()
+    await store.aclose()
+    if answers:
+        return Finding("ok", "store", "limits.store: it answers")
+    what = f"limits.store: no answer within {DEADLINE:g} s; check its address, its password, and that it is near"
+    return Finding("fault", "store", what)
