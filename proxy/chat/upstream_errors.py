@@ -9,7 +9,7 @@ import ssl
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TypeVar, cast
 
 import httpx
 import msgspec
