@@ -1,4 +1,4 @@
-"""What the proxy says when it does not do what was asked.
+"""The errors of the proxy: refusals of a request, and interruptions of a stream.
 
     Refusal                       status + code + OpenAI's error type
     ├── InvalidRequest 400        invalid_request and its kin, UpstreamRejected
@@ -28,8 +28,8 @@ from typing import ClassVar, Self
 
 HeaderList = list[tuple[bytes, bytes]]
 
-PATIENCE = 60.0  # seconds of Retry-After beyond which a client had better not sit and retry by itself
-DEFAULT_WAIT = 1.0  # seconds of Retry-After on a 429 or 503 when nobody knows better; the contract wants one always
+PATIENCE = 60.0  # seconds of Retry-After beyond which a client should not retry by itself
+DEFAULT_WAIT = 1.0  # seconds of Retry-After on a 429 or 503 without a better value; both always have one
 
 
 def error_body(message: str, type_: str, code: str, param: str | None = None) -> bytes:
@@ -42,14 +42,14 @@ class Refusal(Exception):
     """A request that is answered with an error.
 
     `retry_after` is in seconds from now; it becomes an integer Retry-After of at least 1.
-    `should_retry` false tells OpenAI's clients to leave retrying be (x-should-retry).
+    `should_retry` false makes OpenAI's clients not retry (x-should-retry).
     `billed`: the upstream may have done paid work. `leaked`: it tried to hand out our key, an alarm. `retriable`: the
     upstream may be asked again.
     """
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
-    closes: ClassVar[bool] = False  # the connection ends with the answer: what follows on it is not wanted
+    closes: ClassVar[bool] = False  # the connection closes after the response
     code: str = "internal_error"
     message: str = "Something went wrong on our side. Please try again."
 
@@ -165,7 +165,7 @@ class CrossOrigin(Forbidden):
     code = "cross_origin"
     message = (
         "This server answers only its own page. Open the chat under its own address. "
-        "Whoever runs it: what people type is server.public_url, or listed in server.extra_origins."
+        "For the operator: this address must be server.public_url, or be listed in server.extra_origins."
     )
 
 
@@ -242,7 +242,7 @@ class BadGateway(Refusal):
 
 class UpstreamAuth(BadGateway):
     code = "upstream_auth"
-    message = "The model's server did not accept this service's credentials. Please tell the operator."
+    message = "The model's server did not accept this service's credentials. Please contact the operator."
 
 
 class UpstreamUnreachable(BadGateway):
@@ -293,7 +293,7 @@ class Interruption(Exception):
         super().__init__(self.message)
 
     def alone(self) -> Self:
-        """Without the frames it came through: whoever of them keeps it, would be kept by it with all that it knows."""
+        """Drops the traceback: it would form a reference cycle with the frames that hold this exception."""
         self.__traceback__ = self.__context__ = None
         return self
 

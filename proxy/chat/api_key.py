@@ -10,7 +10,7 @@ from proxy import settings
 KEY_CHECK = 1.0  # seconds between two looks at the key's file
 KEY_PREFIX = re.compile(r"(?:[a-z]{1,12}[-_]){0,3}")  # sk-proj-; of a random part it would seldom take anything
 PIECE = 8  # characters of a key that identify it
-PLACEHOLDERS = frozenset(  # what servers that want no key are given, where it is not shorter than a piece
+PLACEHOLDERS = frozenset(  # keys for servers that check none, as long as a piece
     {"dummy-key", "lm-studio", "no-key-required", "not-needed", "not_needed", "placeholder", "sk-no-key-required"}
 )
 
@@ -47,7 +47,7 @@ def secret_in(key: str) -> bytes:
 
 
 def pieces_of(*keys: str) -> re.Pattern[bytes]:
-    """A pattern that finds any PIECE characters of a key's random part: what follows words like `sk-proj-`.
+    """A pattern that finds any PIECE characters of a key's random part: the part after prefixes like `sk-proj-`.
 
     Where that part is shorter, it finds the whole key.
     """

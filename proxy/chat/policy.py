@@ -64,7 +64,7 @@ IMAGE_FIELDS = frozenset({"url", "detail"})
 STREAM_FIELDS = frozenset({"include_usage"})
 
 DATA_URL = r"data:image/[A-Za-z0-9.+-]{1,64};base64,"
-IMAGE_URLS = {  # by allow_image_urls: what a URL must match, and the same in words
+IMAGE_URLS = {  # by allow_image_urls: what a URL must match, and its description
     "none": (re.compile(r"(?!)"), "cannot be used: images are not accepted here"),
     "data": (re.compile(DATA_URL), "must be an inline image: data:image/...;base64,..."),
     "https": (
@@ -76,7 +76,7 @@ IMAGE_URLS = {  # by allow_image_urls: what a URL must match, and the same in wo
 
 @dataclass(slots=True)
 class ChatRequest:
-    """A request that may go upstream, and what it may cost. `body` is emptied by whoever needs it no more.
+    """A validated request for the upstream, and what it may cost. `body` is emptied once it has been sent.
 
     `output_tokens` is the limit of one choice. `prompt_tokens` estimates the messages as they go upstream and
     the optional values beside them (tools, ...): their JSON bytes / BYTES_PER_TOKEN, without the image URLs,

@@ -1,4 +1,4 @@
-"""Server-sent events as they pass: where an event ends, and what the stream says about its own end. Pure.
+"""Server-sent events as they pass: where an event ends, and whether the stream has announced its end. Pure.
 
 Rules:
 1. No byte is ever altered, added or reordered. What goes in comes out, up to the last complete event; only a chunk
@@ -34,7 +34,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 class Ending(Enum):
-    """What the stream has said about its end so far."""
+    """The end that the stream has announced so far."""
 
     OPEN = "open"
     COMPLETE = "complete"
@@ -207,7 +207,7 @@ class Events:
         try:
             chunk = decode_chunk(data)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            return False  # not ours to judge: it passes as it is, and it says nothing about the end
+            return False  # not a chunk: it passes unchanged, and announces no end
         if chunk.error:  # the clients too take an empty one for none
             self.failed = True
         for choice in chunk.choices or ():
@@ -241,7 +241,7 @@ def last_boundary(data: bytes | bytearray, start: int) -> int:
 
 
 def is_plain(out: bytes) -> bool:
-    """Each event in here begins with its data and ends with LF LF, and none can say anything about the end.
+    """Each event in here begins with its data and ends with LF LF, and none can announce the end.
 
     `"finish_reason"` cannot stand inside a JSON string (its quotes would be escaped), so counting it is enough; and
     its letters can be escaped only as `\\u00..`.
@@ -270,7 +270,7 @@ def data_of(event: bytes) -> bytes | None:
 
 
 def usage_of(body: bytes) -> Usage | None:
-    """The usage in a whole chat.completion; None when it says none."""
+    """The usage in a whole chat.completion; None without one."""
     try:
         return counted(decode_chunk(body).usage)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):

@@ -216,7 +216,7 @@ class Upstream:
             raise
 
     async def attempt(self, request: httpx.Request, wanted: bytes) -> httpx.Response:
-        """A good response. Raises a Refusal, which says whether it may be retried."""
+        """A response that can be used. Raises a Refusal; its `retriable` allows another attempt."""
         try:
             response = await self.transport.handle_async_request(request)
         except httpx.ConnectError as error:

@@ -22,7 +22,7 @@ from proxy.errors import (
 
 T = TypeVar("T")
 
-LONGEST_WAIT = 86400.0  # seconds: whoever asks for more than a day has not meant it
+LONGEST_WAIT = 86400.0  # seconds: a Retry-After of more than a day is taken as a mistake
 LONGEST_ERROR = 64 * 1024  # bytes of an error's body that are read for its code
 ERROR_BODY_TIMEOUT = 5.0  # seconds for an error's body, of which only the code is wanted; and for a list of models
 DECIMAL = re.compile(r"-?\d{1,15}(?:\.\d{0,15})?", re.ASCII)
@@ -95,8 +95,8 @@ async def decoded(response: httpx.Response, most: int, decode: Callable[[bytes],
 
 
 async def error_of(response: httpx.Response) -> UpstreamError:
-    told = await decoded(response, LONGEST_ERROR, decode_error)
-    return told.error if told else UpstreamError()
+    body = await decoded(response, LONGEST_ERROR, decode_error)
+    return body.error if body else UpstreamError()
 
 
 def retry_after(headers: httpx.Headers, now: float) -> float | None:

@@ -42,11 +42,11 @@ def warning(code: str, what: str, why: str, change: str) -> Finding:
 
 def unreachable(url: str, reason: str) -> Finding:
     what = f"{url} cannot be reached: {reason}"
-    return fault("unreachable", what, "nobody else will get there either", "DNS, the firewall, nginx: listen")
+    return fault("unreachable", what, "no visitor can reach it either", "DNS, the firewall, nginx: listen")
 
 
 def unprotected(url: str) -> Finding:
-    what, why = f"{url} is plain http", "whoever is on the way reads the session's cookie, and the chats"
+    what, why = f"{url} is plain http", "an attacker on the network can read the session's cookie, and the chats"
     return fault("plain_http", what, why, "nginx: return 301 https://$host$request_uri; and run check with https://")
 
 
@@ -61,7 +61,7 @@ CERTIFICATE_FAULTS = {
 
 def untrusted(url: str, number: int, reason: str) -> Finding:
     """OpenSSL's verdict about a certificate."""
-    other = ("untrusted", f"is not trusted: {reason}", "nginx: ssl_certificate wants the whole chain (fullchain.pem)")
+    other = ("untrusted", f"is not trusted: {reason}", "nginx: ssl_certificate must be the whole chain (fullchain.pem)")
     code, what, change = CERTIFICATE_FAULTS.get(number, other)
     if code == "untrusted":
         change += "; for a root of your own: --ca-file"
@@ -69,7 +69,7 @@ def untrusted(url: str, number: int, reason: str) -> Finding:
 
 
 def obstacle(url: str, path: str, answer: Answer, now: float, clock_there: float | None) -> Finding | None:
-    """Why the first answer at an address is not a report. `clock_there` is what its Date says; both in Unix seconds."""
+    """Why the first answer at an address is not a report. `clock_there` is its Date; both in Unix seconds."""
     if answer.report is not None:
         return None
     if not answer.status:

@@ -33,7 +33,7 @@ class Evidence:
         far = self.report.peer
         if self.seen.ours is not None and far is not None and self.seen.ours == tuple(far):
             return True
-        plain = self.seen.url.startswith("http://")  # we speak no TLS: with https there is something that does
+        plain = self.seen.url.startswith("http://")  # the server has no TLS: with https there is a proxy
         return plain and not self.report.through_proxy and self.report.forwarded is None
 
     @property
@@ -100,7 +100,7 @@ def about_http(case: Evidence) -> Iterator[Finding]:
 
 
 def about_addresses(case: Evidence) -> Iterator[Finding]:
-    """Who is asking: with a wrong address there all share one visitor's limits, or somebody can be anybody."""
+    """The client's address: with a wrong one all visitors share one limit, or a visitor can choose an address."""
     report, spoofed = case.report, case.seen.spoofed.report
     if case.is_direct:
         return
@@ -113,11 +113,11 @@ def about_addresses(case: Evidence) -> Iterator[Finding]:
     elif report.forwarded is None:
         what, why = "X-Forwarded-For does not arrive", "all visitors count as one, and share one visitor's limits"
         if passed:
-            why += "; and who sends one is believed, so limits can be walked around"
+            why += "; and an address that a visitor sends is accepted, so limits can be evaded"
         yield fault("forwarded_missing", what, why, replace)
     elif spoofed is not None and spoofed.address == SPOOF:
         what = "a visitor's own X-Forwarded-For is believed"
-        why = "whoever makes up addresses has limits without end, and nobody's address in the log is true"
+        why = "a visitor that invents addresses has no limit, and the addresses in the log are false"
         yield fault(
             "forwarded_spoofed", what, why, f"{replace} (replaced, not $proxy_add_x_forwarded_for, which appends)"
         )
@@ -129,7 +129,7 @@ def about_addresses(case: Evidence) -> Iterator[Finding]:
 def about_users(case: Evidence) -> Iterator[Finding]:
     spoofed = case.seen.spoofed.report
     if spoofed is not None and spoofed.names_user and not case.is_direct:
-        what, why = "a visitor's own header that names the user arrives", "anybody can be anybody"
+        what, why = "a visitor's own header that names the user arrives", "any visitor can be any user"
         yield fault("user_spoofed", what, why, "nginx: proxy_set_header with the login's own value, for header.name")
 
 
@@ -137,10 +137,13 @@ def about_origins(case: Evidence) -> Iterator[Finding]:
     seen, report = case.seen, case.report
     if report.origin != seen.url or report.fetch_site != "same-origin":
         lost = "Origin" if report.origin != seen.url else "Sec-Fetch-Site"
-        what, why = f"{lost} does not arrive as the browser sent it", "foreign pages cannot be told from our own"
+        what, why = (
+            f"{lost} does not arrive as the browser sent it",
+            "pages of other sites cannot be distinguished from the server's own",
+        )
         yield fault("origin_altered", what, why, f"nginx: no proxy_set_header {lost}")
     elif not case.is_named_right:
-        return  # then our own page is refused as well, and why has been said
+        return  # then the server's own page is refused as well, for a reason that is already reported
     elif seen.foreign.status < 400:
         what = f"a foreign page's request is not refused ({seen.foreign.shown})"
         yield fault("foreign_origin", what, "any page can act as its visitor", "nginx: no proxy_set_header Origin")
@@ -155,7 +158,7 @@ def about_cookies(case: Evidence) -> Iterator[Finding]:
     own = [cookie for cookie in seen.session.cookies if name_of(cookie) in SESSION_COOKIES]
     names = {name_of(cookie) for cookie in sent}
     if not names <= {name_of(cookie) for cookie in arrived}:
-        what, why = "Set-Cookie does not arrive", "nobody can have a session"
+        what, why = "Set-Cookie does not arrive", "no visitor can have a session"
         yield fault("cookie_lost", what, why, "nginx: no proxy_hide_header Set-Cookie, no proxy_ignore_headers")
         return
     wrong = {flag: None for cookie in (*arrived, *own) for flag in wrong_flags(cookie, is_https=case.is_https)}
@@ -166,7 +169,7 @@ def about_cookies(case: Evidence) -> Iterator[Finding]:
         yield fault("cookie_flags", what, why, change)
     returned = seen.returned.report
     if returned is not None and not names <= set(returned.cookies):
-        what, why = "the browser's cookie does not come back to the server", "nobody can have a session"
+        what, why = "the browser's cookie does not come back to the server", "no visitor can have a session"
         yield fault("cookie_unreturned", what, why, "nginx: no proxy_set_header Cookie")
 
 
@@ -211,7 +214,7 @@ def about_headers(case: Evidence) -> Iterator[Finding]:
 
 
 HEADERS = {
-    "strict-transport-security": ("hsts", "somebody on the way can keep a visitor on plain http"),
+    "strict-transport-security": ("hsts", "an attacker on the network can keep a visitor on plain http"),
     "content-security-policy": ("csp", "what gets into the page as text could run as script"),
     "cache-control": ("cache_control", "caches may keep what belongs to one visitor, or hold back a stream"),
     "x-request-id": ("request_id", "a visitor's complaint cannot be found in the log"),
@@ -223,7 +226,7 @@ NOT_COMPARED = {
 
 
 def is_kept(name: str, sent: str, arrived: str | None) -> bool:
-    """Others may add to what we say, but to caching: there every word can undo ours."""
+    """Proxies may add to a header, except to cache-control, where each addition can undo ours."""
     if arrived is None:
         return False
     if name == "strict-transport-security":
@@ -289,7 +292,7 @@ def about_silence(case: Evidence) -> Iterator[Finding]:
     if silence is not None and not silence.ended:
         wanted = case.seen.silence_seconds
         what = f"a stream that is silent for {wanted:g} s is cut after {silence.lasted:.0f} s"
-        why = "a model that thinks for long never gets to answer; upstream.idle_timeout should speak first"
+        why = "a model that thinks for long never gets to answer; upstream.idle_timeout must end it first"
         longest = case.seen.longest_answer + 30
         change = f"nginx: proxy_read_timeout {longest:.0f}s; (longer than upstream.total_timeout)"
         yield fault("read_timeout", what, why, change)
@@ -305,7 +308,7 @@ def about_leaving(case: Evidence) -> Iterator[Finding]:
             "several servers share this address, or have restarted",
         )
         yield warning("leaving_unseen", what, why, "run check against one of them alone, or again")
-    elif left.state != "left" and not case.is_cached:  # a cache wants the rest, whoever has left
+    elif left.state != "left" and not case.is_cached:  # a cache reads on after the client has left
         what = f"a visitor who left was not noticed within {left.seconds:.1f} s"
         why = "the model goes on, and so does the bill"
         yield fault("leaving", what, why, "nginx: proxy_ignore_client_abort off;")
@@ -337,7 +340,7 @@ def about_clocks(case: Evidence) -> Iterator[Finding]:
 
 
 def judge(seen: Observed) -> list[Finding]:
-    """The findings, in the order in which they want to be mended. `seen.plain` has a report."""
+    """The findings, in the order in which to repair them. `seen.plain` has a report."""
     report = seen.plain.report
     assert report is not None
     case = Evidence(seen, report)

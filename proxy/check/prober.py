@@ -1,4 +1,4 @@
-"""`chat-proxy check --url`: plays a browser through the public address, and has what it saw judged (findings.py).
+"""`chat-proxy check --url`: plays a browser through the public address, and reports its observations to judgements.py.
 
 Rules:
 1. It asks the server's diagnostic routes (diagnosis.py), with a fresh ticket for each request, and never the model.
@@ -45,11 +45,11 @@ from proxy.settings import USUAL_PORTS, Settings, is_loopback
 from proxy.transport.tls import system_ssl_context
 
 DEADLINE = 10.0  # seconds for each thing that is waited for
-NOBODY = "nobody@elsewhere.invalid"
+FOREIGN_USER = "nobody@elsewhere.invalid"
 EVENTS, SPACING = 8, 0.1  # of the stream whose rhythm is looked at
-LEFT_SILENT = 10.0  # seconds for which the stream that is left would have said nothing
-LEAVING_PATIENCE = 2.0  # seconds in which the server should know; it takes milliseconds
-LEAVING_TRIES = 3  # when nobody knows the stream: several processes share the address, and one of them does
+LEFT_SILENT = 10.0  # seconds of silence in the stream that is abandoned
+LEAVING_PATIENCE = 2.0  # seconds for the server to notice; it takes milliseconds
+LEAVING_TRIES = 3  # when the stream is unknown: several processes share the address, and one of them has it
 ASKERS = 8  # at one time, so that more than one of those processes is asked
 MOST_BODY = 32 << 20  # bytes: more is not sent, whatever server.max_body_bytes allows
 LONGEST_SILENCE = 120.0  # seconds: as long as the server's own bound
@@ -61,12 +61,12 @@ REFUSED = {
     "upstream_error": "refusal&status=502",
     "busy": "refusal&status=503",
 }
-COMPRESSIONS = "gzip, deflate, br, zstd"  # as browsers say it
+COMPRESSIONS = "gzip, deflate, br, zstd"  # as browsers send it
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What `check` tells beside its findings; None for what was not to be seen. Milliseconds, days, seconds."""
+    """What `check` reports beside its findings; None for what was not observed. Milliseconds, days, seconds."""
 
     http: str | None = None
     certificate_days: int | None = None
@@ -223,7 +223,7 @@ def answered(response: httpx.Response, body: bytes) -> Answer:
 
 
 class Event(msgspec.Struct):
-    """What one event of a diagnostic stream says."""
+    """One event of a diagnostic stream."""
 
     number: int
     at: float
@@ -256,7 +256,7 @@ class Prober:
             offers_h2=door.offers_h2,
             plain=door.plain,
             twice=(door.first, self.browser.look("echo")),
-            spoofed=chat("echo", headers={"x-forwarded-for": SPOOF, self.user_header: NOBODY}),
+            spoofed=chat("echo", headers={"x-forwarded-for": SPOOF, self.user_header: FOREIGN_USER}),
             with_cookie=with_cookie,
             returned=chat("echo", headers={"cookie": cookie or "none=none"}),
             session=ask("/api/session"),
@@ -307,7 +307,7 @@ class Prober:
         return Streamed(answer, report, tuple(sent), tuple(arrived), ended, time.monotonic() - began)
 
     def leave(self) -> AbortResult:
-        """Leaves a stream that has begun and is silent, as somebody does who closes the tab while a model thinks."""
+        """Abandons a stream that has begun and is silent, like a user who closes the tab while a model thinks."""
         for _ in range(LEAVING_TRIES):
             name = secrets.token_hex(16)
             stayed, gone = self.begin_and_leave(name), time.monotonic()
@@ -336,15 +336,15 @@ class Prober:
         return time.monotonic() - began
 
     def departure(self, name: str) -> Departure | None:
-        """How the stream ended, as soon as it has; None when nobody answers."""
+        """How the stream ended, as soon as it has; None without an answer."""
         until = time.monotonic() + LEAVING_PATIENCE
         known: set[Departure] = set()
         with ThreadPoolExecutor(ASKERS) as threads:
             while time.monotonic() < until and not any(one.state in ("left", "complete") for one in known):
-                told = [one for one in threads.map(self.ask_departure, [name] * ASKERS) if one is not None]
-                if not told:
+                answers = [one for one in threads.map(self.ask_departure, [name] * ASKERS) if one is not None]
+                if not answers:
                     break
-                known.update(told)
+                known.update(answers)
         return max(known, key=lambda one: STATES.index(one.state), default=None)
 
     def ask_departure(self, name: str) -> Departure | None:

@@ -1,4 +1,4 @@
-"""What one run of `check --url` saw, and the words in which the server tells it what it saw itself.
+"""The values of one run of `check --url`: what it observed, and the reports in which the server answers.
 
 Values that both ends speak, and no opinions: `diagnosis` writes the reports, `checkup` reads them and notes what
 arrived, `findings` judges.
@@ -15,7 +15,7 @@ import msgspec
 HEADER = "x-chat-proxy-check"  # bears the ticket (ticket.py)
 CHAT = ("/api/chat", "/api/v1/chat/completions")  # where chats happen
 LOOK = "/api/check/look"  # where a bearer of a ticket may look beside them
-SPOOF = "203.0.113.77"  # RFC 5737: an address for examples, which nobody has
+SPOOF = "203.0.113.77"  # RFC 5737: an address for documentation
 FOREIGN = "https://elsewhere.invalid"
 
 
@@ -51,7 +51,12 @@ class Report(msgspec.Struct, frozen=True):
 
 
 State = Literal["unknown", "open", "complete", "left"]
-STATES: tuple[State, ...] = ("unknown", "open", "complete", "left")  # who knows more is believed
+STATES: tuple[State, ...] = (
+    "unknown",
+    "open",
+    "complete",
+    "left",
+)  # of several answers the last one in this order counts
 
 
 class Departure(msgspec.Struct, frozen=True):

@@ -6,9 +6,9 @@ addresses. For what is in front of us has rules by address, and only those that 
 Rules:
 1. Nothing here calls the upstream, takes of a visitor's allowance, or counts as a chat.
 2. Streams are few at a time, short, end when the browser leaves, and at once when a drain begins.
-3. A report tells of the request that asked for it and of the settings that people see anyway; of nobody else.
+3. A report contains its own request and public settings, nothing of other clients.
 
-All of it is for who bears a ticket (ticket.py) and for nobody else; that is for the application to see to.
+All of it needs a ticket (ticket.py); the application checks that.
 """
 
 from __future__ import annotations
@@ -153,14 +153,14 @@ class DiagnosticRoutes:
             peer=(peer[0], peer[1]) if peer else None,
             address=context.caller.key,
             through_proxy=context.caller.through_proxy,
-            forwarded=told(headers, b"x-forwarded-for"),
-            host=told(headers, b"host"),
-            origin=told(headers, b"origin"),
-            fetch_site=told(headers, b"sec-fetch-site"),
-            connection=told(headers, b"connection"),
+            forwarded=text_of(headers, b"x-forwarded-for"),
+            host=text_of(headers, b"host"),
+            origin=text_of(headers, b"origin"),
+            fetch_site=text_of(headers, b"sec-fetch-site"),
+            connection=text_of(headers, b"connection"),
             version=context.scope["http_version"],
             scheme=context.scope["scheme"],
-            cookies=[pair.split("=")[0].strip() for pair in (told(headers, b"cookie") or "").split(";")],
+            cookies=[pair.split("=")[0].strip() for pair in (text_of(headers, b"cookie") or "").split(";")],
             names_user=self.user_header is not None and self.user_header in headers,
             body=body,
             public_url=self.public_url,
@@ -215,7 +215,7 @@ class DiagnosticRoutes:
         return "complete"
 
     async def wait(self, until: float) -> None:
-        """Raises StreamDrained when a drain begins: nobody would miss what this stream has not said."""
+        """Raises StreamDrained when a drain begins: this stream may end at any time."""
         while (left := until - time.monotonic()) > 0:
             await asyncio.sleep(min(left, LOOK_EVERY))
             if self.is_draining():
@@ -237,6 +237,6 @@ class DiagnosticRoutes:
         await context.answer(200, encode(known), [])
 
 
-def told(headers: Headers, name: bytes) -> str | None:
+def text_of(headers: Headers, name: bytes) -> str | None:
     value = headers.get(name)
     return None if value is None else value.decode("latin-1")

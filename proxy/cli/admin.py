@@ -44,7 +44,7 @@ per_session = "20/minute;500/day"
 per_address = "60/minute;2000/day"
 tokens_per_session = "200000/day"
 tokens_per_address = "1000000/day"
-# tokens_total = "5000000/month"            # the most this server may spend, whoever asks
+# tokens_total = "5000000/month"            # the most that all clients together may use
 """
 
 
@@ -74,7 +74,7 @@ def run_hash_password(options: argparse.Namespace) -> int:
     except ValueError as error:
         return complain(str(error))
     if not password or not re.fullmatch(r"[^:\s]{0,128}", user):
-        return complain("wants a password that is not empty, and a user without colons and blanks, both in UTF-8")
+        return complain("the password must not be empty, the user without colons and blanks, both in UTF-8")
     print(f"{user}:{hashed(password)}" if user else hashed(password))
     return 0
 
@@ -97,15 +97,15 @@ def run_revoke(options: argparse.Namespace) -> int:
     control = ControlFile(chosen.session.control_file)
     change, is_new = change_of(options, chosen.session.mode), not control.path.exists()
     control.change(change)
-    print(f"Revoked, in {control.path}. Servers that use this file know it within a second.")
+    print(f"Revoked, in {control.path}. Servers with this control file apply it within a second.")
     if is_new and not chosen.limits.is_shared:
-        print("It was not there before. Does the server use another one? (session.control_file)", file=sys.stderr)
+        print("The file is new. Does the server use another one (session.control_file)?", file=sys.stderr)
     if options.user and chosen.session.mode == "anonymous":
-        print("Nobody has a name in this session.mode, anonymous. Does the server have another one?", file=sys.stderr)
+        print("session.mode is anonymous: sessions have no user. Does the server use another?", file=sys.stderr)
     if chosen.limits.is_shared:
         if not uvloop.run(revoke_in_store(chosen, change)):
-            return complain("limits.store does not answer; servers that share it do not know yet")
-        print("So do servers that share limits.store.")
+            return complain("limits.store does not answer; servers that share it do not apply it yet")
+        print("Servers that share limits.store apply it as well.")
     return 0
 
 

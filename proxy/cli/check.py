@@ -28,20 +28,20 @@ def run_check(options: argparse.Namespace) -> int:
     if options.url:
         check_options(options, chosen)
     elif options.ca_file or options.slow:
-        raise settings.SettingsError([settings.Fault("--url", "", "is missing: --ca-file and --slow are about it")])
-    told = Printer(as_json=options.json)
-    told.add(Finding("ok", "settings", "settings: every value is valid"))
-    told.add(*(Finding("warning", "settings", warning) for warning in warnings_about(chosen)))
-    told.add(*uvloop.run(check_upstream(chosen)))
+        raise settings.SettingsError([settings.Fault("--url", "", "must be given with --ca-file and --slow")])
+    printer = Printer(as_json=options.json)
+    printer.add(Finding("ok", "settings", "settings: every value is valid"))
+    printer.add(*(Finding("warning", "settings", warning) for warning in warnings_about(chosen)))
+    printer.add(*uvloop.run(check_upstream(chosen)))
     if chosen.limits.is_shared:
-        told.add(uvloop.run(check_store(chosen)))
+        printer.add(uvloop.run(check_store(chosen)))
     if options.url:
-        found, told.measured = checkup.examine(chosen, options.url, ca_file=options.ca_file, slow=options.slow)
-        told.add(*found)
+        found, printer.measured = checkup.examine(chosen, options.url, ca_file=options.ca_file, slow=options.slow)
+        printer.add(*found)
         if not found:
-            told.add(Finding("ok", "url", f"{options.url}: {in_words(told.measured)}"))
-    told.end()
-    return 1 if told.faults else 0
+            printer.add(Finding("ok", "url", f"{options.url}: {in_words(printer.measured)}"))
+    printer.end()
+    return 1 if printer.faults else 0
 
 
 class Printer:
@@ -61,8 +61,8 @@ class Printer:
         for finding in findings if not self.as_json else ():
             print(f"{finding.level:8} {finding.what}")
             for name in ("why", "change"):
-                if said := getattr(finding, name):
-                    print(f"         {name + ':':7} {said}")
+                if text := getattr(finding, name):
+                    print(f"         {name + ':':7} {text}")
 
     def end(self) -> None:
         if self.as_json:
@@ -89,9 +89,9 @@ def check_options(options: argparse.Namespace, chosen: settings.Settings) -> Non
     """Raises SettingsError when the public address cannot be looked at."""
     faults = []
     if chosen.session.secret is None:
-        faults.append(settings.Fault("session.secret", "", "is needed for --url, and has to be the running server's"))
+        faults.append(settings.Fault("session.secret", "", "must be set for --url: the running server's secret"))
     if options.ca_file and not settings.holds_certificates(options.ca_file):
-        faults.append(settings.Fault("--ca-file", "", "cannot be read, or holds no certificate in PEM format"))
+        faults.append(settings.Fault("--ca-file", "", "must be a readable file of certificates in PEM format"))
     if faults:
         raise settings.SettingsError(faults)
 
@@ -105,9 +105,10 @@ def warnings_about(chosen: settings.Settings) -> list[str]:
         if any(rate.amount <= longest for rate in getattr(limits, name))
     ]
     if chosen.session.mode == "oidc" and not (chosen.oidc.allowed_emails or chosen.oidc.allowed_domains):
-        found.append("oidc.allowed_emails and oidc.allowed_domains are not set: everybody with an account there may in")
+        what = "oidc.allowed_emails and oidc.allowed_domains are not set"
+        found.append(f"{what}: every account of the provider may sign in")
     if not limits.tokens_total:
-        found.append("limits.tokens_total is not set: nothing bounds what all visitors together may spend")
+        found.append("limits.tokens_total is not set: the tokens of all visitors together have no limit")
     return found
 
 

@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         for fault in error.faults:
             print(f"  {fault}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `| head -1`: who reads has enough
+    except BrokenPipeError:  # `| head -1`: the reader has closed the pipe
         return 2
     except OSError as error:
         return complain(error.strerror or str(error))

@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "hash-password", help="asks for a password and prints its line for the passwords' file"
     )
-    command.add_argument("user", nargs="?", help="none: one password for everybody")
+    command.add_argument("user", nargs="?", help="without it: one password for all users")
     command.set_defaults(run=run_hash_password)
     command = commands.add_parser("sessions", help="ends sessions, in running servers too")
     command = command.add_subparsers(required=True, metavar="COMMAND").add_parser("revoke", help="logs users out")
@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_help(top: argparse.ArgumentParser) -> int:
-    """Whoever names no command wants to know which ones there are."""
+    """Without a command the help is printed."""
     top.print_help(sys.stderr)
     return 2
 
@@ -108,14 +108,14 @@ def name_of_user(written: str) -> str:
     with wanting("a name, in UTF-8"):
         written.encode()
         if not written.strip():
-            raise ValueError  # an empty variable of a shell would end nobody's sessions
+            raise ValueError  # from an empty shell variable, it would revoke no session
         return written
 
 
 @contextmanager
 def wanting(what: str) -> Iterator[None]:
-    """Tells of a value what would be right; argparse by itself would name our function."""
+    """Reports what a value must be; argparse would name the function instead."""
     try:
         yield
     except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"wants {what}") from None
+        raise argparse.ArgumentTypeError(f"must be {what}") from None

@@ -23,7 +23,8 @@ from proxy.demo import request as demo_request
 from proxy.server.listener import WRITE_DEADLINE, activated_socket, as_bound, listen
 from proxy.server.runner import Uvicorn, uvicorn_for
 from proxy.server.service import Service, allow_all_descriptors
-from proxy.server.workers import Supervisor, work
+from proxy.server.workers import Supervisor
+from proxy.server.workers import run_worker as serve_as_worker
 from proxy.telemetry.logs import Descriptor, Logs
 
 # ---- serving ---------------------------------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ def run_worker(options: argparse.Namespace) -> int:
     listener, channel = options.worker
     with listener, channel:
         chosen = settings.load(options.config, os.environ)
-        uvloop.run(work(Service(as_bound(chosen, listener), listener, Logs(chosen.log)), channel))
+        uvloop.run(serve_as_worker(Service(as_bound(chosen, listener), listener, Logs(chosen.log)), channel))
     return 0
 
 
@@ -92,7 +93,7 @@ def run_demo(options: argparse.Namespace) -> int:
             "UPSTREAM_BASE_URL": f"http://127.0.0.1:{upstream.getsockname()[1]}/v1",
             "UPSTREAM_API_KEY": f"sk-demo-{secrets.token_urlsafe(24)}",
             "POLICY_MODELS": ",".join(demo_request.MODELS),
-            "LIMITS_NEW_SESSIONS": "1000/hour",  # every private window of whoever builds a page is one
+            "LIMITS_NEW_SESSIONS": "1000/hour",  # every private window of a page's developer is one
             "LOG_FORMAT": "text",
         }
         chosen = settings.from_variables({f"{settings.PREFIX}{name}": value for name, value in variables.items()})
@@ -135,8 +136,7 @@ async def serve_model(listener: socket.socket, key: str | None, delay_seconds: f
 def listener_for(
     server: settings.Server, section: str = "server", *, may_be_handed: bool = False, option: str = ""
 ) -> socket.socket:
-    """The listening socket. Raises SettingsError in words that say which one could not be had, and who asked for it:
-    a setting, or an option of the command line."""
+    """The listening socket. Raises SettingsError with the setting or the command line option that asked for it."""
     try:
         passed = activated_socket(os.environ, os.getpid(), section, WRITE_DEADLINE) if may_be_handed else None
         return passed or listen(server)

@@ -311,7 +311,7 @@ def _no_route(_request: Request, fault: Exception) -> Response | Awaitable[Respo
 
 
 def _client_left(_request: Request, _fault: Exception) -> Response | Awaitable[Response]:
-    return Response(status_code=400)  # nobody is there to read it
+    return Response(status_code=400)  # the client is gone
 
 
 def is_no_staged_cut(record: logging.LogRecord) -> bool:
@@ -331,7 +331,7 @@ def build(
     `delay_seconds`: the time for one token of the first model; 0 is as fast as possible.
     `clock`: Unix time in seconds, for `created`.
 
-    Raises ValueError for an empty key (it would let everybody in) and for a negative delay.
+    Raises ValueError for an empty key (it would accept every client) and for a negative delay.
     """
     if api_key is not None and not api_key.strip():
         raise ValueError("api_key must not be empty; None accepts any caller")

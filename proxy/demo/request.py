@@ -19,7 +19,7 @@ MAX_SILENT_SECONDS = 600
 
 DEFAULT_SILENT_SECONDS = 30
 MAX_STAGE_PIECE = 80
-"""`/cut` and `/silent` strike in the middle, but in a long answer nobody wants to wait that long."""
+"""`/cut` and `/silent` strike in the middle, but at most this far into a long answer."""
 
 MAX_PROMPT_CHARS = 20_000
 """How far into the last user message keywords are looked for: a pasted book must not hold up the loop."""

@@ -1,9 +1,12 @@
-"""Listening sockets that whoever started us has opened already: socket activation, as sd_listen_fds(3) describes it.
+"""The listening socket: opened here, or by systemd (socket activation, sd_listen_fds(3)).
 
 Rules:
-1. The environment says it: LISTEN_FDS descriptors from 3 on, meant for the process LISTEN_PID, with LISTEN_FDNAMES.
-2. One that is named like a listener of ours ("metrics") is that listener's; all others are the server's.
-3. What cannot be listened on is told at start, not found out by the first visitor.
+1. The socket's options are set here, and accepted sockets inherit them: TCP_NODELAY; TCP_USER_TIMEOUT, with which the
+   kernel closes a connection whose client does not read or has lost power; SO_KEEPALIVE, which detects the latter also
+   while nothing is sent (tcp(7)). On a Unix socket nginx is the client, and has a send_timeout of its own.
+2. LISTEN_FDS descriptors from 3 on belong to the process LISTEN_PID; LISTEN_FDNAMES names them. A descriptor named
+   "metrics" is for the metrics; all others are for the server.
+3. A descriptor that cannot be listened on fails at the start, not at the first request.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from pathlib import Path
 from proxy.settings import Server as ServerSettings
 from proxy.settings import Settings, on_port
 
-WRITE_DEADLINE = 30.0  # seconds a client may leave our bytes untaken: longer than any hiccup, short of a leak
+WRITE_DEADLINE = 30.0  # seconds a client may leave bytes unread: longer than any network hiccup
 
 
 def listen(server: ServerSettings) -> socket.socket:
@@ -41,13 +44,13 @@ def listen(server: ServerSettings) -> socket.socket:
 
 
 def listen_on_path(path: Path) -> socket.socket:
-    """A Unix socket that its owner and group may use; a dead one of an earlier run is replaced.
+    """A Unix socket for its owner and group; a dead one of an earlier run is replaced.
 
-    Not where anybody could put another in its place.
+    Raises PermissionError in a folder where every user could replace it.
     """
     folder = path.parent.stat().st_mode
     if folder & stat.S_IWOTH and not folder & stat.S_ISVTX:
-        raise PermissionError(errno.EPERM, "everybody may write to its folder")
+        raise PermissionError(errno.EPERM, "every user may write to its folder")
     if path.is_socket() and not is_alive(path):
         path.unlink()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -64,7 +67,7 @@ def listen_on_path(path: Path) -> socket.socket:
 
 
 def is_alive(path: Path) -> bool:
-    """Does somebody listen there?"""
+    """Whether a process listens there."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         try:
@@ -75,7 +78,7 @@ def is_alive(path: Path) -> bool:
 
 
 def as_bound(settings: Settings, listener: socket.socket) -> Settings:
-    """The settings with the port that the kernel chose, when it was asked to."""
+    """The settings with the port that the kernel chose, for port 0."""
     if settings.server.socket or settings.server.port:
         return settings
     return on_port(settings, listener.getsockname()[1])
@@ -83,28 +86,28 @@ def as_bound(settings: Settings, listener: socket.socket) -> Settings:
 
 FIRST = 3  # SD_LISTEN_FDS_START
 SERVER = "server"
-NAMED = ("metrics",)  # listeners that are handed over under their own name only
+NAMED = ("metrics",)  # listeners that need their own name
 
 BACKLOG = 2048
 
 
 def activated_socket(environ: Mapping[str, str], pid: int, name: str, write_deadline: float) -> socket.socket | None:
-    """The socket that process `pid` was handed for this listener, with our options; None without one.
+    """The socket that systemd opened for this listener of process `pid`, with the options set; None without one.
 
-    Raises OSError where there are several, or something else than a listening stream socket.
+    Raises OSError when there are several, or when it is not a listening stream socket.
     """
     numbers = [number for number, owner in activated_descriptors(environ, pid).items() if owner == name]
     if not numbers:
         return None
     if len(numbers) > 1:
-        raise OSError(errno.EINVAL, f"{len(numbers)} sockets were handed over for {name}, where one is wanted")
+        raise OSError(errno.EINVAL, f"{len(numbers)} sockets were passed for {name}, must be one")
     listener = listening_socket(numbers[0])
     tune(listener, write_deadline)
     return listener
 
 
 def activated_descriptors(environ: Mapping[str, str], pid: int) -> dict[int, str]:
-    """Which of our listeners each descriptor is for; empty when none is, or they are somebody else's."""
+    """The listener that each descriptor is for; empty when they are for another process."""
     if environ.get("LISTEN_PID") != str(pid):
         return {}
     count = environ.get("LISTEN_FDS", "")
@@ -118,9 +121,9 @@ def activated_descriptors(environ: Mapping[str, str], pid: int) -> dict[int, str
 
 
 def listening_socket(number: int) -> socket.socket:
-    """The listening socket behind a descriptor, which no child of ours inherits by itself."""
+    """The listening socket of a descriptor, not inheritable by child processes."""
     if not stat.S_ISSOCK(os.fstat(number).st_mode):
-        raise OSError(errno.ENOTSOCK, f"descriptor {number}, which was handed over, is no socket")
+        raise OSError(errno.ENOTSOCK, f"descriptor {number}, which was passed, must be a socket")
     listener = socket.socket(fileno=number)
     if listener.type != socket.SOCK_STREAM or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         listener.detach()
@@ -133,8 +136,8 @@ def listening_socket(number: int) -> socket.socket:
 def tune(listener: socket.socket, write_deadline: float) -> None:
     """What accepted sockets inherit: small writes go at once, and what is not taken in time ends the connection.
 
-    Where there is nothing to take, the kernel asks from half that time on whether anybody is still there. Sockets of a
-    path have none of this; who connects there has deadlines of its own.
+    While nothing is sent, the kernel probes the client from half that time on. Unix sockets have no such options; their
+    clients have deadlines of their own.
     """
     if listener.family != socket.AF_UNIX:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

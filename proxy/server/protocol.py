@@ -1,12 +1,12 @@
-"""The guard: what a socket may do to us before, around and after its requests, on uvicorn's httptools protocol.
+"""uvicorn's httptools protocol within bounds: what a connection may cost before, during and after its requests.
 
 Rules:
-1. Whatever a socket takes of us has a bound: time for its head, bytes and fields of it, sockets an address, requests
-   it piles up, descriptors that all of them together hold. (That it takes our bytes the kernel sees to: server.py.)
-2. A request that two programs could read differently is refused, not interpreted: nginx in front must have seen the
+1. Everything that a connection uses has a bound: the time, bytes and fields of a request's head, the connections of an
+   address, pipelined requests, the descriptors of all connections. (The kernel bounds unread bytes: listener.py.)
+2. A request that two programs could read differently is refused, not interpreted: nginx in front must have read the
    same one.
-3. No text of uvicorn's own reaches a client: what is refused here is told in the shape of all our errors.
-4. Deadlines are looked at by one timer for all sockets: one a socket would be paid by every request.
+3. No text of uvicorn's own reaches a client: refusals here have the shape of all other errors.
+4. One timer checks the deadlines of all connections: a timer for each would cost every request.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class GuardedProtocol(HttpToolsProtocol):
     """uvicorn's protocol for one connection, within bounds. The app of its config is the Guard."""
 
     _counted_as: str | None = None  # among the sockets of one subscriber
-    _spent = 0  # bytes of the request at hand beside its body: its head, chunk sizes, extensions, trailers
-    _is_over = False  # our last word is said
+    _spent = 0  # bytes of the current request without its body: head, chunk sizes, extensions, trailers
+    _is_over = False  # the last response is written
 
     # ---- the socket comes and goes --------------------------------------------------------------------------------
 
@@ -61,9 +61,9 @@ class GuardedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def eof_received(self) -> None:
-        """Who half-closes is gone; the loop would first wait until all that was written is taken."""
+        """A half-close counts as a disconnect; the loop would first wait until the client has read everything."""
         if self.is_answering:
-            self.hang_up()
+            self.disconnect()
 
     @property
     def guard(self) -> Guard:
@@ -75,23 +75,23 @@ class GuardedProtocol(HttpToolsProtocol):
 
     @property
     def is_idle(self) -> bool:
-        """Between two requests: nothing of the next has come."""
+        """Between two requests: no byte of the next has arrived."""
         return not self.is_answering and not self.is_in_body and not self._spent
 
     @property
     def is_in_body(self) -> bool:
-        """The head of a request is in, its body is not; it may have been answered already."""
+        """The head of a request has arrived, its body has not; it may be answered already."""
         return self.cycle is not None and self.cycle.more_body
 
     # ---- a request comes in ---------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
         if self._is_over:
-            return  # what still comes is read only so that our last word is not lost in a reset
+            return  # further bytes are read only so that a reset does not lose the last response
         if self.is_answering and not self.is_in_body:
             # A second request while one is live, however little of it has come: uvicorn would put it in the first
-            # one's place and stop reading, and so nobody would see the first one's disconnect.
-            self.hang_up()
+            # one's place and stop reading, so that the first one's disconnect would go unnoticed.
+            self.disconnect()
             return
         if not self.is_in_body:
             self.guard.expect(self)
@@ -106,7 +106,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         if self.is_answering:
-            self.hang_up()
+            self.disconnect()
             return
         self.check_head()
         self.guard.reading.pop(self, None)
@@ -121,13 +121,13 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._spent > MAX_HEAD_BYTES and size_of(self.url, self.headers) > MAX_HEAD_BYTES:
             raise HeadersTooLarge
         if self.parser.should_upgrade():
-            raise InvalidRequest("This server speaks HTTP/1.1 only, without upgrades.")
+            raise InvalidRequest("This server accepts HTTP/1.1 only, without upgrades.")
         check_head(self.parser.get_http_version(), self.url, self.headers)
         if self.guard.is_crowded() and self.url not in PROBES:
             raise Busy
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self.is_in_body:  # what comes there is a trailer: nobody asked for it, and it must not become a header
+        if not self.is_in_body:  # a trailer, which must not become a header
             super().on_header(name, value)
 
     def on_body(self, body: bytes) -> None:
@@ -136,9 +136,9 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.cycle.more_body:  # answered before its body had come: that is dropped, for a while
+        if self.cycle.more_body:  # answered before its body has arrived, which is dropped for a while
             if self.expect_100_continue:
-                self.transport.close()  # nobody can know whether the body follows
+                self.transport.close()  # it is unknown whether the body follows
             else:
                 self.guard.wait_for(self)
 
@@ -154,49 +154,49 @@ class GuardedProtocol(HttpToolsProtocol):
     # ---- refusing -------------------------------------------------------------------------------------------------
 
     def send_400_response(self, msg: str) -> None:
-        """Where uvicorn goes when the parser, or a callback of it, gave up. Called while the error is handled."""
+        """uvicorn calls this when the parser or a callback of it raised, while the error is handled."""
         error = sys.exc_info()[1]
         cause = error.__context__ if error is not None else None
         self.refuse(cause if isinstance(cause, Refusal) else InvalidRequest("The request is not valid HTTP."))
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Whoever asked for one has been refused, or was hung up on."""
+        """An upgrade was refused, or its connection closed."""
 
     def refuse(self, refusal: Refusal) -> None:
         """Answers, and closes."""
         if self.is_in_body and self.cycle.response_started:
-            self.hang_up()
+            self.disconnect()
             return
-        if self.is_answering:  # it broke off within its body
+        if self.is_answering:  # the error is within its body
             self.cycle.waiting_for_100_continue = False
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         else:
             self.guard.note(self.client[0] if self.client else None, refusal)
         self.transport.write(as_bytes(refusal))
-        self.say_no_more()
+        self.close_half()
 
     def close(self) -> None:
-        """Behind the last answer, which may have come before the body of its request."""
+        """Closes after the last response, which may precede the end of its request's body."""
         if self.is_in_body and not self.transport.is_closing():
-            self.say_no_more()
+            self.close_half()
         else:
             self.transport.close()
 
-    def say_no_more(self) -> None:
-        """Closes our half. The other half is read for a while, or the answer might be lost in a reset."""
+    def close_half(self) -> None:
+        """Closes this half. The other half is read for a while; otherwise a reset might lose the response."""
         self._is_over = True
         self.transport.write_eof()
         self.guard.wait_for(self)
 
-    def hang_up(self) -> None:
-        """Closes at once, and tells the request that is being answered, before more of this read can change it."""
+    def disconnect(self) -> None:
+        """Closes at once, and ends the request that is being answered, before more of this read can change it."""
         self.transport.abort()
         self.cycle.disconnected = True
         self.cycle.message_event.set()
 
-    def give_up(self) -> None:
-        """HEAD_SECONDS are over."""
+    def expire(self) -> None:
+        """HEAD_SECONDS are over: refuses an incomplete request, closes a silent connection."""
         if self._spent and not self._is_over:
             self.refuse(RequestTimeout())
             self.transport.close()
@@ -205,7 +205,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
 
 class LastAnswer:
-    """A connection's transport as uvicorn uses it for the last answer, which it closes when all of that is written."""
+    """The transport that uvicorn uses for the last response of a connection, and closes after it."""
 
     __slots__ = ("close", "is_closing", "write")
 
@@ -223,7 +223,7 @@ def check_head(version: str, target: bytes, headers: HeaderList) -> None:
     if len(headers) > MAX_FIELDS:
         raise HeadersTooLarge
     if version not in ("1.0", "1.1"):
-        raise InvalidRequest("This server speaks HTTP/1.1.")
+        raise InvalidRequest("This server accepts HTTP/1.1 only.")
     if not target.startswith(b"/") or b"#" in target:
         raise InvalidRequest("The request's target must be a path.")
     hosts = [value for name, value in headers if name == b"host"]
@@ -235,24 +235,24 @@ def check_head(version: str, target: bytes, headers: HeaderList) -> None:
 
 
 def size_of(target: bytes, headers: HeaderList) -> int:
-    """Bytes of a head as its parts; what separates them is not counted."""
+    """The bytes of a head, without separators."""
     return len(target) + sum(len(name) + len(value) for name, value in headers)
 
 
 def as_bytes(refusal: Refusal) -> bytes:
-    """A whole response, for a request that never became one."""
+    """A whole response, for bytes that never became a request."""
     body = refusal.body()
-    fields = [field for field in bare_headers(refusal, body) if field != CLOSE]  # some say so themselves
+    fields = [field for field in bare_headers(refusal, body) if field != CLOSE]  # some have it already
     lines = [STATUS_LINE[refusal.status], *(b"%b: %b\r\n" % field for field in (*fields, CLOSE)), b"\r\n"]
     return b"".join([*lines, body])
 
 
 class Guard:
-    """The application as uvicorn sees it, and what is known about all of its sockets together.
+    """The ASGI application of uvicorn, and the state that all of its connections share.
 
-    `most_sockets` of one address, or of all that `subscriber` gives one name, unless `is_proxy` says that it speaks for
-    many. `note` hears of each refusal that never became a request. `is_crowded`: the process is about to run out of
-    descriptors.
+    `most_sockets` is the limit of one subscriber (`subscriber` maps an address to it), except for trusted proxies
+    (`is_proxy`). `note` records each refusal that never became a request. `is_crowded`: the process is about to run
+    out of descriptors.
     """
 
     def __init__(
@@ -273,9 +273,9 @@ class Guard:
         self.is_crowded = is_crowded
         self.sockets: Counter[str] = Counter()
         self.open: set[GuardedProtocol] = set()
-        self.reading: dict[GuardedProtocol, float] = {}  # who owes us something, since when; the longest first
+        self.reading: dict[GuardedProtocol, float] = {}  # incomplete requests, since when; oldest first
         self.is_retiring = False
-        self.left_by_all = asyncio.Event()  # while retiring: the last socket has gone
+        self.left_by_all = asyncio.Event()  # while retiring: the last connection is closed
         self._timer: asyncio.TimerHandle | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -284,7 +284,7 @@ class Guard:
     # ---- sockets --------------------------------------------------------------------------------------------------
 
     def admit(self, address: str) -> str | None:
-        """Counts a socket in; returns as whose, or None when there are too many already."""
+        """Counts a socket. Returns its subscriber, or None when there are too many already."""
         subscriber = self.subscriber(address)
         if self.sockets[subscriber] >= self.most_sockets and not self.is_proxy(address):
             return None
@@ -301,18 +301,18 @@ class Guard:
                 del self.sockets[counted_as]
 
     def expect(self, connection: GuardedProtocol) -> None:
-        """The head of a request has begun; it owes us the rest, if it does not already."""
+        """Starts the deadline for the rest of a request's head, if it is not running."""
         if connection not in self.reading:
             self.reading[connection] = asyncio.get_running_loop().time()
 
     def wait_for(self, connection: GuardedProtocol) -> None:
-        """From now on it owes us something: a request, or its going."""
+        """Starts the deadline for the next request, or for the client to close."""
         self.open.add(connection)
         self.reading.pop(connection, None)
         self.expect(connection)
 
     def retire(self, idle: float) -> None:
-        """From now on each answer to a new request is the last on its socket; one that is idle so long is closed."""
+        """Makes each further response the last on its connection; closes connections that are idle for so long."""
         self.is_retiring = True
         for connection in self.open:
             connection.timeout_keep_alive = idle  # type: ignore[assignment]  # only ever given to call_later
@@ -337,7 +337,7 @@ class Guard:
             self._timer.cancel()
 
     def look(self) -> None:
-        self.start()  # first: the deadlines outlive a bug
+        self.start()  # first, so that a bug does not stop the deadlines
         self.end_overdue(asyncio.get_running_loop().time())
 
     def end_overdue(self, now: float) -> None:
@@ -346,4 +346,4 @@ class Guard:
             if since + HEAD_SECONDS > now:
                 return
             del self.reading[connection]
-            connection.give_up()
+            connection.expire()

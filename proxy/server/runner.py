@@ -13,12 +13,12 @@ import uvicorn
 
 from proxy.telemetry.logs import Bridge, Logs
 
-FLUSH = 5  # seconds uvicorn may take to close what is left
-UVICORN_TICK = 0.1  # seconds; every tenth renews the Date of all answers
+FLUSH = 5  # seconds uvicorn may take to close the remaining connections
+UVICORN_TICK = 0.1  # seconds; every tenth tick renews the Date header
 
 
 class Uvicorn(uvicorn.Server):
-    """uvicorn without its signal handling: it re-raises signals after shutdown, and exit would not be 0."""
+    """uvicorn without its signal handling: it raises signals again after shutdown, so the exit code would not be 0."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -34,7 +34,7 @@ class Uvicorn(uvicorn.Server):
         self.ended.set()
 
     async def main_loop(self) -> None:
-        """uvicorn's own, except that it does not sleep through the end."""
+        """uvicorn's own, except that `end` interrupts its sleep."""
         ticks = 0
         while not await self.on_tick(ticks):
             ticks = (ticks + 1) % 864_000
@@ -53,7 +53,7 @@ def uvicorn_for(app: Any, keep_alive: float, **more: Any) -> Uvicorn:
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # the edge walks X-Forwarded-For itself; uvicorn would have rewritten the peer before
+        proxy_headers=False,  # the edge reads X-Forwarded-For itself; uvicorn would rewrite the peer before it
         ws="none",
         timeout_keep_alive=int(keep_alive),
         timeout_graceful_shutdown=FLUSH,
@@ -64,7 +64,7 @@ def uvicorn_for(app: Any, keep_alive: float, **more: Any) -> Uvicorn:
 
 @contextlib.contextmanager
 def bridged(logs: Logs) -> Generator[None, None, None]:
-    """What uvicorn has to say is said in the log."""
+    """Sends uvicorn's warnings to the log."""
     bridge, library = Bridge(logs), logging.getLogger("uvicorn.error")
     library.addHandler(bridge)
     library.propagate = False

@@ -1,14 +1,10 @@
-"""The server: the listener, uvicorn with a guarded protocol, signals, drain.
+"""The service: runs the server until a signal, then drains it.
 
 Rules:
-1. We make the listening socket ourselves; accepted ones inherit its options, whatever uvicorn does: TCP_NODELAY, and
-   TCP_USER_TIMEOUT, with which the kernel closes what a client leaves untaken, be it without power or just not reading;
-   SO_KEEPALIVE, so that it finds out about the power also while there is nothing to take. (tcp(7). On a Unix socket
-   nginx is the client, and has a send_timeout of its own.)
-2. First SIGTERM or Ctrl-C: no new work, live answers go on for `drain_seconds`, then end with an event. Second: now.
-3. Descriptors are kept in reserve: who is refused while they run short is told so, and those served notice nothing.
-4. One that retires, since another process has taken over its listener, refuses and cuts nobody: it answers on the
-   connections it has, each once more at most, and drains when the last has gone.
+1. First SIGTERM or Ctrl-C: no new requests; live answers go on for `drain_seconds`, then end with an event. Second:
+2. Some descriptors are kept in reserve: while they run short, new requests are refused with 503, and those under way
+   are not affected.
+3. A retiring worker stops accepting, serves at most one more request per open connection, then drains.
 """
 
 from __future__ import annotations
@@ -32,32 +28,32 @@ from proxy.telemetry.logs import Logs
 from proxy.transport.pool import Transport
 from proxy.transport.tls import upstream_ssl_context
 
-LAST_WORDS = 2.0  # seconds for the final events of a drain to reach their browsers
-LAST_REQUESTS = 5.0  # seconds for requests on idle connections of one that retires: a busy pool has used them by then
-DESCRIPTORS_USED = 0.8  # of those allowed: beyond it newcomers are refused, so that those served can go on
-OWN_DESCRIPTORS = 32  # that no visitor causes: listeners, the log, the event loop's, the libraries' files
-GC_THRESHOLDS = (50_000, 20, 50)  # streams make little garbage in cycles; the default looks for it far too often
+LAST_EVENTS = 2.0  # seconds for the final events of a drain to reach the clients
+LAST_REQUESTS = 5.0  # seconds for requests on idle connections of a retiring worker: a busy pool has used them by then
+DESCRIPTORS_USED = 0.8  # of those allowed: beyond it new requests are refused
+OWN_DESCRIPTORS = 32  # not caused by clients: listeners, the log, the event loop's, the libraries' files
+GC_THRESHOLDS = (50_000, 20, 50)  # streams make few reference cycles; the defaults collect far too often
 
 
 class MetricsPage:
-    """`/metrics`, on a listener of its own that the outside does not see."""
+    """`/metrics`, on a listener of its own that is not public."""
 
     def __init__(self, exposition: Callable[[], Awaitable[bytes]]) -> None:
         self.exposition = exposition
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        found = scope["path"] == "/metrics"
-        body = await self.exposition() if found else b"see /metrics\n"
+        exists = scope["path"] == "/metrics"
+        body = await self.exposition() if exists else b"see /metrics\n"
         headers = [
             (b"content-type", b"text/plain; version=0.0.4; charset=utf-8"),
             (b"content-length", b"%d" % len(body)),
         ]
-        await send({"type": "http.response.start", "status": 200 if found else 404, "headers": headers})
+        await send({"type": "http.response.start", "status": 200 if exists else 404, "headers": headers})
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
 class Service:
-    """One running chat-proxy: its servers and the way it ends."""
+    """One running chat-proxy: its servers, and how it stops."""
 
     def __init__(
         self, settings: Settings, listener: socket.socket, logs: Logs, metrics_listener: socket.socket | None = None
@@ -117,7 +113,7 @@ class Service:
         self.guard.stop()
 
     def note_uncaught(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """What was raised where nobody waits. The loop itself would tell stderr, with all that its text quotes."""
+        """Logs an exception that no code awaits. The loop itself would print it to stderr, with the text it quotes."""
         if (error := context.get("exception")) is not None:
             self.logs.bug(error)
         else:
@@ -127,17 +123,17 @@ class Service:
         return self.app.metrics.exposition()
 
     def is_crowded(self) -> bool:
-        """Visitors and their upstream calls hold so many sockets that descriptors may run out."""
+        """Whether clients and upstream calls hold so many sockets that descriptors may run out."""
         return len(self.guard.open) + self.transport.open_sockets > self.most_sockets
 
     def end(self) -> None:
-        """What a signal does: the first begins the drain, the second ends it."""
+        """Handles a signal: the first begins the drain, the second ends it."""
         if self.ending.is_set():
             self.at_once.set()
         self.ending.set()
 
     async def retire(self) -> None:
-        """Leaves newcomers to others, and goes on until nobody is connected any more, or it is told to end."""
+        """Stops accepting, and serves the open connections until they close or a signal comes."""
         for listening in self.server.servers:
             listening.close()
         self.guard.retire(LAST_REQUESTS)
@@ -147,14 +143,14 @@ class Service:
         await first_of(None, self.guard.left_by_all, self.ending)
 
     async def drain(self) -> None:
-        """Lets live answers run on, then ends them with an event, and waits for the events to get through."""
+        """Lets live answers go on, then ends them with an event, and waits until the events are delivered."""
         self.app.draining = True
         self.logs.line("draining", live=len(self.app.active_scopes))
         await first_of(self.drain_seconds, self.app.quiet, self.at_once)
         self.app.cut()
-        await first_of(LAST_WORDS, self.app.quiet)
+        await first_of(LAST_EVENTS, self.app.quiet)
         for connection in tuple(self.guard.open):
-            if connection.is_answering:  # somebody who does not take our last words
+            if connection.is_answering:  # the client does not read its last event
                 connection.transport.abort()
 
 
@@ -169,7 +165,7 @@ async def first_of(seconds: float | None, *events: asyncio.Event) -> None:
 
 
 def allow_all_descriptors() -> None:
-    """Raises the soft limit to the hard one: the usual 1024 are for programs that use select(), which we do not."""
+    """Raises the soft limit to the hard one: the usual 1024 is for programs that use select()."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # some systems call it unlimited and then do not allow that
+    with contextlib.suppress(ValueError, OSError):  # some systems report no limit and then refuse it
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,4 +1,4 @@
-"""Settings: what may be set, found and judged at start; after that they are values that nobody changes.
+"""The settings: read and validated at the start, immutable values afterwards.
 
 | room | holds |
 |---|---|

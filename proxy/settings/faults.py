@@ -1,4 +1,4 @@
-"""What is wrong with a set of settings: how it is told, and what shows only when several are seen together.
+"""The faults of a set of settings: how they are reported, and the rules between several settings.
 
 Rules:
 1. A fault names the setting, where its value came from and what would be right. It never shows a value, since people
@@ -26,7 +26,7 @@ TRACES_PACKAGE = "opentelemetry.exporter.otlp.proto.http"  # brings the others t
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that is wrong, in words for the operator."""
+    """One fault, in a text for the operator."""
 
     setting: str
     source: str
@@ -48,7 +48,7 @@ class SettingsError(Exception):
 def refused_by_opentelemetry(error: Exception) -> SettingsError:
     """What it has against the OTEL_* variables, which are settings that it reads itself: their names (rule 1)."""
     named = ", ".join(re.findall(r"OTEL_[A-Z_]+", str(error))) or "OTEL_*"
-    message = f"OpenTelemetry cannot use what its variables say: {named} ({type(error).__name__})"
+    message = f"OpenTelemetry cannot use its variables: {named} ({type(error).__name__})"
     return SettingsError([Fault("traces.enabled", "environment", message)])
 
 
@@ -94,7 +94,7 @@ CONTRADICTIONS = (
         "server.public_url",
         ("server.public_url",),
         lambda s: not s.server.is_https and not s.server.is_local,
-        "wants https, unless it is a loopback address: a session cookie over plain http can be stolen",
+        "must be https, unless it is a loopback address: a session cookie over plain http can be stolen",
     ),
     CrossRule(
         "session.secret",
@@ -122,7 +122,7 @@ CONTRADICTIONS = (
         "oidc.issuer",
         ("oidc.issuer",),
         lambda s: s.oidc.issuer.startswith("http://") and not is_loopback(urlsplit(s.oidc.issuer).hostname or ""),
-        "wants https: whoever is on the way could log in as anybody",
+        "must be https: an attacker on the network could impersonate any user",
     ),
     CrossRule(
         "session.mode",
@@ -134,7 +134,7 @@ CONTRADICTIONS = (
         "server.workers",
         ("server.workers", "limits.store"),
         lambda s: s.server.workers > 1 and not s.limits.is_shared,
-        "wants limits.store on Redis when it is more than one: each worker would allow the whole of every limit, "
+        "must be limits.store on Redis when it is more than one: each worker would allow the whole of every limit, "
         "and a logout would be known to one of them only",
     ),
     CrossRule(
@@ -153,13 +153,13 @@ CONTRADICTIONS = (
         "traces.propagate",
         ("traces.enabled", "traces.propagate"),
         lambda s: s.traces.propagate and not s.traces.enabled,
-        "wants traces.enabled: without it there is no span that the upstream could be told of",
+        "must be traces.enabled: without it there is no span that the upstream could be told of",
     ),
     CrossRule(
         "upstream.base_url",
         ("upstream.base_url", "upstream.allow_http"),
         lambda s: exposes_key(s.upstream),
-        "wants https: plain http would show the key to the network (upstream.allow_http = true permits it)",
+        "must be https: plain http would show the key to the network (upstream.allow_http = true permits it)",
     ),
     CrossRule(
         "upstream.ca_file",

@@ -4,7 +4,7 @@ Rules:
 1. Every fault is collected before anything is said; the caller gets all of them in one `SettingsError`.
 2. Secrets come from `$CREDENTIALS_DIRECTORY/<section>_<name>`, then `CHAT_PROXY_<SECTION>_<NAME>_FILE`, then
    the variable itself; never from the file that is likely to be committed.
-3. A name that nobody knows is a fault, with the nearest one that is known. Nothing is ignored but what Kubernetes adds.
+3. An unknown name is a fault, with the nearest known one. Only variables that Kubernetes adds are ignored.
 4. A file that cannot be read is one fault. What it may say is not told as missing, nor what would depend on that.
 """
 

@@ -1,8 +1,8 @@
-"""The contract: every setting, with what it may be and what it is when nobody says.
+"""Every setting with its type and its default.
 
 Rules:
 1. A section is a table and a setting a line of it, under the name that it has in the file and, in capitals, in the
-   environment. To be found, judged and told of, a setting needs no other line than its own.
+   environment. A setting is read, checked and reported by its own line alone.
 2. Names stay: people's files hold them.
 """
 

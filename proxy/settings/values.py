@@ -1,9 +1,9 @@
-"""What one setting may be: its kind, the shape of its text, and secrets. Pure, but for secrets, which have files.
+"""The types of settings: their values, texts of a certain form, and secrets. Pure, except that secrets read files.
 
 Rules:
-1. A value is judged here by itself. What several settings mean together is judged in `faults`.
-2. What does not hold raises Wrong, whose text says what would be right and never shows the value.
-3. A shape gives back the normal form, so that nobody else has to read what people write.
+1. A value is checked here by itself. Rules between settings are in `faults`.
+2. An invalid value raises InvalidValue; its text is what the value must be, and never contains the value.
+3. A check returns the normal form, so that no other code has to parse a setting.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class InvalidValue(ValueError):
-    """A value that its kind refuses; the text says what would be right."""
+    """A value that its type refuses; the text is what it must be."""
 
 
 # ---- kinds of values ---------------------------------------------------------------------------------------------
@@ -45,7 +45,7 @@ def decoded_as(convert: Callable[[str], object], wanted: str) -> Callable[[str],
         try:
             return convert(text.strip())
         except (ValueError, KeyError):
-            raise InvalidValue(f"wants {wanted}") from None
+            raise InvalidValue(f"must be {wanted}") from None
 
     return decode
 
@@ -55,7 +55,7 @@ def whole(lowest: int, highest: int) -> SettingType:
 
     def check(value: object) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= highest:
-            raise InvalidValue(f"wants {wanted}")
+            raise InvalidValue(f"must be {wanted}")
         return value
 
     return SettingType(decoded_as(int, wanted), check)
@@ -66,7 +66,7 @@ def seconds(lowest: float, highest: float) -> SettingType:
 
     def check(value: object) -> float:
         if not isinstance(value, int | float) or isinstance(value, bool) or not lowest <= value <= highest:
-            raise InvalidValue(f"wants {wanted}")
+            raise InvalidValue(f"must be {wanted}")
         return float(value)
 
     return SettingType(decoded_as(float, wanted), check)
@@ -77,7 +77,7 @@ BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 def check_boolean(value: object) -> bool:
     if not isinstance(value, bool):
-        raise InvalidValue("wants true or false")
+        raise InvalidValue("must be true or false")
     return value
 
 
@@ -86,7 +86,7 @@ boolean = SettingType(decoded_as(lambda text: BOOLEANS[text.lower()], "true or f
 
 def check_text(value: object) -> str:
     if not isinstance(value, str):
-        raise InvalidValue("wants text in quotes")
+        raise InvalidValue("must be text in quotes")
     return value
 
 
@@ -98,7 +98,7 @@ def texts(convert: Callable[[str], Any] = str) -> SettingType:
 
     def check(value: object) -> tuple[Any, ...]:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise InvalidValue('wants a list of texts, like ["one", "two"]')
+            raise InvalidValue('must be a list of texts, like ["one", "two"]')
         return tuple(dict.fromkeys(convert(item) for item in value))
 
     return SettingType(lambda raw: [part.strip() for part in raw.split(",") if part.strip()], check)
@@ -107,7 +107,7 @@ def texts(convert: Callable[[str], Any] = str) -> SettingType:
 def choice(*offered: str) -> SettingType:
     def check(value: object) -> str:
         if not isinstance(value, str) or value not in offered:
-            raise InvalidValue(f"wants one of {', '.join(offered)}")
+            raise InvalidValue(f"must be one of {', '.join(offered)}")
         return value
 
     return SettingType(str.strip, check)
@@ -157,11 +157,11 @@ def rates(written: str) -> tuple[Rate, ...]:
         try:
             item = limits.parse(part)
         except ValueError:
-            raise InvalidValue("wants rates like 20/minute;500/day") from None
+            raise InvalidValue("must be rates like 20/minute;500/day") from None
         if item.amount < 1:
-            raise InvalidValue("wants rates of at least 1; an empty text means no limit")
+            raise InvalidValue("must be rates of at least 1; an empty text means no limit")
         if item.amount > MOST_OF_A_RATE or item.get_expiry() > LONGEST_WINDOW:
-            raise InvalidValue(f"wants rates of at most {MOST_OF_A_RATE} in 100 years; an empty text means no limit")
+            raise InvalidValue(f"must be rates of at most {MOST_OF_A_RATE} in 100 years; an empty text means no limit")
         multiple = f"{item.multiples} " if item.multiples > 1 else ""
         found.append(Rate(item.amount, item.get_expiry(), f"{item.amount}/{multiple}{item.GRANULARITY.name}"))
     loosest_first = sorted(found, key=lambda rate: (rate.seconds, -rate.amount))
@@ -184,7 +184,7 @@ def origin(written: str) -> str:
         host, port = host_in_url(url.hostname), url.port
     except ValueError:
         raise InvalidValue(
-            "wants an origin like https://chat.example.org, a name in other letters as xn--..."
+            "must be an origin like https://chat.example.org, a name in other letters as xn--..."
         ) from None
     if (
         url.scheme not in ("http", "https")
@@ -194,7 +194,7 @@ def origin(written: str) -> str:
         or url.fragment
         or "@" in url.netloc
     ):
-        raise InvalidValue("wants an origin like https://chat.example.org: no path, no user")
+        raise InvalidValue("must be an origin like https://chat.example.org: no path, no user")
     return f"{url.scheme}://{host}" + ("" if port in (None, USUAL_PORTS[url.scheme]) else f":{port}")
 
 
@@ -223,7 +223,7 @@ def base_url(written: str) -> str:
     except ValueError:
         valid = False
     if not valid or "@" in url.netloc or not re.fullmatch(r"[!-~]+", written) or re.search(r"[?#\\]", written):
-        raise InvalidValue("wants a URL like https://api.selamgpt.com/v1: no user, no query")
+        raise InvalidValue("must be a URL like https://api.selamgpt.com/v1: no user, no query")
     return url.scheme + written[len(url.scheme) :].rstrip("/")
 
 
@@ -240,7 +240,7 @@ def listening_host(written: str) -> str:
     written = written.strip()
     if re.fullmatch(r"[A-Za-z0-9._:%-]+", written) and not re.search(r"[^.]{64}|^\.|\.\.", written):
         return written
-    raise InvalidValue("wants an address of this machine, like 127.0.0.1, or 0.0.0.0 for all of them")
+    raise InvalidValue("must be an address of this machine, like 127.0.0.1, or 0.0.0.0 for all of them")
 
 
 def peer(written: str) -> Network | str:
@@ -249,18 +249,18 @@ def peer(written: str) -> Network | str:
     try:
         return ipaddress.ip_network(written, strict=False)
     except ValueError:
-        raise InvalidValue("wants addresses or networks like 10.0.0.0/8, or unix for socket peers") from None
+        raise InvalidValue("must be addresses or networks like 10.0.0.0/8, or unix for socket peers") from None
 
 
 def header_name(written: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", written):
-        raise InvalidValue("wants a header's name, like Authorization")
+        raise InvalidValue("must be a header's name, like Authorization")
     return written
 
 
 def header_word(written: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9._~+/-]*", written):
-        raise InvalidValue("wants one word, like Bearer, or an empty text")
+        raise InvalidValue("must be one word, like Bearer, or an empty text")
     return written
 
 
@@ -281,7 +281,7 @@ def store(written: str) -> str:
         valid = False
     if not valid:
         raise InvalidValue(
-            "wants memory://, redis://host:6379/0, rediss://, unix:///path or redis+sentinel://host:26379/name"
+            "must be memory://, redis://host:6379/0, rediss://, unix:///path or redis+sentinel://host:26379/name"
         )
     return written.replace("unix://", "redis+unix://", 1) if written.startswith("unix://") else written
 
@@ -332,7 +332,9 @@ class Secret:
 def key_text(written: str) -> str:
     """A key as it can stand in a header: one line of visible ASCII. Quotes around it are not its own, but a file's."""
     if not re.fullmatch(r"[!-~]+", written) or re.fullmatch(r"""(["']).*\1""", written):
-        raise InvalidValue("wants the secret alone, one line of visible ASCII characters: no quotes, no word before it")
+        raise InvalidValue(
+            "must be the secret alone, one line of visible ASCII characters: no quotes, no word before it"
+        )
     return written
 
 
@@ -340,7 +342,7 @@ def session_keys(written: str) -> str:
     lines = lines_of(written)
     if any(len(line) < SHORTEST_SECRET for line in lines) or not lines:
         raise InvalidValue(
-            f"wants at least {SHORTEST_SECRET} characters a line; `chat-proxy new-secret` makes a good one"
+            f"must be at least {SHORTEST_SECRET} characters a line; `chat-proxy new-secret` makes a good one"
         )
     return "\n".join(lines)
 
@@ -353,7 +355,7 @@ def password_lines(written: str) -> str:
     lines = lines_of(written)
     users = [line.partition(":")[0] for line in lines if not line.startswith("$")]
     if not all(PASSWORD_LINE.fullmatch(line) for line in lines):
-        raise InvalidValue("wants lines like user:hash, or one hash for all; `chat-proxy hash-password` makes them")
+        raise InvalidValue("must be lines like user:hash, or one hash for all; `chat-proxy hash-password` makes them")
     if not lines or len(set(users)) != len(users) or (len(lines) > 1 and len(users) != len(lines)):
-        raise InvalidValue("wants one line a user, each user once; or one hash without a user, alone")
+        raise InvalidValue("must be one line a user, each user once; or one hash without a user, alone")
     return "\n".join(lines)

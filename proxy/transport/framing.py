@@ -51,13 +51,13 @@ class OutgoingRequest:
             return b"%x\r\n%b\r\n" % (len(part), part) if part else b""
         self._left -= len(part)
         if self._left < 0:
-            raise httpx.LocalProtocolError("the body is longer than Content-Length says")
+            raise httpx.LocalProtocolError("the body is longer than Content-Length")
         return part
 
     def last(self) -> bytes:
         """What goes out after the last part."""
         if self._left:
-            raise httpx.LocalProtocolError("the body is shorter than Content-Length says")
+            raise httpx.LocalProtocolError("the body is shorter than Content-Length")
         return b"0\r\n\r\n" if self._left is None else b""
 
 
@@ -76,7 +76,7 @@ class ResponseParser:
     fault: httpx.TransportError | None = None
     on_body: Callable[[bytes], None] = field(init=False)
     _parser: httptools.HttpResponseParser = field(init=False)
-    _framed: bool = False  # its headers tell where the body ends
+    _framed: bool = False  # its headers define where the body ends
     _barren: int = 0
     _fields: list[tuple[bytes, bytes]] = field(default_factory=list)
     _fragments: list[bytes] = field(default_factory=list)
@@ -144,7 +144,7 @@ class ResponseParser:
             return
         self.version = VERSIONS.get(self._parser.get_http_version(), b"")
         if status < 200 or not self.version:
-            raise httpx.RemoteProtocolError("a status or a version that nobody asked for")
+            raise httpx.RemoteProtocolError("a status or a version that was not requested")
         size = len(self.reason)
         for name, value in fields:
             size += len(name) + len(value)

@@ -36,7 +36,7 @@ from support.nginx import DEPLOY
 
 from proxy import settings
 from proxy.server.runner import FLUSH
-from proxy.server.service import LAST_WORDS
+from proxy.server.service import LAST_EVENTS
 from proxy.telemetry.metrics import Metrics
 
 ROOT = DEPLOY.parent
@@ -79,7 +79,7 @@ def loaded(variables: dict[str, str], file: Path, secrets: Path) -> settings.Set
 
 def words_after_a_drain(chosen: settings.Settings) -> float:
     """How long a server may take to end, in seconds."""
-    return chosen.server.drain_seconds + LAST_WORDS + FLUSH
+    return chosen.server.drain_seconds + LAST_EVENTS + FLUSH
 
 
 # ---- the image ------------------------------------------------------------------------------------------------------

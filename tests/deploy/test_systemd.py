@@ -32,7 +32,7 @@ from support.redis_server import Redis
 from proxy import settings
 from proxy.server.listener import WRITE_DEADLINE, listen
 from proxy.server.runner import FLUSH
-from proxy.server.service import LAST_WORDS
+from proxy.server.service import LAST_EVENTS
 
 UNITS = DEPLOY / "systemd"
 PROGRAM = Path(sys.executable).with_name("chat-proxy")
@@ -110,7 +110,7 @@ def test_the_units_words_are_settings_of_ours(tmp_path: Path) -> None:
     assert chosen.session.secret == settings.Secret("s" * 43)
     assert chosen.server.trusted_proxies == ("unix",)
     assert chosen.limits.is_shared
-    assert int(service["TimeoutStopSec"].removesuffix("s")) > chosen.server.drain_seconds + LAST_WORDS + FLUSH
+    assert int(service["TimeoutStopSec"].removesuffix("s")) > chosen.server.drain_seconds + LAST_EVENTS + FLUSH
     assert service["RestartPreventExitStatus"] == "2"
 
 

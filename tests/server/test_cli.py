@@ -97,15 +97,18 @@ def test_no_command(tmp_path: Path) -> None:
 
 
 VALUES = {
-    "word for a port": (["demo", "--port", "http"], "--port: wants a port, from 0 to 65535"),
-    "port out of range": (["upstream", "--port", "65536"], "--port: wants a port, from 0 to 65535"),
-    "no number for a delay": (["upstream", "--delay-ms", "soon"], "--delay-ms: wants milliseconds, up to an hour"),
-    "address without a scheme": (["check", "--url", "chat.example.org"], "--url: wants an origin like https://"),
-    "word for a time": (["sessions", "revoke", "--before", "noon"], "--before: wants a time that is past, like 2026-"),
-    "time to come": (["sessions", "revoke", "--before", "9999-12-31"], "--before: wants a time that is past"),
-    "nobody": (["sessions", "revoke", "--user", ""], "--user: wants a name, in UTF-8"),
-    "a name that is no text": (["sessions", "revoke", "--user", "a\udcff"], "--user: wants a name, in UTF-8"),
-    "time before times": (["sessions", "revoke", "--before", "0001-01-01"], "--before: wants a time that is past"),
+    "word for a port": (["demo", "--port", "http"], "--port: must be a port, from 0 to 65535"),
+    "port out of range": (["upstream", "--port", "65536"], "--port: must be a port, from 0 to 65535"),
+    "no number for a delay": (["upstream", "--delay-ms", "soon"], "--delay-ms: must be milliseconds, up to an hour"),
+    "address without a scheme": (["check", "--url", "chat.example.org"], "--url: must be an origin like https://"),
+    "word for a time": (
+        ["sessions", "revoke", "--before", "noon"],
+        "--before: must be a time that is past, like 2026-",
+    ),
+    "time to come": (["sessions", "revoke", "--before", "9999-12-31"], "--before: must be a time that is past"),
+    "nobody": (["sessions", "revoke", "--user", ""], "--user: must be a name, in UTF-8"),
+    "a name that is no text": (["sessions", "revoke", "--user", "a\udcff"], "--user: must be a name, in UTF-8"),
+    "time before times": (["sessions", "revoke", "--before", "0001-01-01"], "--before: must be a time that is past"),
 }
 
 

@@ -290,7 +290,7 @@ def test_what_waits_for_its_answer_is_refused(
 @both_loops
 def test_a_request_that_arrives_in_pieces_meanwhile(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A body that is complete only after the drain's time is over: the upstream is not called any more."""
-    monkeypatch.setattr(server, "LAST_WORDS", 1.5)
+    monkeypatch.setattr(server, "LAST_EVENTS", 1.5)
     monkeypatch.setattr(runner, "FLUSH", 1)
     with playing(loop, "0.2") as play, connect(play.proxy) as client:
         request = chat_request(play.proxy, **question("nothing"))
@@ -310,7 +310,7 @@ def test_a_request_that_arrives_in_pieces_meanwhile(loop: str, monkeypatch: pyte
 @both_loops
 def test_a_client_that_does_not_read_holds_up_nothing(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the last word cannot be delivered the server ends without it, and the log says how the stream ended."""
-    monkeypatch.setattr(server, "LAST_WORDS", 0.5)
+    monkeypatch.setattr(server, "LAST_EVENTS", 0.5)
     monkeypatch.setattr(runner, "FLUSH", 1)
     with playing(loop, "0.2") as play:
         play.ask("flood", buffers=SMALL)

@@ -37,7 +37,7 @@ from support.harness import (
 )
 
 from proxy.accounts.login import password as room
-from proxy.accounts.login.password import FREE_TRIES, LONGEST_PAUSE, MOST_NAMES, Backoff, Passwords
+from proxy.accounts.login.password import FREE_ATTEMPTS, LONGEST_PAUSE, MOST_NAMES, Backoff, Passwords
 from proxy.accounts.modes.header import user_from_header
 from proxy.accounts.revocation import watcher as revoked
 from proxy.accounts.revocation.file import ControlFile
@@ -238,7 +238,7 @@ def test_wrong_tries_slow_a_name_down() -> None:
     with serving() as proxy:
         for user in ("alice", "nobody"):
             here = new_address()["x-forwarded-for"]
-            for _ in range(FREE_TRIES):
+            for _ in range(FREE_ATTEMPTS):
                 assert login(proxy, user, "wrong", x_forwarded_for=here).status == 401
             reply = login(proxy, user, RIGHT, x_forwarded_for=here)
             assert (reply.status, reply.error["code"]) == (429, "rate_limited")
@@ -285,7 +285,7 @@ def test_no_password_in_other_modes(mode: str) -> None:
 def test_argon2_is_bounded() -> None:
     passwords = Passwords([ALICE], time.monotonic)
     passwords.waiting = room.MOST_WAITING
-    for _ in range(FREE_TRIES):
+    for _ in range(FREE_ATTEMPTS):
         with pytest.raises(Busy):
             asyncio.run(passwords.check("alice", RIGHT, "here"))
     passwords.waiting = 0
@@ -314,15 +314,15 @@ def test_backoff_grows_to_its_bound_and_is_forgotten() -> None:
     clock = Clock()
     backoff = Backoff(clock)
     pauses = []
-    for _ in range(FREE_TRIES + 2000):
+    for _ in range(FREE_ATTEMPTS + 2000):
         backoff.begin(A)
         pauses.append(pause_of(backoff, A))
         clock.now += pauses[-1]
-    assert pauses[: FREE_TRIES + 8] == [0] * (FREE_TRIES - 1) + [1, 2, 4, 8, 16] + [LONGEST_PAUSE] * 4
-    assert set(pauses[FREE_TRIES + 8 :]) == {LONGEST_PAUSE}
+    assert pauses[: FREE_ATTEMPTS + 8] == [0] * (FREE_ATTEMPTS - 1) + [1, 2, 4, 8, 16] + [LONGEST_PAUSE] * 4
+    assert set(pauses[FREE_ATTEMPTS + 8 :]) == {LONGEST_PAUSE}
     backoff.succeeded(A)
     assert pause_of(backoff, A) == 0
-    for _ in range(FREE_TRIES):
+    for _ in range(FREE_ATTEMPTS):
         backoff.begin(B)
     assert pause_of(backoff, B) == 1
     assert pause_of(backoff, ("b", "elsewhere")) == 0
@@ -330,19 +330,19 @@ def test_backoff_grows_to_its_bound_and_is_forgotten() -> None:
     assert pause_of(backoff, B) == 0
     for number in range(MOST_NAMES + 10):
         backoff.begin((str(number), "here"))
-    assert len(backoff.tries) == MOST_NAMES
+    assert len(backoff.attempts) == MOST_NAMES
 
 
 def pause_of(backoff: Backoff, who: tuple[str, str]) -> float:
     """Seconds that the next try would have to wait; it is not made."""
-    tries = dict(backoff.tries)
+    tries = dict(backoff.attempts)
     try:
         backoff.begin(who)
     except TooMany as refusal:
         return refusal.retry_after or 0
     finally:
-        backoff.tries.clear()
-        backoff.tries.update(tries)
+        backoff.attempts.clear()
+        backoff.attempts.update(tries)
     return 0
 
 
@@ -356,15 +356,15 @@ def test_guesses_at_the_same_time_are_guesses(monkeypatch: pytest.MonkeyPatch) -
         return await asyncio.gather(*tries, return_exceptions=True)
 
     refusals = asyncio.run(guess())
-    assert sum(isinstance(refusal, InvalidCredentials) for refusal in refusals) == FREE_TRIES
-    assert sum(isinstance(refusal, TooMany) for refusal in refusals) == 12 - FREE_TRIES
+    assert sum(isinstance(refusal, InvalidCredentials) for refusal in refusals) == FREE_ATTEMPTS
+    assert sum(isinstance(refusal, TooMany) for refusal in refusals) == 12 - FREE_ATTEMPTS
     passwords.close()
 
 
-def test_nobodys_work_is_that_of_the_costliest() -> None:
+def test_dummy_hash_work_is_that_of_the_costliest() -> None:
     dear = PasswordHasher(time_cost=2, memory_cost=16, parallelism=1).hash("x")
     passwords = Passwords([ALICE, f"dear:{dear}"], time.monotonic)
-    assert passwords.nobodys.split("$")[3] == dear.split("$")[3]
+    assert passwords.dummy_hash.split("$")[3] == dear.split("$")[3]
     passwords.close()
 
 
@@ -374,9 +374,9 @@ def test_passwords_are_read_without_hashing_one(monkeypatch: pytest.MonkeyPatch)
     with monkeypatch.context() as patch:
         patch.setattr(PasswordHasher, "hash", lambda *given: pytest.fail("hashed"))
         passwords = Passwords([f"dear:{dear}"], time.monotonic)
-    assert len(passwords.nobodys) == len(dear)
+    assert len(passwords.dummy_hash) == len(dear)
     with pytest.raises(VerifyMismatchError):
-        PasswordHasher().verify(passwords.nobodys, "x")
+        PasswordHasher().verify(passwords.dummy_hash, "x")
     passwords.close()
 
 
@@ -627,7 +627,7 @@ def test_hash_password_that_is_no_text(locale: str) -> None:
             [*command, user], input=password, capture_output=True, env={"LC_ALL": locale}, timeout=STARTING
         )
         assert (done.returncode, done.stdout) == (2, b"")
-        assert done.stderr.startswith(b"chat-proxy: wants a password that is not empty")
+        assert done.stderr.startswith(b"chat-proxy: must be a password that is not empty")
         assert done.stderr.count(b"\n") == 1
 
 

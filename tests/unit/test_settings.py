@@ -1034,8 +1034,8 @@ def test_all_faults_at_once(tmp_path: Path) -> None:
 
 def test_error_shows_every_fault_on_a_line() -> None:
     """The error's text is one line a fault: setting, source, what would be right."""
-    error = SettingsError([Fault("a.b", "environment", "wants c"), Fault("d.e", "", "is required")])
-    assert str(error) == "a.b (from environment): wants c\nd.e: is required"
+    error = SettingsError([Fault("a.b", "environment", "must be c"), Fault("d.e", "", "is required")])
+    assert str(error) == "a.b (from environment): must be c\nd.e: is required"
 
 
 # ---- public_url and the port --------------------------------------------------------------------------------------

@@ -1,13 +1,13 @@
-"""The ways to log in. Each room knows one of them and nothing of the others; `access` says who may do what."""
+"""The ways to log in, one module each, independent of each other."""
 
 from __future__ import annotations
 
 
 class LoginFailed(Exception):
-    """A login that came to nothing.
+    """A login that failed.
 
-    `status` says whose doing it was: 400 the browser's or its user's, 403 somebody we know and do not let in, 502 the
-    provider's. `reason` is what really happened, for the log.
+    `status` is 400 when the browser or its user caused it, 403 when the provider authenticated a user that is not
+    allowed, 502 when the provider failed. `reason` is for the log.
     """
 
     def __init__(self, status: int, reason: str) -> None:

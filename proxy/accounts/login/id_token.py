@@ -1,4 +1,4 @@
-"""The id_token: who signed it, for whom, and what it says of somebody. Pure.
+"""The id_token: its signature, its audience and its claims. Pure.
 
 Rules:
 1. OpenID Connect Core 1.0 section 3.1.3.7, RFC 7515 (signatures), RFC 7517 (keys), RFC 8725 (what goes wrong).
@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 
 class Header(msgspec.Struct):
-    """A signature's. `crit` names extensions that a reader must know (RFC 7515 section 4.1.11); we know none."""
+    """Of a signature. `crit` names extensions that a reader must support (RFC 7515 section 4.1.11)."""
 
     alg: str
     kid: str | None = None
@@ -82,7 +82,7 @@ class Jwk(msgspec.Struct, omit_defaults=True):
 
 
 class Profile(msgspec.Struct):
-    """Who somebody is. `email_verified` is whatever came: only true itself is a yes."""
+    """A user's identity. `email_verified` may have any type: only `true` counts."""
 
     sub: str
     email: str | None = None
@@ -116,7 +116,7 @@ def read(data: bytes, kind: type[T], what: str) -> T:
 
 
 def shown(code: str) -> str:
-    """An error code of somebody else's, if it can be nothing else."""
+    """An error code of the provider, if it has the shape of one."""
     return code if HARMLESS.fullmatch(code) else "an error we do not repeat"
 
 
@@ -129,7 +129,7 @@ class Registry(jws.JWSRegistry):
     max_header_length = LONGEST_HEADER
 
     def __init__(self, algorithm: str) -> None:
-        super().__init__(algorithms=[algorithm], strict_check_header=False)  # fields we do not know are to be ignored
+        super().__init__(algorithms=[algorithm], strict_check_header=False)  # unknown fields must be ignored
 
     def get_alg(self, name: str) -> Any:
         if name not in ALGORITHMS or [name] != self.allowed:
@@ -147,12 +147,12 @@ def header_of(token: str, announced: list[str]) -> Header:
     if header.alg not in ALGORITHMS or header.alg not in announced:
         raise LoginFailed(502, "id_token: alg is not an asymmetric one that the provider announces")
     if header.crit is not None:
-        raise LoginFailed(502, "id_token: crit names what we do not know")
+        raise LoginFailed(502, "id_token: crit names an unsupported extension")
     return header
 
 
 def verified(token: str, header: Header, keys: list[Jwk]) -> Claims:
-    """What the token says, when one of the keys has signed it. Raises LoginFailed."""
+    """The claims of a token that one of the keys has signed. Raises LoginFailed."""
     fitting = [key for key in keys if key.fits(header)]
     if not fitting or (header.kid is None and len(fitting) > 1):
         raise LoginFailed(502, "id_token: not one key of the provider fits")

@@ -1,7 +1,7 @@
-"""OpenID Connect: the authorization code flow with PKCE, against one provider. Knows nothing of what it is used for.
+"""OpenID Connect: the authorization code flow with PKCE, against one provider.
 
     Provider.begin     sends the browser away, with a state, a nonce and a challenge
-    Provider.finish    it is back with a code: tokens for the code, a verified id_token, and who that is
+    Provider.finish    redeems the code, verifies the id_token, and returns the user
     flow.py            what the browser holds in between, and where it goes afterwards
     id_token.py        what makes an id_token true
 
@@ -49,7 +49,7 @@ RANDOM_BYTES = 32  # RFC 7636 section 4.1 recommends it for the verifier
 MOST_PARAMETERS = 20  # in the provider's redirect; it has four or five
 LONGEST_CODE = 4096  # characters; providers that keep no state send up to 2000
 LONGEST_ANSWER = 1 << 20  # bytes; documents, key sets and tokens have 1 to 50 KB
-DEADLINE = 10.0  # seconds for each call of the provider: somebody is looking at a blank page
+DEADLINE = 10.0  # seconds for each call of the provider: the user sees a blank page meanwhile
 LOGOUT_DEADLINE = 2.0  # seconds, when the document is not at hand: a logout is not held up
 KEPT_SECONDS = 3600.0  # for the document and the keys: one that is taken back is dead within the hour
 REFETCH_SECONDS = 60.0  # between two times that the keys are asked for early
@@ -141,7 +141,7 @@ class Provider:
         return with_query(metadata.authorization_endpoint, asked), flow
 
     async def finish(self, query: bytes, flow: Flow) -> str:
-        """Who has logged in: the verified e-mail address in lower case, else the provider's `sub`. Raises LoginFailed.
+        """The user: the verified e-mail address in lower case, else the provider's `sub`. Raises LoginFailed.
 
         `query` is the callback's, as it came.
         """
@@ -177,7 +177,7 @@ class Provider:
         if answer.get("iss", "" if promised else self.configured.issuer) != self.configured.issuer:
             raise LoginFailed(400, "callback: iss is missing" if "iss" not in answer else "callback: of another iss")
         if "error" in answer:
-            raise LoginFailed(400, f"callback: the provider says {shown(answer['error'])}")
+            raise LoginFailed(400, f"callback: the provider reports {shown(answer['error'])}")
         if not 0 < len(answer.get("code", "")) <= LONGEST_CODE:
             raise LoginFailed(400, "callback: no code, or too long a one")
         return answer["code"]
@@ -197,11 +197,11 @@ class Provider:
         elif "client_secret_post" in metadata.token_endpoint_auth_methods_supported:
             form |= {"client_id": client_id, "client_secret": secret}
         else:
-            raise LoginFailed(502, "discovery: no way to authenticate that we know")
+            raise LoginFailed(502, "discovery: no supported way to authenticate")
         status, body = await self.call("token", metadata.token_endpoint, headers, form, statuses=(200, 400, 401))
         if status != 200:
             error = read(body, TokenError, "token: error").error
-            raise LoginFailed(400 if error == "invalid_grant" else 502, f"token: the provider says {shown(error)}")
+            raise LoginFailed(400 if error == "invalid_grant" else 502, f"token: the provider reports {shown(error)}")
         tokens = read(body, Tokens, "token")
         if tokens.token_type.lower() != "bearer" or not ACCESS_TOKEN.fullmatch(tokens.access_token):
             raise LoginFailed(502, "token: not a bearer token")
@@ -219,7 +219,7 @@ class Provider:
         return verified(token, header, await self.keys(metadata))
 
     async def profile(self, claims: Claims, tokens: Tokens, metadata: Metadata) -> Profile:
-        """The claims, or what userinfo says when they leave an e-mail address open that somebody wants."""
+        """The claims, or those of userinfo when an e-mail address is required and missing."""
         is_wanted = self.is_selective or "email" in self.scopes
         is_open = claims.email is None or claims.email_verified is None
         if not is_wanted or not is_open or metadata.userinfo_endpoint is None:
@@ -227,12 +227,12 @@ class Provider:
         headers = {"authorization": f"Bearer {tokens.access_token}"}
         _, body = await self.call("userinfo", metadata.userinfo_endpoint, headers)
         profile = read(body, Profile, "userinfo")
-        if profile.sub != claims.sub:  # OpenID Connect Core section 5.3.2: it may be about somebody else
+        if profile.sub != claims.sub:  # OpenID Connect Core section 5.3.2: it may be about another user
             raise LoginFailed(502, "userinfo: of another sub")
         return profile
 
     def admitted(self, profile: Profile) -> str:
-        """The subject, when the lists have it: being on one is enough, and without a list everybody is let in."""
+        """The subject, if one of the lists contains it; without lists every user is accepted."""
         email = profile.verified_email
         if not self.is_selective:
             return email or name_of(profile.sub)
@@ -290,7 +290,7 @@ class Provider:
         *,
         statuses: tuple[int, ...] = (200,),
     ) -> tuple[int, bytes]:
-        """A GET, or the POST of a form: the status, and a body that says it is JSON. Raises LoginFailed."""
+        """A GET, or the POST of a form: the status, and a body whose content type is JSON. Raises LoginFailed."""
         built = {"accept": "application/json", "accept-encoding": "identity", "user-agent": "chat-proxy"}
         method = "POST" if form else "GET"
         request = httpx.Request(method, self.parse_url(url, what), headers=built | (headers or {}), data=form)

@@ -1,12 +1,12 @@
-"""Passwords: who knows one, checked with argon2id, and how often one may try.
+"""Passwords: checked with argon2id, and slowed down after wrong attempts.
 
 Rules:
-1. A user that does not exist costs the work of the costliest that does; where all lines are of one make, neither the
-   answer nor its time says which.
-2. Hashing runs in a few threads of its own. Who would have to wait too long for one is told to come back.
-3. Wrong tries of a name at an address slow the next ones there down, up to LONGEST_PAUSE. A guesser elsewhere slows
-   nobody down: or he could lock users out.
-4. A changed password ends the sessions that the old one began: `mark` is part of them.
+1. An unknown user costs the work of the costliest known one; when all hashes have the same parameters, neither the
+   response nor its time reveals which users exist.
+2. Hashing runs in a few threads of its own. When too many checks wait for one, further ones get 503 `busy`.
+3. Wrong attempts for a name from an address delay the next ones there, up to LONGEST_PAUSE. Attempts from other
+   addresses do not: an attacker could lock users out.
+4. A changed password ends the sessions of the old one: `mark` is part of them.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from proxy.errors import Busy, InvalidCredentials, TooMany
 
 THREADS = 2  # each takes 64 MiB and a tenth of a second a password
 MOST_WAITING = 16
-FREE_TRIES = 5  # wrong ones in a row before pauses begin
+FREE_ATTEMPTS = 5  # wrong ones in a row before delays begin
 LONGEST_PAUSE = 30.0  # seconds
-MOST_NAMES = 4096  # with wrong tries that are remembered
-FORGOTTEN_AFTER = 900.0  # seconds without a wrong try
-Who = tuple[str, str]  # a name, and the address that tries it
-SHARED = ""  # the user in a line that names none
+MOST_NAMES = 4096  # with wrong attempts that are remembered
+FORGOTTEN_AFTER = 900.0  # seconds without a wrong attempt
+Source = tuple[str, str]  # a name, and the address of the attempt
+SHARED = ""  # the user of a line without one
 
 
 def hashed(password: str) -> str:
@@ -39,39 +39,39 @@ def hashed(password: str) -> str:
 
 
 @dataclass(slots=True)
-class Tries:
-    """Wrong ones in a row, and when (monotonic seconds) the last was."""
+class Attempts:
+    """Wrong attempts in a row, and the time of the last one (monotonic seconds)."""
 
     count: int = 0
     last: float = -FORGOTTEN_AFTER
 
     @property
     def pause(self) -> float:
-        return min(LONGEST_PAUSE, 2.0 ** min(self.count - FREE_TRIES, 10)) if self.count >= FREE_TRIES else 0.0
+        return min(LONGEST_PAUSE, 2.0 ** min(self.count - FREE_ATTEMPTS, 10)) if self.count >= FREE_ATTEMPTS else 0.0
 
 
 @dataclass(slots=True)
 class Backoff:
-    """How long a name must wait at an address after wrong tries, whether there is such a user or not. Bounded."""
+    """The delay of a name at an address after wrong attempts, for known and unknown users alike. Bounded."""
 
     clock: Callable[[], float]
-    tries: dict[Who, Tries] = field(default_factory=dict)  # who failed last is last
+    attempts: dict[Source, Attempts] = field(default_factory=dict)  # the most recent last
 
-    def begin(self, who: Who) -> None:
-        """Counts a try, as wrong until it `succeeded`: tries at the same time are tries, too. Raises TooMany."""
-        now, tries = self.clock(), self.tries.get(who, Tries())
-        if now - tries.last >= FORGOTTEN_AFTER:
-            tries = Tries()
-        left = tries.last + tries.pause - now
+    def begin(self, source: Source) -> None:
+        """Counts a try, as wrong until it `succeeded`: attempts at the same time are attempts, too. Raises TooMany."""
+        now, attempts = self.clock(), self.attempts.get(source, Attempts())
+        if now - attempts.last >= FORGOTTEN_AFTER:
+            attempts = Attempts()
+        left = attempts.last + attempts.pause - now
         if left > 0:
             raise TooMany("Too many wrong passwords. Please wait a moment.", retry_after=left)
-        self.tries.pop(who, None)
-        self.tries[who] = Tries(tries.count + 1, now)
-        if len(self.tries) > MOST_NAMES:
-            del self.tries[next(iter(self.tries))]
+        self.attempts.pop(source, None)
+        self.attempts[source] = Attempts(attempts.count + 1, now)
+        if len(self.attempts) > MOST_NAMES:
+            del self.attempts[next(iter(self.attempts))]
 
-    def succeeded(self, who: Who) -> None:
-        self.tries.pop(who, None)
+    def succeeded(self, source: Source) -> None:
+        self.attempts.pop(source, None)
 
 
 class Passwords:
@@ -85,24 +85,24 @@ class Passwords:
 
     def use(self, lines: list[str]) -> None:
         self.hashes = {user: hash_ for user, _, hash_ in map(split, lines)}
-        self.nobodys = of_nobody(max(self.hashes.values(), key=cost))
+        self.dummy_hash = dummy_of(max(self.hashes.values(), key=cost))
 
     def has(self, user: str | None) -> bool:
         return (user or SHARED) in self.hashes
 
     def mark(self, user: str | None) -> str:
-        """Something that changes with the user's password."""
+        """A value that changes with the user's password."""
         return hashlib.blake2b(self.hashes[user or SHARED].encode(), digest_size=6).hexdigest()
 
     async def check(self, user: str | None, password: str, address: str) -> None:
-        """Raises InvalidCredentials, TooMany (after wrong tries) or Busy. `user` is None where all share one."""
+        """Raises InvalidCredentials, TooMany (after wrong attempts) or Busy. `user` is None where all share one."""
         name = user or SHARED
         if self.waiting >= MOST_WAITING:
             raise Busy
         self.backoff.begin((name, address))
-        hash_ = self.hashes.get(name, self.nobodys)
+        hash_ = self.hashes.get(name, self.dummy_hash)
         matches = await self.matches(hash_, password)
-        if not matches or self.hashes.get(name) != hash_:  # nobody's, or changed meanwhile
+        if not matches or self.hashes.get(name) != hash_:  # of an unknown user, or changed meanwhile
             raise InvalidCredentials
         self.backoff.succeeded((name, address))
 
@@ -126,8 +126,8 @@ def cost(hash_: str) -> int:
     return parameters.memory_cost * parameters.time_cost
 
 
-def of_nobody(hash_: str) -> str:
-    """One of the same make that no password has, without the work of hashing one: live answers would wait for it."""
+def dummy_of(hash_: str) -> str:
+    """A hash with the same parameters that no password matches. Computing one would block live answers."""
     make, _, digest = hash_.rpartition("$")
     return f"{make}${base64.b64encode(secrets.token_bytes(len(digest) * 3 // 4)).decode().rstrip('=')}"
 
