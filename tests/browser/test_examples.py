@@ -370,7 +370,7 @@ def cut_connections(proxy: Running) -> None:
 
 @pytest.mark.parametrize("name", ["hook", "openai"])
 def test_a_refusal_that_passes_is_waited_out(name: str, context: BrowserContext, bundles: Path) -> None:
-    """While another tab of the session is answered there is a 429; who honours its Retry-After is answered then."""
+    """While another tab is answered there is a 429; a client that honours its Retry-After is answered then."""
     settings = {"SERVER_STATIC_DIR": str(bundles), "POLICY_MODELS": "demo", "LIMITS_STREAMS_PER_SESSION": "1"}
     is_refused = threading.Event()
     with Stage("uvloop", **settings).open() as narrow:
@@ -646,7 +646,7 @@ UNSERVED = ["/examples", "/examples/", "/examples/hook.jsx", "//examples/hook.js
 
 
 def test_our_examples_are_not_served(stage: Stage) -> None:
-    """They are sources to copy from; whoever has a folder of that name in a page of their own has it served."""
+    """They are sources to copy from; a folder of that name in a page of one's own is served."""
     with running(stage.upstream.base_url) as proxy:
         for path in UNSERVED:
             assert send(proxy, "GET", path).status in (400, 404), path

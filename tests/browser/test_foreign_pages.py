@@ -85,7 +85,7 @@ def foreign_port() -> Iterator[int]:
 
 @contextmanager
 def visitor(browser: Browser) -> Iterator[tuple[Page, Running, ScriptedUpstream]]:
-    """Somebody who has a session here, and goes elsewhere in the same browser."""
+    """A user with a session here, on another site in the same browser."""
     with ScriptedUpstream(streaming(*GOOD)) as upstream, running(upstream.base_url) as proxy:
         context = browser.new_context()
         page = context.new_page()
@@ -144,7 +144,7 @@ def test_a_page_without_an_origin(browser: Browser, foreign_port: int) -> None:
 
 @pytest.mark.parametrize("path", ["/api/session", "/api/v1/models", "/api/chat"])
 def test_a_link_from_elsewhere_mints_nothing(browser: Browser, foreign_port: int, path: str) -> None:
-    """A visitor without a session who is sent to the API by a foreign page leaves no trace in the limits."""
+    """A visitor without a session that a foreign page sends to the API leaves no trace in the limits."""
     with ScriptedUpstream(streaming(*GOOD)) as upstream, running(upstream.base_url) as proxy:
         context = browser.new_context()
         page = context.new_page()

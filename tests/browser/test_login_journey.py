@@ -117,7 +117,7 @@ def test_a_callback_that_nobody_waits_for(query: str, world: tuple[Running, str]
 
 
 def test_the_state_is_of_one_browser(world: tuple[Running, str]) -> None:
-    """The answer to somebody else's login is refused: nobody can be logged in as another by a link."""
+    """The answer to another browser's login is refused: a link cannot log a user in as another one."""
     proxy, _ = world
     mine, theirs = (send(proxy, "GET", "/api/session/login?next=/x") for _ in range(2))
     assert mine.status == 302

@@ -119,7 +119,7 @@ def test_every_module_says_that_it_is_checked() -> None:
 
 
 def test_size(folder: Path) -> None:
-    """The parser and the client are small, whoever minifies them."""
+    """The parser and the client are small, whatever minifies them."""
     bundled = tool(folder, "esbuild", "chat/client.js", "--bundle", "--minify", "--format=esm")
     assert bundled.returncode == 0, bundled.stderr
     assert 3000 < len(bundled.stdout.encode()) < MOST_BYTES

@@ -195,7 +195,7 @@ def test_a_small_step_up_is_not_taken_back(visit: Visit, way: str) -> None:
 
 
 def test_the_end_stays_in_view_when_there_is_less_room(visit: Visit) -> None:
-    """As when a keyboard comes up on the screen, or the message box grows: who reads the end goes on doing so."""
+    """As when a keyboard appears on the screen, or the message box grows: a reader at the end stays there."""
     scroller = visit.page.locator("#scroller")
     left = "(it) => Math.round(it.scrollHeight - it.scrollTop - it.clientHeight)"
     visit.ask("markdown", "demo-fast")
@@ -342,7 +342,7 @@ NOT_OURS = [
 
 
 def test_what_is_not_ours_is_not_shown(visit: Visit) -> None:
-    """Whatever stands in the place of a kept conversation, or whoever's it is, the page opens with an empty one."""
+    """Whatever is stored in place of a kept conversation, and of whichever user, the page opens with an empty one."""
     visit.staged = {404}  # a picture has no favicon
     for stored in NOT_OURS:
         visit.page.goto(f"{visit.url}/favicon.svg")  # of this origin, and without a script that would write there, too

@@ -1,4 +1,4 @@
-"""The page where people sign in: Chromium against the real server, in each mode that asks who somebody is.
+"""The page where people sign in: Chromium against the real server, in each mode with a login.
 
 Whatever a test does, no password may be in the log, and no script may see a cookie: the fixtures assert that.
 """
@@ -126,7 +126,7 @@ def sign_out(visit: Visit) -> None:
 
 
 def look_at(visit: Visit) -> None:
-    """As somebody does who comes back from another tab; without a head, all tabs are visible always."""
+    """As when the user comes back from another tab; headless, all tabs are always visible."""
     visit.page.evaluate("() => document.dispatchEvent(new Event('visibilitychange'))")
 
 
@@ -135,12 +135,12 @@ def cookie_of(context: BrowserContext) -> str:
 
 
 def revoke(proxy: Running, context: BrowserContext) -> None:
-    """Ends the session as somebody else with a copy of the cookie would."""
+    """Ends the session through a copy of its cookie."""
     assert send(proxy, "DELETE", "/api/session", headers={"cookie": cookie_of(context)}).status == 200
 
 
 def expect_closed(visit: Visit) -> None:
-    """The chat is open to nobody: no message box, no suggestions, no limits, and the password not yet there."""
+    """The chat is closed: no message box, no suggestions, no limits, and the password still empty."""
     expect(door(visit)).to_be_visible()
     for hidden in ("#composer", "#suggestions", "#account"):
         expect(visit.page.locator(hidden)).to_be_hidden()
@@ -226,7 +226,7 @@ def test_the_button_is_closed_while_it_runs(visit: Visit) -> None:
 
 
 def test_who_is_signed_in_chats_and_stays_so(visit: Visit, context: BrowserContext) -> None:
-    """The chat works, the card says who it is, and a reload asks for no password."""
+    """The chat works, the card shows the user, and a reload asks for no password."""
     with visit.page.expect_request("**/api/session") as sent:
         sign_in(visit)
     assert sent.value.method == "POST"
@@ -243,7 +243,7 @@ def test_who_is_signed_in_chats_and_stays_so(visit: Visit, context: BrowserConte
 
 
 def test_a_password_that_all_share(context: BrowserContext) -> None:
-    """The name stays empty and is not sent; signed in is who has no name, too."""
+    """The name stays empty and is not sent; a session without a name is signed in as well."""
     with serving(SESSION_MODE="password", SESSION_PASSWORDS=SHARED_HASH) as proxy, watching(context, proxy) as visit:
         with visit.page.expect_request("**/api/session") as sent:
             password(visit).fill(SHARED)
@@ -398,7 +398,7 @@ def test_a_session_that_ends_in_the_middle_loses_nothing(visit: Visit, proxy: Ru
 
 @pytest.mark.parametrize("code", ["login_required", "session_expired", "session_required"])
 def test_every_code_that_asks_for_a_login(visit: Visit, proxy: Running, context: BrowserContext, code: str) -> None:
-    """Whichever of the three it is, the server is asked who we are, and what was typed meanwhile is kept as well."""
+    """In all three cases the page asks for the session again, and keeps what was typed meanwhile."""
     visit.staged = {401}
     sign_in(visit)
     error = {"message": "No.", "type": "authentication_error", "param": None, "code": code}
@@ -422,7 +422,7 @@ def test_every_code_that_asks_for_a_login(visit: Visit, proxy: Running, context:
 
 
 def test_a_refusal_that_the_session_does_not_confirm(visit: Visit) -> None:
-    """A 401 of somebody who is signed in after all stays what it is: an error under the question."""
+    """A 401 of a user that is still signed in stays what it is: an error under the question."""
     visit.staged = {401}
     sign_in(visit)
     error = {"message": "No.", "type": "authentication_error", "param": None, "code": "session_expired"}
@@ -434,7 +434,7 @@ def test_a_refusal_that_the_session_does_not_confirm(visit: Visit) -> None:
 
 
 def test_one_user_finds_nothing_of_another(visit: Visit, proxy: Running, context: BrowserContext) -> None:
-    """Who signs in after somebody else's session has ended starts with an empty page."""
+    """A login after the end of another user's session starts with an empty page."""
     visit.staged = {401}
     sign_in(visit, "alice")
     ask_and_wait(visit, "a private matter")
@@ -475,7 +475,7 @@ def test_signing_out_deletes_what_was_kept(visit: Visit) -> None:
 
 
 def test_one_user_finds_nothing_that_another_has_kept(visit: Visit, proxy: Running, context: BrowserContext) -> None:
-    """It is deleted when somebody else signs in; a tab of before neither brings it back nor changes what they keep."""
+    """It is deleted when another user signs in; an older tab neither brings it back nor changes theirs."""
     sign_in(visit, "alice")
     keep(visit)
     ask_and_wait(visit, "a private matter")
@@ -493,7 +493,7 @@ def test_one_user_finds_nothing_that_another_has_kept(visit: Visit, proxy: Runni
 
 
 def test_what_nobody_can_be_named_for_ends_with_the_session(context: BrowserContext) -> None:
-    """Of people who share a password, the next one does not find what the one before has kept."""
+    """With a shared password the next user does not find what the previous one has kept."""
     with serving(SESSION_MODE="password", SESSION_PASSWORDS=SHARED_HASH) as proxy, watching(context, proxy) as visit:
         password(visit).fill(SHARED)
         password(visit).press("Enter")
@@ -508,7 +508,7 @@ def test_what_nobody_can_be_named_for_ends_with_the_session(context: BrowserCont
 
 
 def test_what_is_typed_into_the_form_survives_a_look_elsewhere(visit: Visit) -> None:
-    """The page asks again who it is when it comes into view; the form stays as it is."""
+    """The page asks for the session again when it becomes visible; the form stays as it is."""
     name(visit).fill("alice")
     password(visit).fill(WRONG)
     with visit.page.expect_response("**/api/session") as answered:
@@ -521,7 +521,7 @@ def test_what_is_typed_into_the_form_survives_a_look_elsewhere(visit: Visit) -> 
 
 
 def test_an_answer_that_comes_late_counts_no_more(visit: Visit) -> None:
-    """What the server said before somebody signed in does not close the chat again afterwards."""
+    """A response from before the login does not close the chat again afterwards."""
     held: list[Route] = []
 
     def hold(route: Route) -> None:
@@ -548,7 +548,7 @@ ALICE = {"X-Forwarded-Email": "alice@example.org"}
 
 
 def test_a_header_signs_in(browser: Browser) -> None:
-    """Whom the proxy in front names is signed in, chats, and finds after signing out what is left to do."""
+    """The user that the proxy in front names is signed in, chats, and sees after signing out what to do next."""
     with serving(SESSION_MODE="header") as proxy:
         context = browser.new_context(extra_http_headers=ALICE)
         with watching(context, proxy) as visit:
@@ -638,7 +638,7 @@ def test_a_provider_signs_in(context: BrowserContext) -> None:
 
 @pytest.mark.parametrize(("reader", "found"), [("alice", QUESTION), ("bob", "")])
 def test_a_question_outlives_the_way_to_a_provider(context: BrowserContext, reader: str, found: str) -> None:
-    """What was not sent is there again when its author comes back; anybody else does not find it."""
+    """An unsent text is back when its author returns; other users do not find it."""
     who: list[str | None] = ["alice"]
     elsewhere = "https://id.example.org/authorize"
     with serving(**OIDC) as proxy, watching(context, proxy) as visit:

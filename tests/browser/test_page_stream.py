@@ -236,7 +236,7 @@ def test_stop_in_each_phase(visit: Visit, upstream: ScriptedUpstream, phase: str
 
 
 def test_an_answer_that_was_left_says_nothing_any_more(visit: Visit, upstream: ScriptedUpstream) -> None:
-    """Who begins anew is not told that the answer of before is complete, even if it is."""
+    """A new conversation does not show that the previous answer is complete, even if it is."""
     call = asked(upstream, visit, "whole without an end")
     expect(visit.text).to_have_text("All of it.")
     visit.page.get_by_role("button", name="New conversation").click()
@@ -247,7 +247,7 @@ def test_an_answer_that_was_left_says_nothing_any_more(visit: Visit, upstream: S
 
 @pytest.mark.parametrize("way", ["reload", "close"])
 def test_leaving_in_mid_stream_ends_the_call(visit: Visit, upstream: ScriptedUpstream, way: str) -> None:
-    """Who reloads the page or closes its tab pays for no further token, and a reload starts with an empty page."""
+    """Reloading the page or closing its tab costs no further token, and a reload starts with an empty page."""
     call = asked(upstream, visit, "while it streams")
     expect(visit.text).to_contain_text("word ")
     if way == "close":

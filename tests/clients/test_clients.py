@@ -130,7 +130,7 @@ def test_a_whole_answer(program: str, proxy: Running, folder: Path) -> None:
 
 @pytest.mark.parametrize("program", ["usage.py", "usage.mjs"])
 def test_the_usage_chunk_comes_through(program: str, proxy: Running, folder: Path) -> None:
-    """Who asks for the usage gets its chunk, unaltered; the same numbers are booked."""
+    """A client that asks for the usage gets its chunk, unaltered; the same numbers are booked."""
     before = len(proxy.lines())
     *answer, usage = said(program, proxy.url, folder).splitlines()
     assert "\n".join(answer) == ANSWER.text
@@ -177,7 +177,7 @@ def test_an_answer_without_done_is_whole(program: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("program", ["stream.py", "stream.mjs"])
 def test_our_rate_limit(program: str, model: Model, folder: Path) -> None:
-    """Who has asked too often gets the clients' own RateLimitError, and at once: tomorrow is too far to wait for."""
+    """A client over its limit gets its own RateLimitError, and at once: tomorrow is too long to wait."""
     settings = {"POLICY_MODELS": "demo", "LIMITS_PER_SESSION": "1/day"}
     with running(model.base_url, key=model.key, **settings) as proxy:
         assert said("complete.mjs", proxy.url, folder) == ANSWER.text + "\n"

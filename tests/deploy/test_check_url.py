@@ -413,7 +413,7 @@ def test_wrong_clock_is_found(ahead: float, by: str, right: Site) -> None:
 
 
 def test_without_anything_in_between() -> None:
-    """A server on this machine that is asked directly has no finding: what is missing there is nobody's mistake."""
+    """A server on this machine that is asked directly has no finding: nothing is missing there."""
     with running(NOWHERE, SESSION_SECRET=SECRET) as proxy:
         found, measured = checkup.examine(proxy.settings, proxy.url)
     assert found == []
@@ -422,7 +422,7 @@ def test_without_anything_in_between() -> None:
 
 
 def test_several_servers_behind_one_address(tmp_path: Path) -> None:
-    """Who noticed that a visitor left is found among several servers; their answers are not taken for a cache's."""
+    """The server that noticed a disconnect is found among several; their answers are not taken for a cache's."""
     with site(tmp_path, {"right": Mistake("", "")}, servers=3) as stage:
         assert stage.examine("right") == []
 
@@ -505,7 +505,7 @@ ELSEWHERE = {
 
 @pytest.mark.parametrize("label", ELSEWHERE)
 def test_no_ticket_goes_elsewhere(label: str, right: Site) -> None:
-    """Where no TLS protects a ticket, or nobody is, none is sent."""
+    """Without TLS, or without a server, no ticket is sent."""
     url, code = ELSEWHERE[label]
     with patch.object(Tickets, "issue", side_effect=AssertionError):
         found, _ = checkup.examine(right.proxy.settings, url)
@@ -528,7 +528,7 @@ def test_a_network_that_fails_ends_in_findings(after: int) -> None:
 
 
 def test_nobody_there() -> None:
-    """An address that nobody listens at is one finding."""
+    """An address without a listener is one finding."""
     with running(NOWHERE, SESSION_SECRET=SECRET) as proxy:
         pass
     found, _ = checkup.examine(proxy.settings, proxy.url)

@@ -186,7 +186,7 @@ def test_every_byte_of_a_long_stream(protocol: str, tmp_path: Path) -> None:
 @both
 @pytest.mark.parametrize("moment", ["before the head", "within the answer"])
 def test_leaving_reaches_the_model(moment: str, protocol: str, tmp_path: Path) -> None:
-    """A visitor who stops an answer ends the call upstream at once; over HTTP/2 that is not the connection's end."""
+    """A visitor that stops an answer ends the call upstream at once; over HTTP/2 the connection stays open."""
 
     async def script(peer: Peer) -> None:
         await peer.request()
@@ -233,7 +233,7 @@ def test_a_broken_answer_does_not_look_whole(protocol: str, tmp_path: Path) -> N
 
 @both
 def test_an_instance_that_dies_cuts_the_stream(protocol: str, tmp_path: Path) -> None:
-    """Where chat-proxy itself is gone nobody can say so; then the response must be seen to have no end."""
+    """When chat-proxy itself dies, the response must be visibly incomplete."""
 
     async def dying(peer: Peer) -> None:
         await peer.request()
@@ -316,7 +316,7 @@ def test_nobody_there(path: str, protocol: str, tmp_path: Path) -> None:
 
 @both
 def test_an_instance_that_is_frozen(protocol: str, tmp_path: Path) -> None:
-    """nginx's own 504 is JSON in our shape; after a time-out nobody else is asked."""
+    """nginx's own 504 is JSON in our shape; after a time-out no other server is asked."""
 
     async def frozen(peer: Peer) -> None:
         await peer.request()
@@ -358,7 +358,7 @@ def test_plain_http_is_sent_to_https(tmp_path: Path) -> None:
         assert plain.getresponse().read() == b"proof"
 
 
-# ---- who is asking --------------------------------------------------------------------------------------------------
+# ---- addresses and users --------------------------------------------------------------------------------------------
 
 
 @both
@@ -581,7 +581,7 @@ def test_connections_are_kept(tmp_path: Path) -> None:
 
 
 def oauth2_proxy(users: dict[str, str], asked: list[str]) -> Script:
-    """As oauth2-proxy answers: /oauth2/auth says who a cookie is, the rest is its own pages."""
+    """As oauth2-proxy answers: /oauth2/auth names the cookie's user, the rest is its own pages."""
 
     async def script(peer: Peer) -> None:
         while True:
@@ -641,7 +641,7 @@ def test_who_did_not_sign_in(protocol: str, tmp_path: Path) -> None:
 
 @both
 def test_without_the_accounts(protocol: str, tmp_path: Path) -> None:
-    """While oauth2-proxy is down nobody comes in, and is told in our shape."""
+    """While oauth2-proxy is down no request is accepted, and the refusal has our shape."""
     site_ = Site([closed_port()], accounts=f"http://{closed_port()}")
     with front(tmp_path / "nginx", site_) as site:
         assert_in_our_shape(ask(site, protocol), 500, "internal_error")

@@ -1,4 +1,4 @@
-"""A new version under load: two instances behind the shipped site are restarted in turn, and nobody notices.
+"""A new version under load: two instances behind the shipped site are restarted in turn, without a failed request.
 
 By default a tenth of it; CHAT_PROXY_FULL=1 runs 200 questions a second through 20 restarts, each way.
 """

@@ -492,7 +492,7 @@ SECOND_REQUESTS = {
 @both_loops
 @pytest.mark.parametrize("phase", ["before headers", "in silence", "blocked on a slow reader"])
 def test_a_second_request_closes_the_connection(phase: str, loop: str, subtests: pytest.Subtests) -> None:
-    """Whoever pipelines while an answer is being written loses the connection, and the upstream its call."""
+    """A second request while an answer is written closes the connection, and the upstream call."""
     with playing(phase, loop) as scene:
         for name, second in SECOND_REQUESTS.items():
             with subtests.test(name), scene.clients_there(5) as clients, Noise() as noise:

@@ -176,7 +176,7 @@ def test_a_client_that_reads_now_and_then(loop: str) -> None:
 
 @both_loops
 def test_total_timeout_ends_the_upstream_of_a_client_that_does_not_read(loop: str) -> None:
-    """The upstream is closed although nobody takes its bytes; the client still reads whole events and the reason."""
+    """The upstream is closed although the client does not read; it still gets whole events and the reason."""
     with flooding(loop, FOREVER, UPSTREAM_TOTAL_TIMEOUT="1.5", UPSTREAM_IDLE_TIMEOUT="0.6") as flood:
         arrived = flood.peer.seen.arrived if flood.peer.seen else 0
         eventually(lambda: flood.closed)

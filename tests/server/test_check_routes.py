@@ -1,4 +1,4 @@
-"""The diagnostic routes: who is let in, what they tell, and what they may not do to the rest of the server."""
+"""The diagnostic routes: which requests they accept, what they report, and what they cannot do to the server."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def fields(headers: http.client.HTTPMessage) -> dict[str, str]:
     return {name: value for name, value in headers.items() if name not in ("x-request-id", "date")}
 
 
-# ---- who is let in --------------------------------------------------------------------------------------------------
+# ---- tickets --------------------------------------------------------------------------------------------------------
 
 
 def resigned(payload: bytes, secret: str = NEW, salt: bytes = b"chat-proxy.check") -> str:
@@ -144,7 +144,7 @@ def test_reloaded_secrets_let_in(tmp_path: Any) -> None:
 
 
 def test_a_generated_secret_lets_nobody_in() -> None:
-    """Where the session's secret was made in memory nobody can sign a ticket."""
+    """Without a configured secret no ticket can be signed."""
     with running(NOWHERE) as proxy:
         assert send(proxy, "GET", f"{LOOK}?check=echo", headers={HEADER: ticket()}).status == 404
 
@@ -161,7 +161,7 @@ def test_no_ticket_in_the_log(proxy: Running) -> None:
 
 @pytest.mark.parametrize("what", ["", "nothing", "echo%00", "__init__"])
 def test_what_cannot_be_shown(what: str, proxy: Running) -> None:
-    """Who is let in and asks for something else is told that there is no such thing."""
+    """An unknown check with a valid ticket is 404."""
     for path in (LOOK, *CHAT):
         assert look(proxy, what, "POST", b"", path).error["code"] == "not_found"
     assert send(proxy, "POST", LOOK, headers={HEADER: ticket()}).error["code"] == "not_found"
@@ -232,7 +232,7 @@ def test_echo_tells_what_arrived(proxy: Running) -> None:
 
 
 def test_echo_sees_the_socket(proxy: Running) -> None:
-    """The peer is the socket's far end: who sees the same near end knows that nothing is in between."""
+    """The peer is the socket's far end: when both ends report the same one, there is no proxy between them."""
     with connect(proxy) as sock:
         sock.sendall(f"GET {LOOK}?check=echo HTTP/1.0\r\n{HEADER}: {ticket()}\r\n\r\n".encode())
         told = decode_report(read_until(sock, b"}").partition(b"\r\n\r\n")[2])
@@ -257,7 +257,7 @@ def test_echo_takes_no_more_than_a_chat(proxy: Running) -> None:
 
 
 def test_names_of_users_are_not_told() -> None:
-    """Where a header names users, the report says that there was one, and not whom it named."""
+    """Where a header names users, the report contains that there was one, not its value."""
     with running(NOWHERE, SESSION_SECRET=NEW, SESSION_MODE="header") as proxy:
         reply = look(proxy, "echo", x_forwarded_email="alice@example.org")
         assert report(reply).names_user
@@ -417,7 +417,7 @@ def test_a_drain_lets_nobody_in() -> None:
 
 
 def test_leaving_before_the_answer(proxy: Running) -> None:
-    """Who leaves within a request's body has broken off no chat; the log's line says only that nothing was answered."""
+    """A disconnect within a request's body aborts no chat; the log line has status 499 only."""
     with connect(proxy) as sock:
         head = f"POST {CHAT[0]}?check=echo HTTP/1.1\r\nhost: 127.0.0.1\r\n{HEADER}: {ticket()}\r\n"
         sock.sendall(f"{head}content-length: 9\r\n\r\nx".encode())

@@ -90,7 +90,7 @@ def test_usage_error(label: str, tmp_path: Path) -> None:
 
 
 def test_no_command(tmp_path: Path) -> None:
-    """Whoever names none is shown all that there are."""
+    """Without a command all commands are listed."""
     done = run(tmp_path)
     for command in ("demo", "serve", "check", "init", "sessions"):
         assert re.search(rf"(?m)^    {command} ", done.stderr)
@@ -139,12 +139,12 @@ def test_installed_command(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, f"chat-proxy {__version__}\n")
 
 
-# ---- whoever asked has gone ---------------------------------------------------------------------------------------
+# ---- a reader that has gone ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("command", "code"), [("new-secret", 2), ("--help", 0)])
 def test_reader_who_has_left(command: str, code: int, tmp_path: Path) -> None:
-    """Who needed no more of the output (`| head -1`) is not told about it."""
+    """A closed pipe (`| head -1`) is not reported as an error."""
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "wb") as output:
@@ -277,7 +277,7 @@ def test_check_warns_without_a_total(tmp_path: Path) -> None:
 
 
 def test_check_warns_of_a_door_that_is_open(tmp_path: Path) -> None:
-    """With neither list set, everybody with an account at the provider may come in."""
+    """With neither list set, every account at the provider may log in."""
     given = {"SESSION_MODE": "oidc", "OIDC_ISSUER": "https://id.example", "OIDC_CLIENT_ID": "c"}
     with ScriptedUpstream(answering("200 OK", MODELS_LIST)) as upstream:
         done = run(tmp_path, "check", **settings_for(upstream.base_url), **given, OIDC_CLIENT_SECRET="s")
@@ -509,7 +509,7 @@ class UnixConnection(http.client.HTTPConnection):
 
 
 def test_serve_on_a_unix_socket(tmp_path: Path) -> None:
-    """server.socket is a socket that owner and group may use and nobody else; a dead one is replaced."""
+    """server.socket is a socket for its owner and group only; a dead one is replaced."""
     path = tmp_path / "chat.sock"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))

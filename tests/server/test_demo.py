@@ -324,14 +324,14 @@ def test_what_is_not_the_key(model: Running, header: str | None) -> None:
 
 
 def test_no_key_configured() -> None:
-    """With api_key None everybody is let in, with any key and with none."""
+    """With api_key None every client is accepted, with any key and with none."""
     with serving(api_key=None) as open_model:
         assert open_model.post(asking("hello"), key=None).status_code == 200
         assert open_model.post(asking("hello"), key="anything").status_code == 200
 
 
 def test_an_empty_key_is_a_mistake() -> None:
-    """An empty key would let everybody in by accident, so build refuses it; and so a negative delay."""
+    """build refuses an empty key, which would accept every client, and a negative delay."""
     with pytest.raises(ValueError, match="api_key"):
         demo.build(api_key=" ")
     with pytest.raises(ValueError, match="delay_seconds"):
@@ -431,7 +431,7 @@ def test_silence_in_the_middle(model: Running) -> None:
 def test_the_model_stops_when_the_client_leaves(
     message: str, stream: bool, after: bytes | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Before the first token, in silence, in mid-stream: it notices who leaves, and nothing goes on."""
+    """A client that leaves before the first token, in silence or in mid-stream ends the answer."""
     caplog.set_level(logging.INFO, "proxy.demo.model")
     body = json.dumps(asking(message, stream=stream)).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
@@ -453,7 +453,7 @@ def test_the_model_stops_when_the_client_leaves(
 
 
 def test_a_client_that_leaves_while_it_asks(model: Running, caplog: pytest.LogCaptureFixture) -> None:
-    """Half a request and then nobody: no answer, no traceback, and the next one is served."""
+    """Half a request and then a disconnect: no answer, no traceback, and the next request is served."""
     caplog.set_level(logging.INFO, "uvicorn")
     with socket.create_connection(("127.0.0.1", model.port), timeout=DEADLINE) as client:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\n"
@@ -504,7 +504,7 @@ def test_pieces_are_as_small_as_words(route: demo_answers.Route) -> None:
 
 @pytest.mark.parametrize("route", demo_answers.ROUTES, ids=lambda route: route.asks.pattern[:20])
 def test_a_paragraph_is_one_line(route: demo_answers.Route) -> None:
-    """No answer has line breaks that nobody meant: a page shows them."""
+    """No answer has accidental line breaks: a page shows them."""
     prose = re.sub(r"^ *```.*?^ *```", "", route.text, flags=re.MULTILINE | re.DOTALL)
     assert re.findall(r"^[^\W\d].*\n[^\W\d].*$|^> \w.*\n> \w.*$", prose, flags=re.MULTILINE) == []
 

@@ -161,7 +161,7 @@ def code_of(event: bytes) -> str:
 @fault(31)
 @both_loops
 def test_live_streams_run_on_and_new_requests_are_refused(loop: str) -> None:
-    """After the first signal nobody begins anything and everybody finishes; the service ends with the last answer."""
+    """After the first signal no request begins and every answer ends; the service ends with the last one."""
     with playing(loop, LONG) as play:
         proxy = play.proxy
         clients = [play.ask("answer") for _ in range(3)]
@@ -430,7 +430,7 @@ def endings_logged(proxy: Running) -> Counter[tuple[str, str | None]]:
 
 @both_loops
 def test_a_full_house_goes_on_and_ends_whole(loop: str) -> None:
-    """While hundreds of streams are live and the drain has time: nobody new, and everybody there gets every event."""
+    """While hundreds of streams are live and the drain has time: no new request, and each stream gets every event."""
     with crowded(loop, LONG) as (play, crowd, clients):
         proxy = play.proxy
         play.end()

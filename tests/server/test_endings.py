@@ -391,7 +391,7 @@ def drain(proxy: Running, buffer: bytearray) -> tuple[int, str]:
 
 
 def test_a_live_stream_does_not_hold_what_was_asked() -> None:
-    """Conversations are long, and answers take their time: once one has begun nobody needs the question any more."""
+    """The prompt is dropped once an answer has begun: conversations are long, and answers take their time."""
 
     async def script(peer: Peer) -> None:
         seen = await peer.request()

@@ -26,7 +26,7 @@ PLAIN = (delta("one"), delta("two"), finish())
 
 
 async def upstream(peer: Peer) -> None:
-    """Answers as the last message says; like OpenAI's, it tells its usage in an extra chunk only to who asks."""
+    """Answers as the last message asks; like OpenAI's, it sends its usage in an extra chunk only on request."""
     while True:
         asked = (await peer.request()).json
         wants = (asked.get("stream_options") or {}).get("include_usage")

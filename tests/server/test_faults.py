@@ -1,4 +1,4 @@
-"""Faults of ours and of the machine: a clock that jumps, a log that nobody reads, secrets that change, bugs.
+"""Faults of ours and of the machine: a clock that jumps, a log pipe that is full, secrets that change, bugs.
 
 Rows 35, 37, 38 and 40 of the fault table, through the real server, every column of each. Those of the upstream, of the
 client and of the server's end have files of their own.
@@ -141,7 +141,7 @@ def wait_told(reply: Reply, code: str) -> int:
 def test_a_clock_that_jumps_opens_and_closes_nothing(
     seconds: float, loop: str, jump: Callable[[Running, float], None]
 ) -> None:
-    """Row 35: nobody is logged out, live streams go on, used-up windows stay so for as long as was told, no longer."""
+    """Row 35: no session ends, live streams go on, used-up windows stay so until their announced reset, no longer."""
     halfway, few = Halfway(), 100
     limits = {"LIMITS_PER_SESSION": "4/hour", "LIMITS_TOKENS_PER_SESSION": "3000/hour", "SESSION_IDLE": "86400"}
     with ScriptedUpstream(always(halfway)) as server, running(server.base_url, loop=loop, **limits) as proxy:
@@ -183,7 +183,7 @@ def test_a_clock_that_jumps_opens_and_closes_nothing(
         assert_all_used(proxy, 7 * USED)
 
 
-# ---- row 37: a log that nobody reads --------------------------------------------------------------------------------
+# ---- row 37: a log pipe that is full ------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -219,7 +219,7 @@ def assert_served(proxy: Running, server: ScriptedUpstream, count: int) -> None:
 @fault(37)
 @both_loops
 def test_a_full_log_holds_up_nobody(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Row 37: while the log's pipe is full all are served; lines are dropped, and told once somebody reads."""
+    """Row 37: while the log's pipe is full all are served; lines are dropped, and counted once it is read."""
     monkeypatch.setattr(logs, "QUEUE", 5)
     got = bytearray()
 
@@ -296,7 +296,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SecretFiles:
 @both_loops
 @pytest.mark.parametrize("rotated", ["session", "key", "both"])
 def test_rotation_disturbs_nobody(rotated: str, loop: str, files: SecretFiles) -> None:
-    """Row 38: live streams finish, and all stay who they are; then the new key goes out, and the new secret signs."""
+    """Row 38: live streams finish, and all sessions stay valid; then the new key is sent, and the new secret signs."""
     halfway, new_key, new_session = Halfway(), random_key(), secrets.token_urlsafe(32)
     with (
         ScriptedUpstream(always(halfway)) as server,

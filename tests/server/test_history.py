@@ -271,7 +271,7 @@ def stream(grant: Grant) -> Grant:
 
 
 class Crowd:
-    """Processes that hit one store. Each writes a file of its name; who is killed is replaced, with what is left."""
+    """Processes that hit one store. Each writes a file of its name; a killed one is replaced."""
 
     def __init__(self, folder: Path, hits: int, **limits: str) -> None:
         self.folder = folder
@@ -455,7 +455,7 @@ PATIENT = "from proxy.limits.store import redis\nredis.DEADLINE = 1.0\n"  # a wo
 
 @dataclass
 class Asked:
-    """One request over HTTP: when, by whom, and the status and code of its answer; 0 when it got none."""
+    """One request over HTTP: its time, its subject, and the status and code of its answer; 0 without one."""
 
     visitor: str
     asked: float

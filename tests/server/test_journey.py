@@ -128,7 +128,7 @@ def test_comments_in_silence() -> None:
 
 
 def test_each_line_has_the_same_fields() -> None:
-    """Whoever reads the log need not ask which are there: what a request did not come to is null or 0."""
+    """Every line of the log has all fields: those that a request did not fill are null or 0."""
     names = "request_id session address route model status code ending ttft_ms duration_ms events tokens bytes reason"
     fields = names.split()
     with ScriptedUpstream(streaming(*GOOD)) as upstream, running(upstream.base_url) as proxy:

@@ -200,7 +200,7 @@ def test_a_user_has_one_allowance() -> None:
 
 
 def test_a_shared_password() -> None:
-    """All are nobody in particular: each session has its allowance, and sessions are counted like anonymous ones."""
+    """With a shared password each session has its own allowance, and sessions are counted like anonymous ones."""
     with serving(SESSION_PASSWORDS=cheap(RIGHT), LIMITS_PER_SESSION="1/hour", LIMITS_NEW_SESSIONS="2/hour") as proxy:
         one, two = login(proxy, None), login(proxy, None)
         assert one.json["session"]["user"] is None
@@ -234,7 +234,7 @@ def test_guessing_is_slow(proxy: Running, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_wrong_tries_slow_a_name_down() -> None:
-    """At that address; whether there is such a user does not show; and nobody is locked out, there or elsewhere."""
+    """At that address; the delay does not reveal whether the user exists, and locks no user out, there or elsewhere."""
     with serving() as proxy:
         for user in ("alice", "nobody"):
             here = new_address()["x-forwarded-for"]
@@ -248,7 +248,7 @@ def test_wrong_tries_slow_a_name_down() -> None:
 
 
 def test_a_user_who_is_gone_is_out(tmp_path: Path) -> None:
-    """SIGHUP reads the passwords again: who is not among them any more has no session either."""
+    """SIGHUP reads the passwords again: a removed user has no session any more."""
     file = tmp_path / "passwords"
     file.write_text(f"{ALICE}\n{BOB}\n")
     with serving(SESSION_PASSWORDS="", SESSION_PASSWORDS_FILE=str(file)) as proxy:
@@ -261,7 +261,7 @@ def test_a_user_who_is_gone_is_out(tmp_path: Path) -> None:
 
 
 def test_a_session_of_another_mode_is_none(tmp_path: Path) -> None:
-    """An operator who closes the door does not leave those in who came before."""
+    """A change to `password` mode ends the sessions of the mode before."""
     secret = {"SESSION_SECRET": "s" * 40, "SERVER_PUBLIC_URL": "http://127.0.0.1:8000"}
     hosts = {"host": "127.0.0.1:8000"}
     with serving("anonymous", **secret) as open_door:
@@ -294,7 +294,7 @@ def test_argon2_is_bounded() -> None:
 
 
 def test_a_password_that_is_changed_while_it_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever knows the old one is out: a session would bear the mark of the new one."""
+    """A changed password fails a login with the old one: the session would carry the mark of the new one."""
     passwords = Passwords([ALICE], time.monotonic)
 
     def verify(hash_: str, password: str) -> bool:
@@ -369,7 +369,7 @@ def test_dummy_hash_work_is_that_of_the_costliest() -> None:
 
 
 def test_passwords_are_read_without_hashing_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGHUP reads them while answers are written, and none of those waits; nobody's hash is one for all that."""
+    """SIGHUP reads them without delaying answers: the dummy hash is derived without hashing."""
     dear = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1, hash_len=20).hash("x")
     with monkeypatch.context() as patch:
         patch.setattr(PasswordHasher, "hash", lambda *given: pytest.fail("hashed"))
@@ -475,7 +475,7 @@ def revoke(*arguments: str, control: Path, **more: str) -> subprocess.CompletedP
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_revoking_a_user_by_hand(loop: str, tmp_path: Path) -> None:
-    """A running server knows it within a second, and others are not touched; who logs in again is in."""
+    """A running server applies it within a second, others are not affected, and a new login is accepted."""
     control = tmp_path / "revoked.json"
     with serving(loop=loop, SESSION_CONTROL_FILE=str(control)) as proxy:
         alice, bob = login(proxy).cookie, login(proxy, "bob", "battery staple").cookie
@@ -546,7 +546,7 @@ STEPS = st.one_of(st.just(("all",)), st.tuples(st.sampled_from(["user", "issue"]
 
 @given(st.lists(STEPS, max_size=20))
 def test_decrees(steps: list[tuple[str, ...]]) -> None:
-    """Whoever was issued before a decree about them is dead, whoever after it alive, in any order of decrees."""
+    """Sessions issued before a rule about them are revoked, later ones valid, in any order of rules."""
     decree, alive = RevocationRules(), dict[Session, bool]()
     for number, step in enumerate(steps):
         if step[0] == "issue":
@@ -561,7 +561,7 @@ def test_decrees(steps: list[tuple[str, ...]]) -> None:
 
 
 def test_decrees_of_two_places_hold_together() -> None:
-    """Of a file that was lost and begun anew, or of a file and a store: whom either kills is dead, in any order."""
+    """Rules of a lost and restarted file, or of a file and a store, are merged in any order."""
     old = RevocationRules().revoking_user("a", 1000).revoking_all(1001)
     new = RevocationRules().revoking_user("b", 2000)
     issued = {user: Session("i", "password", user, 5, 5, 1500) for user in "abc"}
@@ -582,7 +582,7 @@ def test_a_control_file_that_could_not_be_read_is_read_again(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["lock", "new"])
 def test_a_link_beside_the_control_file_leads_nowhere(name: str, tmp_path: Path) -> None:
-    """Root revokes in a folder of the server's user, who could have another file written to, and be given it."""
+    """Root revokes in a folder of the server's user, where a link could redirect the write, or the ownership."""
     other = tmp_path / "other"
     other.write_bytes(b"of somebody else")
     other.chmod(0o600)
@@ -620,7 +620,7 @@ def test_hash_password() -> None:
 
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
 def test_hash_password_that_is_no_text(locale: str) -> None:
-    """Bytes that are not UTF-8, in the password or the name, cannot be what somebody types later: said, and exit 2."""
+    """Bytes that are not UTF-8, in the password or the name, could never be typed: a message, and exit 2."""
     command = [sys.executable, "-m", "proxy", "hash-password"]
     for user, password in ((b"alice", b"p\xff\n"), (b"al\xffce", b"p\n")):
         done = subprocess.run(
@@ -632,7 +632,7 @@ def test_hash_password_that_is_no_text(locale: str) -> None:
 
 
 def test_hash_password_without_its_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Who has not installed it is told what to install."""
+    """Without its package the message names what to install."""
     monkeypatch.delitem(sys.modules, "proxy.accounts.login.password")
     monkeypatch.setitem(sys.modules, "argon2", None)
     assert cli.main(["hash-password", "alice"]) == 2
@@ -640,7 +640,7 @@ def test_hash_password_without_its_package(monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_hash_password_at_a_terminal() -> None:
-    """It is asked for twice, unseen. Who types two different ones, or none (Ctrl-D), is told so."""
+    """It is asked for twice, unseen. Two different ones, or none (Ctrl-D), are reported."""
 
     def typed(*keys: bytes) -> tuple[int, str]:
         ours, theirs = os.openpty()

@@ -229,7 +229,7 @@ def blaming(client: Client, act: Callable[[Client], None]) -> None:
         raise AssertionError(f"{client.case.name}: {client.case.pieces} -> {client.got!r}"[:MUCH]) from error
 
 
-# ---- whoever is beside them ---------------------------------------------------------------------------------------
+# ---- the streams beside them --------------------------------------------------------------------------------------
 
 
 def counting(over: threading.Event) -> Script:
@@ -283,7 +283,7 @@ SETTINGS = {"SERVER_PUBLIC_URL": "http://localhost", **dict.fromkeys(RATES, "100
 
 @contextmanager
 def beside_a_stream(loop: str) -> Iterator[Running]:
-    """A server on which somebody's stream goes on undisturbed. Afterwards nothing is left and nothing went wrong."""
+    """A server on which another client's stream goes on undisturbed. Afterwards nothing is left."""
     over = threading.Event()
     with (
         ScriptedUpstream(counting(over)) as upstream,

@@ -157,7 +157,7 @@ def drip(sock: socket.socket, data: bytes) -> bytes:
 def test_a_bug_of_a_deadline_does_not_end_them_all(
     loop: str, hurried: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The next socket is closed in time, and the log has the bug's places; nobody has its text."""
+    """The next connection is closed in time, and the log has the bug's places, not its text."""
 
     def bug(connection: guard.GuardedProtocol) -> None:
         monkeypatch.undo()
@@ -177,7 +177,7 @@ def test_a_bug_of_a_deadline_does_not_end_them_all(
 
 @both_loops
 def test_an_upgrade_behind_a_request_is_not_worth_a_line(loop: str) -> None:
-    """The connection is closed as for any second request; uvicorn's advice about WebSockets would be for nobody."""
+    """The connection is closed as for any second request, without uvicorn's advice about WebSockets."""
     with serving(loop) as (proxy, upstream), bridged(proxy.service.logs), connect(proxy) as sock:
         sock.sendall(chat_request(proxy) + head(proxy, request="CONNECT a:1 HTTP/1.1"))
         assert to_the_end(sock) == b""
@@ -256,7 +256,7 @@ def test_a_long_body_during_a_drain_is_told_so(loop: str) -> None:
 
 @both_loops
 def test_an_answer_instead_of_100_continue_ends_the_connection(loop: str) -> None:
-    """The client may send the body all the same, or not: nobody could tell it from the next request."""
+    """The client may send the body all the same: it could not be told apart from the next request."""
     lines = ("Content-Type: text/plain", "Content-Length: 30", "Expect: 100-continue")
     with serving(loop) as (proxy, _), connect(proxy) as sock:
         sock.sendall(head(proxy, *lines, request="POST /api/chat HTTP/1.1"))
@@ -429,7 +429,7 @@ def test_the_last_answer_is_not_lost(loop: str, request_line: str) -> None:
 
 @both_loops
 def test_who_goes_on_sending_after_the_last_answer_is_cut(loop: str, hurried: None) -> None:
-    """It is read for a while only, and then forgotten, as anybody else who owes us something."""
+    """It is read for a while only, and then closed like any overdue connection."""
     lines = ("Content-Type: text/plain", "Content-Length: 80000000", "Connection: close")
     with serving(loop) as (proxy, _), connect(proxy) as sock:
         connection = weakref.ref(eventually(lambda: next(iter(proxy.service.guard.open), None)))
@@ -463,7 +463,7 @@ ENDLESS = {
 @both_loops
 @pytest.mark.parametrize("what", ENDLESS)
 def test_the_framing_of_a_body_has_a_bound(loop: str, what: str) -> None:
-    """Nothing of it is kept, and who sends nothing else is told to stop."""
+    """Nothing of it is kept, and a client that sends nothing else is refused."""
     with serving(loop) as (proxy, upstream), connect(proxy) as sock:
         chunk = b"" if "chunk" in what else b"2\r\n{}\r\n0\r\n"
         sock.sendall(head(proxy, JSON, "Transfer-Encoding: chunked", request=POST) + chunk)
@@ -598,7 +598,7 @@ def is_admitted(proxy: Running, sock: socket.socket) -> bool:
 
 @both_loops
 def test_an_address_has_so_many_sockets(loop: str) -> None:
-    """One more is closed, whoever has one keeps it, and a place that is given back is free. Proxies have no bound."""
+    """One more is closed, the others stay, and a released place is free. Proxies have no bound."""
     few = {"SERVER_CONNECTIONS_PER_ADDRESS": "3"}
     with serving(loop, SERVER_TRUSTED_PROXIES="", **few) as (proxy, _), ExitStack() as stack:
         socks = [stack.enter_context(connect(proxy)) for _ in range(3)]
@@ -614,7 +614,7 @@ def test_an_address_has_so_many_sockets(loop: str) -> None:
 
 
 def test_an_ipv6_subscriber_is_one_address() -> None:
-    """Who has a /64 to pick addresses from has not a bound for each of them."""
+    """A /64, of which a host picks its addresses, has one bound."""
     with serving("uvloop", SERVER_CONNECTIONS_PER_ADDRESS="2") as (proxy, _):
         admit = proxy.service.guard.admit
         addresses = ["2001:db8::1", "2001:db8::2", "2001:db8::3", "2001:db8:0:1::1", "192.0.2.1", "::ffff:192.0.2.1"]
@@ -628,7 +628,7 @@ def test_an_ipv6_subscriber_is_one_address() -> None:
 @fault(36)
 @both_loops
 def test_newcomers_wait_when_descriptors_run_short(loop: str) -> None:
-    """... and those who are served notice nothing; probes are answered, and all are served again afterwards."""
+    """... and requests under way are not affected; probes are answered, and all are served again afterwards."""
     go_on = threading.Event()
 
     async def script(peer: Peer) -> None:
@@ -686,7 +686,7 @@ def no_more_descriptors() -> Iterator[None]:
 
 
 def test_serve_takes_all_descriptors_it_may_have(tmp_path: Path) -> None:
-    """The soft limit is raised; the hard one holds, and within it nobody is cut off by accident."""
+    """The soft limit is raised; the hard one holds, and within it no connection is cut by accident."""
     port = free_port()
     with ScriptedUpstream(streaming(*GOOD)) as upstream:
         variables = {

@@ -237,7 +237,7 @@ def test_urls(scheme: str, store: Redis) -> None:
         assert b"s3cret" not in proxy.output.getvalue()
 
 
-# ---- one truth about who is out -------------------------------------------------------------------------------------
+# ---- one truth about logouts ----------------------------------------------------------------------------------------
 
 
 def asked(proxy: Running, cookie: str) -> tuple[int, str | None]:
@@ -259,7 +259,7 @@ def two_of_one_name(store: Redis, loop: str, folder: Path, **more: str) -> Itera
 
 @both_loops
 def test_a_logout_is_known_to_all(loop: str, store: Redis, tmp_path: Path) -> None:
-    """A copy of the cookie is dead on every server; one that was not there hears of it before it lets anybody in."""
+    """A copy of the cookie is revoked on every server; one that starts later learns of it before its first request."""
     with two_of_one_name(store, loop, tmp_path) as (one, other):
         cookie = chat(one, headers={"sec-fetch-site": "same-origin"}).cookie
         assert asked(other, cookie) == (200, None)
@@ -454,7 +454,7 @@ def test_who_leaves_while_the_store_is_asked_causes_no_call(loop: str, store: Re
 
 
 async def talk(peer: Peer) -> None:
-    """An answer; to who says `live`, one that says for a second what time it is."""
+    """An answer; to a question with `live`, one that sends the time for a second."""
     assert peer.seen is not None
     await peer.head()
     for number in range(50 if b"live" in peer.seen.body else 0):
@@ -515,7 +515,7 @@ def test_a_store_far_away_is_found_again(store: Redis, monkeypatch: pytest.Monke
 
 
 def test_connections_are_there_before_anybody_asks(store: Redis) -> None:
-    """A server that has just begun need not open one for the first who come, all at once: they would be too late."""
+    """A new server has its connections open before the first requests, which would otherwise be too late."""
 
     async def story(link: Link) -> None:
         async with allowance(store, LIMITS_STORE=link.url) as limits:
@@ -529,7 +529,7 @@ def test_connections_are_there_before_anybody_asks(store: Redis) -> None:
 
 
 def test_another_server_takes_over(store: Redis, tmp_path: Path) -> None:
-    """The one before lets nobody write any more, and does not hang up: connections to it are not used again."""
+    """The former master refuses writes and keeps its connections open: they are not used again."""
 
     async def story(url: str) -> None:
         async with allowance(store, LIMITS_STORE=url) as limits:
@@ -553,7 +553,7 @@ def test_another_server_takes_over(store: Redis, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("garbage", [b":x\r\n", b"*x\r\n", b"%1\r\n*0\r\n:1\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
 def test_what_speaks_another_language_is_no_store(garbage: bytes, store: Redis) -> None:
-    """Whatever the client makes of it: nobody gets a 500."""
+    """Whatever the client library does with it: no request gets a 500."""
 
     class Garbled(Link):
         answer = garbage
@@ -589,7 +589,7 @@ def test_a_full_store_still_hears_of_logouts(store: Redis, tmp_path: Path) -> No
 @fault(34)
 @both_loops
 def test_a_store_that_forgets(loop: str, store: Redis) -> None:
-    """Flushed, it counts from nothing; nobody gets an error, and live answers take their places again."""
+    """Flushed, it counts from zero; no request fails, and live answers take their places again."""
     with two(store, loop, LIMITS_PER_SESSION="1/hour") as (proxy, _):
         here = new_address()
         assert [chat(proxy, headers=here).status for _ in range(2)] == [200, 429]
@@ -997,7 +997,7 @@ def test_many_answers_are_renewed_in_time_on_a_slow_store(store: Redis) -> None:
 
 
 def test_a_window_that_ends_while_an_answer_is_written(store: Redis) -> None:
-    """Its tokens are nobody's any more; the next window does not begin with a debt, nor with a gift."""
+    """Its tokens no longer count; the next window begins with neither a debt nor a credit."""
 
     async def story() -> None:
         async with allowance(store, LIMITS_TOKENS_PER_SESSION="1000/2 second") as limits:
@@ -1165,7 +1165,7 @@ def test_a_notice_of_another_version_harms_nobody(store: Redis, tmp_path: Path) 
 
 
 def test_all_that_was_revoked_is_reported_at_the_end(store: Redis) -> None:
-    """Also more than goes out at once; of a store that is gone nobody waits to be heard."""
+    """Also more than one call sends; a store that is gone is not waited for."""
 
     async def story() -> None:
         async with allowance(store) as limits:

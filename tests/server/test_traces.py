@@ -130,7 +130,7 @@ def plain(attributes: Any) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def without_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever runs the tests may have traces of their own."""
+    """Removes the OTEL variables of the developer's own environment."""
     for name in [name for name in os.environ if name.startswith("OTEL_")]:
         monkeypatch.delenv(name)
 
@@ -363,7 +363,7 @@ def identity(span: Span) -> tuple[str, str]:
 
 @pytest.mark.parametrize("trusted", [True, False], ids=["trusted", "anybody"])
 def test_a_trace_is_continued_for_trusted_proxies(collector: Collector, trusted: bool) -> None:
-    """A span joins the trace that a trusted proxy names, state and all; anybody else's is a new trace."""
+    """A span joins the trace that a trusted proxy names, with its state; other peers' names start a new trace."""
     believed = {"SERVER_TRUSTED_PROXIES": "127.0.0.1" if trusted else "10.0.0.0/8"}
     with ScriptedUpstream(streaming(*GOOD)) as upstream, running(upstream.base_url, **ON, **believed) as proxy:
         ask(proxy, traceparent=GIVEN, tracestate="vendor=1, other@me=x")
@@ -515,7 +515,7 @@ def test_providers_have_the_conventions_names(url: str) -> None:
     assert traces.provider_of(url) == PROVIDERS[url]
 
 
-# ---- nobody waits, nothing leaks -----------------------------------------------------------------------------------
+# ---- no request waits, nothing leaks ------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -612,7 +612,7 @@ def test_a_server_that_ends_sends_what_it_has(tmp_path: Path, collector: Collect
 
 
 def test_a_server_ends_without_its_collector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`serve` with a span that nobody takes ends within its bound all the same, exits 0 and says nothing on stderr."""
+    """`serve` with a span that no collector takes ends within its bound, exits 0 and writes nothing to stderr."""
     with one_that_hangs() as url, ScriptedUpstream(streaming(*GOOD)) as upstream:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", url)
         with serving(tmp_path, upstream.base_url, TRACES_ENABLED="true") as process:

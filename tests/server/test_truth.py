@@ -93,7 +93,7 @@ async def upstream(peer: Peer) -> None:
 
 
 def read(proxy: Running, number: int) -> bytes:
-    """A whole response, by a reader who pauses once."""
+    """A whole response, read with one pause."""
     dice, data = random.Random(-number - 1), b""
     pause, after = dice.choice([0, 0.2, 1.0]), dice.choice([0, 1000, 100_000])
     with raw_chat(proxy, buffers=dice.choice([0, SMALL]), messages=[{"role": "user", "content": f"{number}"}]) as sock:

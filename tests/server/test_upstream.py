@@ -438,7 +438,7 @@ def refused(proxy: Running, refusal: type[Refusal], *, retries: int, reason: str
 
 @contextmanager
 def closed_port() -> Iterator[int]:
-    """A port of this machine on which nobody listens."""
+    """A port of this machine without a listener."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield taken.getsockname()[1]
@@ -448,7 +448,7 @@ def closed_port() -> Iterator[int]:
 @both_loops
 @pytest.mark.usefixtures("hasty")
 def test_connection_refused(loop: str) -> None:
-    """Row 1: nobody listens: retried, then 502, and nothing is paid."""
+    """Row 1: connection refused: retried, then 502, and nothing is booked."""
     with closed_port() as port, running(f"http://127.0.0.1:{port}/v1", loop=loop) as proxy:
         refused(proxy, UpstreamUnreachable, retries=2, reason="ConnectError: Connect")
 
@@ -485,7 +485,7 @@ def test_reset_while_connecting(loop: str) -> None:
 @fault(2)
 @both_loops
 def test_connect_hangs(loop: str) -> None:
-    """Row 2: 504 at connect_timeout; whoever did not answer once is not asked again."""
+    """Row 2: 504 at connect_timeout, without a retry."""
     with (
         full_port() as port,
         running(f"http://127.0.0.1:{port}/v1", loop=loop, UPSTREAM_CONNECT_TIMEOUT="0.3") as proxy,
@@ -506,7 +506,7 @@ def test_first_byte_timeout_covers_connecting(loop: str) -> None:
 
 @dataclass
 class TlsServer:
-    """A server that shakes hands with whoever wants to, and says nothing."""
+    """A server that completes the TLS handshake and stays silent."""
 
     port: int = 0
     connections: int = 0
@@ -580,7 +580,7 @@ def test_bad_certificate(case: Certificate, loop: str, tmp_path: Path) -> None:
 @both_loops
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x15\x03\x03\x00\x02\x02\x28"])
 def test_bad_tls(answer: bytes, loop: str) -> None:
-    """Row 3: whoever answers the handshake in plain text, or will not have it: 502, no retry, and the log says why."""
+    """Row 3: a TLS handshake answered in plain text, or refused: 502, no retry, and the reason in the log."""
 
     async def script(peer: Peer) -> None:
         await peer.reader.read(1)
@@ -619,7 +619,7 @@ def test_backoff_grows_and_stays_inside_first_byte_timeout() -> None:
 @fault(26)
 @both_loops
 def test_a_client_that_leaves_in_the_pause_is_not_asked_for(loop: str) -> None:
-    """Row 26: who leaves before the retry has not cost anything, and causes no further call."""
+    """Row 26: a client that leaves before the retry costs nothing, and causes no further call."""
     script = always(saying("503 Service Unavailable", "retry-after: 1"))
     with ScriptedUpstream(script) as server, running(server.base_url, loop=loop) as proxy:
         with raw_chat(proxy):

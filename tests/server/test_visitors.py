@@ -1,4 +1,4 @@
-"""Visitors: who gets a session, what it may do, and what one visitor never learns or takes from another.
+"""Visitors: which of them get a session, what it allows, and that no visitor learns or takes anything of another.
 
 All of it through the real server. Every test comes from addresses of its own, as a trusted proxy would name them, so
 that the tests can share a server and not their allowances.
@@ -184,7 +184,7 @@ def upstream() -> Iterator[ScriptedUpstream]:
 
 @pytest.fixture(scope="module")
 def wide(upstream: ScriptedUpstream) -> Iterator[Running]:
-    """A server whose limits nobody reaches."""
+    """A server with limits that no test reaches."""
     with running(upstream.base_url, SERVER_MAX_BODY_BYTES="2048") as proxy:
         yield proxy
 
@@ -298,7 +298,7 @@ def test_programs_of_an_address_share_their_limits(tight: Running) -> None:
 
 @pytest.mark.parametrize("path", ["/api/v1/models", "/healthz", "/readyz", "/", "/page.js", "/api/nothing"])
 def test_looking_around_mints_nothing(wide: Running, path: str) -> None:
-    """The list of models, the probes and the page's files give nobody a cookie, and read none."""
+    """The list of models, the probes and the page's files set no cookie, and read none."""
     for visitor in (Browser(wide), Program(wide), Program(wide, cookie="chat=forged")):
         reply = visitor.send("GET", path)
         assert reply.headers["set-cookie"] is None
@@ -414,7 +414,7 @@ def test_leaving_kills_all_copies(wide: Running) -> None:
 
 
 def test_leaving_is_idempotent(wide: Running) -> None:
-    """Whoever leaves again, or was never here, or shows a bad cookie, has left: 200, and the cookie is cleared."""
+    """A logout is idempotent: without a session or with a bad cookie it is 200, and the cookie is cleared."""
     page = Browser(wide)
     page.session()
     copy = copy_of(page)
@@ -486,7 +486,7 @@ def test_a_foreign_page_uses_up_nothing(tight: Running) -> None:
 
 
 def test_refusals_are_limited(tight: Running) -> None:
-    """Whoever is refused too often is told to wait; those at the address who do nothing wrong are not touched."""
+    """An address with too many refusals gets 429; its other requests are not affected."""
     page = Browser(tight)
     page.session()
     knocker = Program(tight, page.address, "chat=forged")
@@ -555,7 +555,7 @@ def test_streams_at_one_time(tight: Running) -> None:
 
 
 def test_a_full_process_is_busy(tight: Running) -> None:
-    """Beyond max_streams new visitors get 503 busy and a time to wait; who is over a limit of his own hears that."""
+    """Beyond max_streams new visitors get 503 busy; a client over its own limit gets that limit's 429."""
     pages = [Browser(tight) for _ in range(3)]
     with ExitStack() as stack:
         for page in pages:
@@ -997,7 +997,7 @@ def test_a_part_of_a_file(wide: Running) -> None:
 
 @pytest.fixture(scope="module")
 def own_page(upstream: ScriptedUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A server of a page of its own, with things beside and inside its folder that are nobody's business."""
+    """A server of a page of its own, with files beside and inside its folder that must not be served."""
     folder = tmp_path_factory.mktemp("site")
     for name in ("page/index.html", "page/inner/file.txt"):
         path = Path(folder, name)

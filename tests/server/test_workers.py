@@ -1,4 +1,4 @@
-"""Several workers on one listener: what one of them dies of harms nobody else, and a change of all cuts nobody."""
+"""Several workers on one listener: the death of one affects no other, and replacing all of them cuts no stream."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def ends(process: Process) -> None:
 
 
 class Reader:
-    """One visitor, who reads a stream to whatever end it has."""
+    """One client that reads a stream to its end, whatever it is."""
 
     def __init__(self, process: Process) -> None:
         self.connection = process.connect()
@@ -225,7 +225,7 @@ def used_tokens(process: Process) -> int:
 
 
 def held_tokens(store: Any) -> int:
-    """As whoever asks next would find them."""
+    """The metrics as the next scrape finds them."""
     seconds, microseconds = store.time()
     now = seconds * 1000 + microseconds // 1000
     return sum(store.zcount(key, now, "+inf") for key in store.scan_iter(f"{PREFIX}tokens_per_*:h", 1000))
@@ -517,7 +517,7 @@ def test_a_worker_that_hangs_is_ended_by_the_second_signal(tmp_path: Path, store
 
 
 def test_a_signal_to_everybody_is_one(tmp_path: Path, store: Redis) -> None:
-    """Whoever stops all processes of a service at once, as systemd may, does not cut what the drain lets go on."""
+    """A signal to all processes of a service at once, as systemd may send it, does not cut live streams."""
     steps = Steps(delta("a"), delta("b"), ends=False)
     steps.allowed.release()
     with ScriptedUpstream(steps) as upstream, workers(tmp_path, upstream.base_url, store) as process:

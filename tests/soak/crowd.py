@@ -347,7 +347,7 @@ class Load:
         return cookie
 
     async def visit(self) -> None:
-        """Some of those who come leave again by logging out, others stay for others to ask with."""
+        """Some of those that come log out again, others keep their cookie for further requests."""
         async with self.connection() as streams:
             cookie = await self.come(streams)
             if self.random.random() < 0.2:

@@ -86,7 +86,7 @@ def free_port() -> int:
 
 
 def is_open(port: int, host: str = "127.0.0.1") -> bool:
-    """Does somebody listen there?"""
+    """Whether a process listens there."""
     try:
         socket.create_connection((host, port), PATIENCE).close()
     except ConnectionRefusedError:
@@ -570,7 +570,7 @@ def attempts(port: int) -> int:
 
 @contextmanager
 def full_port() -> Iterator[int]:
-    """A port whose listener takes nobody: Linux drops the SYN once the backlog is full. One attempt is under way."""
+    """A port whose listener accepts nothing: Linux drops the SYN once the backlog is full. One attempt is under way."""
     with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, ExitStack() as fillers:
         port = int(listener.getsockname()[1])
         for _ in range(2):

@@ -87,7 +87,7 @@ class History:
         self.file.write(" ".join(map(str, words)).encode() + b"\n")
 
     def listen_to(self, store: Any) -> None:
-        """Who decided is told by the store's answer; that it forgets its own token windows, by the merge."""
+        """The store's answer shows which of the two decided; the merge, that it forgets its own token windows."""
         real_take, real_keep, real_merge = store.take, store.keep, store.on_found
 
         async def take(charges: list[Charge], holder: str = "", spent: int = 0) -> ChargeResult | None:
@@ -145,7 +145,7 @@ class History:
 
     @property
     def by(self) -> str:
-        """Who has just granted something."""
+        """The process that has just granted something."""
         return STORE if store_said.get() == BOOKED else self.plan.name
 
     async def ask(self, subject: Subject) -> None:

@@ -157,14 +157,14 @@ def write(folder: Path, files: dict[str, str]) -> None:
 
 @contextmanager
 def listening(number: int) -> Iterator[list[socket.socket]]:
-    """Sockets for nginx, each on a port of its own: who connects before it is there waits for it."""
+    """Sockets for nginx, each on a port of its own: an early client waits until nginx is ready."""
     with ExitStack() as stack:
         yield [stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=1024)) for _ in range(number)]
 
 
 @contextmanager
 def serving(folder: Path, http: str, listeners: Iterable[socket.socket], *, workers: int = 1) -> Iterator[None]:
-    """nginx with this in its http block, which listens where these sockets do, and for nobody else."""
+    """nginx with this in its http block, listening on these sockets only."""
     user = "user root;" if os.getuid() == 0 else ""  # who else may read pytest's folders
     configuration = folder / "nginx.conf"
     configuration.write_text(MAIN.format(user=user, folder=folder, workers=workers, http=http), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Requests on the wire: valid ones, the tricks that are known against whoever reads them, and accidents to both."""
+"""Requests on the wire: valid ones, known attacks against parsers, and random damage to both."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ UNCLEAR = {  # no answer, or one, or two: as it comes
 
 @dataclass(frozen=True)
 class Case:
-    """What one client sends, and when it is known, what it gets. Who is `rude` half-closes without waiting for it."""
+    """What one client sends and, when it is known, what it gets. A `rude` one half-closes without waiting for it."""
 
     name: str
     pieces: list[bytes]

@@ -324,7 +324,7 @@ def other_signer(header: dict[str, Any], claims: dict[str, Any]) -> str:
 
 
 def spending(faulty: Faulty) -> Act:
-    """The code has been used by somebody else."""
+    """The code has been used by another client."""
 
     async def act(peer: Peer) -> None:
         assert peer.seen is not None
@@ -355,7 +355,7 @@ def weak_key() -> dict[str, Any]:
 
 
 def mac_with_public_key(header: dict[str, Any], claims: dict[str, Any]) -> str:
-    """The oldest trick: HS256, the secret being the public key in the form in which everybody has it."""
+    """The oldest attack: HS256 with the public key as the secret."""
     pem = key_for("RS256").as_pem(private=False)  # type: ignore[union-attr]
     parts = f"{encode(json.dumps({**header, 'alg': 'HS256'}).encode())}.{encode(json.dumps(claims).encode())}"
     return f"{parts}.{encode(hmac.digest(pem, parts.encode(), 'sha256'))}"
@@ -883,7 +883,7 @@ def test_a_login_that_is_cancelled(what: str, act: Act, faulty: Faulty) -> None:
 
 
 def test_a_provider_that_is_down() -> None:
-    """Nobody listens."""
+    """No listener."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         faulty = Faulty(origin=f"http://127.0.0.1:{taken.getsockname()[1]}")
@@ -892,7 +892,7 @@ def test_a_provider_that_is_down() -> None:
 
 @pytest.mark.parametrize("issuer", ["http://idp.example.org", "ftp://localhost", "http://127.0.0.1 ", ""])
 def test_an_issuer_without_tls(issuer: str) -> None:
-    """Whoever is on the way to it could be anybody: it is not even asked."""
+    """Plain http: an attacker on the network could be the provider, so it is not asked."""
     assert refusal_of(Faulty(origin=issuer)) == (502, "discovery: a URL that is not https, or not a plain one")
 
 
@@ -1008,7 +1008,7 @@ def test_an_answer_is_good_for_its_own_flow(faulty: Faulty) -> None:
     asyncio.run(run())
 
 
-# ---- who is let in --------------------------------------------------------------------------------------------------
+# ---- allowed users --------------------------------------------------------------------------------------------------
 
 LISTS = {"allowed_emails": ("bob@example.com",), "allowed_domains": ("example.org",)}
 NOT_LISTED = (403, "the e-mail address is on no list")
@@ -1084,7 +1084,7 @@ ASKED: dict[str, tuple[dict[str, Any], dict[str, Any], bool, object]] = {
 
 @pytest.mark.parametrize("case", ASKED)
 def test_when_userinfo_is_asked(case: str, faulty: Faulty) -> None:
-    """Only for an e-mail address that somebody wants and the id_token leaves open."""
+    """Only for an e-mail address that is required and missing in the id_token."""
     claims, configured, asked, expected = ASKED[case]
     faulty.claims |= claims
     found: object = login(faulty, **configured) if isinstance(expected, str) else refusal_of(faulty, **configured)
@@ -1111,7 +1111,7 @@ def test_an_address_is_ascii_or_none(email: str) -> None:
 
 
 def test_where_to_log_out(faulty: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The provider's own logout, which brings the browser back; None where there is none or nobody answers."""
+    """The provider's own logout, which brings the browser back; None where there is none, or no answer."""
 
     async def ask(**metadata: Any) -> str | None:
         transport = Transport()
@@ -1181,7 +1181,7 @@ def test_one_character_changed(data: st.DataObject) -> None:
 
 
 def test_another_spelling_of_the_signature() -> None:
-    """The last character has bits to spare, and padding may follow: those are copies that nobody was given."""
+    """The last character has bits to spare, and padding may follow: such copies are refused."""
     sealed = FlowCookies(["a"]).seal(FLOW).encode()
     others = [sealed[:-1] + bytes([byte]) for byte in range(256) if byte != sealed[-1]]
     assert not [value for value in [*others, sealed + b"=", b"." + sealed] if FlowCookies(["a"]).open(value, NOW)]
@@ -1342,7 +1342,7 @@ REAL: dict[str, tuple[str, dict[str, Any], object]] = {
 
 @pytest.mark.parametrize("case", REAL)
 def test_a_real_provider(case: str, issuer: str, secret: str) -> None:
-    """Through its forms to the subject; its answer is good for once, and for nobody else."""
+    """Through its forms to the subject; its answer is valid once, and for no other client."""
     name, configured, expected = REAL[case]
 
     async def run() -> None:

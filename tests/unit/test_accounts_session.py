@@ -71,7 +71,7 @@ subjects = st.none() | st.text(st.characters(exclude_categories=["Cs"]), min_siz
     st.integers(0, 2**31),
 )
 def test_what_was_sealed_opens(now: int, randomness: bytes, mode: str, subject: str | None, generation: int) -> None:
-    """A session opens to exactly what was sealed, whoever it is; and its cookie needs no quoting."""
+    """A session opens to exactly what was sealed, for any subject; and its cookie needs no quoting."""
     sessions = keyed()
     session = replace(sessions.mint(now, randomness, mode=mode, subject=subject), generation=generation)
     assert reopen(sessions, session, now) == Opened(session, stale=False)
@@ -86,7 +86,7 @@ def test_minting_knows_no_one() -> None:
 
 
 def test_cookie_hides_nothing_and_holds_no_key() -> None:
-    """A cookie says who, since when, and nothing else: a browser may read all of it."""
+    """A cookie holds the subject and the times, and nothing else: a browser may read all of it."""
     sessions = keyed(NEW, OLD)
     session = sessions.mint(NOW, b"\0" * 16, mode="password", subject="ሰላም")
     id_, mode, subject, issued, renewed, generation, signature = sessions.seal(session).split(".")
@@ -176,7 +176,7 @@ def test_expires_at_is_the_truth() -> None:
 
 
 def test_renewal_moves_idle_only() -> None:
-    """Renewing keeps who and since when; a session in use lives to its absolute end and not longer."""
+    """Renewing keeps subject and issue; a session in use lives to its absolute end and not longer."""
     sessions = keyed()
     session, now = minted(sessions), float(NOW)
     while now < NOW + LIFETIME:
@@ -442,7 +442,7 @@ def test_an_addresss_session_opens_like_any_other() -> None:
 
 
 def test_an_addresss_session_cannot_be_guessed() -> None:
-    """The id of an address follows from the newest secret: without it nobody computes the id."""
+    """The id of an address follows from the newest secret: without it the id cannot be computed."""
     ids = {
         Revocations().reissued(keyed(*keys).mint_for_address(NOW, "203.0.113.7")).id
         for keys in ((NEW,), (NEW, OLD), (OLD,))

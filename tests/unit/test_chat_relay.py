@@ -236,7 +236,7 @@ async def test_only_the_first_pull_counts() -> None:
 
 @on_both_loops
 async def test_pull_before_the_beginning_or_after_the_end_does_nothing() -> None:
-    """A leash that holds nobody can be pulled without harm."""
+    """A scope that has ended can be cancelled without effect."""
     leashes = []
 
     async def body(held: CancelScope) -> None:
@@ -282,7 +282,7 @@ async def test_body_that_pulls_its_own_leash() -> None:
 
 @on_both_loops
 async def test_a_body_that_fails_by_itself_keeps_its_error() -> None:
-    """When the body raises something of its own, that comes out, whether or not somebody pulled."""
+    """When the body raises an exception of its own, that one comes out, cancelled or not."""
 
     async def fails(held: CancelScope) -> None:
         raise ValueError
@@ -344,7 +344,7 @@ async def test_leash_and_timeout_keep_apart() -> None:
 
 @on_both_loops
 async def test_cancellation_from_outside_passes_through() -> None:
-    """Who cancels the task gets a cancelled task, also when the leash is pulled in the same tick, before or after."""
+    """A task cancelled from outside ends as cancelled, also when the scope is cancelled in the same tick."""
 
     async def body(held: CancelScope) -> None:
         async with held:
@@ -383,7 +383,7 @@ async def test_a_browser_that_leaves_pulls_the_leash() -> None:
 
 @on_both_loops
 async def test_a_leash_is_in_its_set_while_it_holds() -> None:
-    """Whoever wants to pull all live leashes finds those that hold somebody, and no others, however they ended."""
+    """The set of active scopes contains those that are entered, and no others, however they ended."""
     live: set[CancelScope] = set()
 
     async def ends(held: CancelScope) -> None:

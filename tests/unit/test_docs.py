@@ -44,7 +44,7 @@ def test_every_setting_is_told() -> None:
 
 
 def test_every_default_is_told() -> None:
-    """Whoever sets each setting to the default that the table names changes nothing."""
+    """Setting every setting to the default in the table changes nothing."""
     given = {
         f"{section}_{name}".upper(): default.removesuffix(" (off)").replace("{port}", "8000")
         for (section, name), default in defaults().items()

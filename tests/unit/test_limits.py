@@ -91,7 +91,7 @@ def windows_limited(clock: Clock) -> RequestLimits:
 
 @dataclass
 class Model:
-    """Moving windows as one would define them: every request that was let through, ever, and who made it."""
+    """Moving windows by their definition: every accepted request, ever, with its subject."""
 
     let_through: list[tuple[float, Subject]] = field(default_factory=list)
 
@@ -150,7 +150,7 @@ def test_a_place_is_free_after_exactly_the_window() -> None:
 
 @given(steps)
 def test_retry_after_is_true_of_requests(walk: list[tuple[int, Subject]]) -> None:
-    """Who waits as long as the refusal says is let in; who waits a tick less is not."""
+    """A client that waits as long as the refusal announces is accepted; a tick less is not enough."""
     clock = Clock()
     limits = windows_limited(clock)
     for ticks, subject in walk:
@@ -409,7 +409,7 @@ def test_streams_of_an_address() -> None:
 
 
 def test_streams_of_the_process() -> None:
-    """A full process is busy for everyone, but who is over a limit of his own is told that."""
+    """A full process is busy for all clients, but a client over its own limit gets that limit's refusal."""
     held = leases(per_session=2, per_address=3, max_streams=3)
     with held.acquire(ANN), held.acquire(ANN), held.acquire(ANNS_GUEST):
         assert refusal_of(held, BEN) is Busy
@@ -421,7 +421,7 @@ def test_streams_of_the_process() -> None:
 
 
 def test_a_refused_lease_holds_nothing() -> None:
-    """Whoever is refused, for whichever reason, leaves no trace, however often."""
+    """A refusal, for whichever reason, leaves no trace, however often."""
     held = leases(per_session=1, per_address=2, max_streams=2)
     with held.acquire(ANN), held.acquire(ANNS_GUEST):
         before = dict(held.held)
@@ -452,7 +452,7 @@ def test_session_and_address_of_one_name_are_two() -> None:
 
 
 def test_refused_streams_say_which_limit() -> None:
-    """The refusal's headers name the limit that was reached, and no window: nobody knows when an answer ends."""
+    """The refusal's headers name the limit that was reached, and no window: the end of an answer is unknown."""
     held = leases(per_session=1, per_address=1)
     with held.acquire(ANN):
         for subject, name in ((ANN, b"streams_per_session"), (ANNS_GUEST, b"streams_per_address")):
@@ -524,7 +524,7 @@ def test_what_was_used_takes_the_place_of_what_was_held() -> None:
 
 @pytest.mark.parametrize("left_by", [None, ValueError(), KeyboardInterrupt(), GeneratorExit()])
 def test_unsettled_is_given_back(left_by: BaseException | None) -> None:
-    """Whoever leaves without settling, in whichever way, has used nothing."""
+    """An answer that ends without settling, in whichever way, has used nothing."""
     tokens = purse(Clock(), "1000/day", "2000/day", "3000/day")
     with suppress(BaseException), reserve(tokens, ANN, 400):
         assert left(tokens) == [600, 1600]
@@ -715,7 +715,7 @@ def test_tokens_match_the_definition(
 
 @given(token_steps)
 def test_retry_after_is_true_of_tokens(walk: list[tuple[int, Subject, int, tuple[int, int] | None]]) -> None:
-    """Who waits as long as the refusal says is let in, whatever happened before; who waits a tick less is not."""
+    """A client that waits as long as the refusal announces is accepted; a tick less is not enough."""
     clock = Clock()
     tokens = purse(clock, "100/2 seconds;300/10 seconds", "150/2 seconds", "400/10 seconds")
     for ticks, subject, amount, _ in walk:
@@ -751,7 +751,7 @@ def test_refused_tokens_say_which_limit() -> None:
 
 @pytest.mark.parametrize("subject", [Subject("", "203.0.113.1"), Subject("ann", "")])
 def test_tokens_refuse_an_empty_key(subject: Subject) -> None:
-    """A subject without a key is a bug, and spends from nobody's account."""
+    """A subject without a key is a bug, and charges no account."""
     purses = purse(Clock(), "100/day", "100/day")
     for attempt in (lambda: reserve(purses, subject, 1), lambda: purses.statuses(subject)):
         with pytest.raises(ValueError, match="without a key"):
@@ -771,7 +771,7 @@ def test_dead_windows_do_not_gather() -> None:
 
 
 def test_looking_costs_no_memory() -> None:
-    """Who only asks how much is left, or is refused, opens no account."""
+    """Reading what is left, or a refusal, opens no window."""
     purses = purse(Clock(), "100/day")
     for number in range(100):
         purses.statuses(Subject(f"session {number}", "203.0.113.1"))

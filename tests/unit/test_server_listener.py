@@ -1,4 +1,4 @@
-"""Listening sockets that somebody else has opened, in all ways they can come. Real processes: test_deploy_systemd."""
+"""Listening sockets that systemd has opened, in all ways they can be passed. Real processes: deploy/test_systemd.py."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ OWNERS: dict[str, tuple[dict[str, str], dict[int, str]]] = {
 
 @pytest.mark.parametrize("label", OWNERS)
 def test_whose_a_socket_is(label: str) -> None:
-    """Each descriptor belongs to the listener that its name says, or to the server; to nobody in another process."""
+    """Each descriptor belongs to the listener that its name selects, or to the server; to none in another process."""
     said, expected = OWNERS[label]
     assert handed.activated_descriptors(said, PID) == expected
 
@@ -89,7 +89,7 @@ def test_a_path_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_several_are_too_many() -> None:
-    """One listener has one socket; a second one nobody would serve."""
+    """One listener has one socket; a second one would not be served."""
     with pytest.raises(OSError, match="2 sockets"):
         handed.activated_socket(told(2), PID, "server", 1.0)
 

@@ -609,7 +609,7 @@ UNKNOWN_IN_FILE: dict[str, tuple[str, str, str]] = {
 
 @pytest.mark.parametrize("label", UNKNOWN_IN_FILE)
 def test_unknown_name_in_file(label: str, tmp_path: Path) -> None:
-    """A name in the file that nobody knows is a fault, with the nearest name there is."""
+    """An unknown name in the file is a fault, with the nearest known name."""
     written, unknown, nearest = UNKNOWN_IN_FILE[label]
     with pytest.raises(SettingsError) as caught:
         from_toml(tmp_path, written)
@@ -643,7 +643,7 @@ UNKNOWN_IN_ENVIRONMENT = {
 
 @pytest.mark.parametrize("label", UNKNOWN_IN_ENVIRONMENT)
 def test_unknown_variable(label: str) -> None:
-    """A variable with our prefix that nobody knows is a fault, with the nearest name; its value is not shown."""
+    """An unknown variable with our prefix is a fault, with the nearest name; its value is not shown."""
     unknown, nearest = UNKNOWN_IN_ENVIRONMENT[label]
     with refused(unknown) as faults:
         settings.from_variables({**variables({}), unknown: "8000"})
@@ -786,7 +786,7 @@ def test_broken_credential(tmp_path: Path) -> None:
 
 @contextmanager
 def without_rights() -> Iterator[None]:
-    """Root may read everything, and becomes somebody who may not."""
+    """Root may read everything, so the test runs as another user."""
     ours = os.geteuid()
     if ours == 0:
         os.seteuid(NOBODY)
@@ -1042,7 +1042,7 @@ def test_error_shows_every_fault_on_a_line() -> None:
 
 
 def test_public_url_follows_the_port() -> None:
-    """public_url is 127.0.0.1 at the port while nobody sets it, also when the kernel chose the port."""
+    """public_url defaults to 127.0.0.1 at the port, also when the kernel chose the port."""
     assert from_env(SERVER_PORT="1234").server.public_url == "http://127.0.0.1:1234"
     bound = settings.on_port(from_env(SERVER_PORT="0"), 4321).server
     assert (bound.port, bound.public_url) == (4321, "http://127.0.0.1:4321")

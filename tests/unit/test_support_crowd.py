@@ -21,7 +21,7 @@ def is_locked(path: Path) -> bool:
 
 
 def test_a_quiet_test_is_alone_and_its_turn_comes(tmp_path: Path) -> None:
-    """It waits for those that are there, and those who come later wait for it, not for each other."""
+    """It waits for the tests under way, and later ones wait for it, not for each other."""
     inside: list[str] = []
     quiet_is_over = threading.Event()
 

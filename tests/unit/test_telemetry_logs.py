@@ -188,7 +188,7 @@ def test_lines_of_libraries() -> None:
 
 
 def test_lines_come_soon_and_in_order() -> None:
-    """Lines are written without anybody closing the log, in the order they were given, every one once."""
+    """Lines are written without closing the log, in the order they were given, every one once."""
     output = io.BytesIO()
     logs = Logs(JSON, output)
     with closing(logs):
@@ -213,7 +213,7 @@ def test_close_writes_what_is_queued() -> None:
 
 
 def test_close_without_a_line() -> None:
-    """A log that nobody wrote to never starts its thread, and closes."""
+    """A log without a line never starts its thread, and closes."""
     output = io.BytesIO()
     logs = Logs(JSON, output)
     logs.line("request", "debug")
@@ -317,7 +317,7 @@ def test_dropped_lines_are_told_once() -> None:
 
 @pytest.mark.parametrize("blocking", [True, False], ids=["blocking", "non-blocking"])
 def test_descriptor_writes_everything(*, blocking: bool) -> None:
-    """A batch larger than the pipe arrives whole, also through a descriptor that somebody made non-blocking."""
+    """A batch larger than the pipe arrives whole, also through a non-blocking descriptor."""
     with pipe() as (reading, writing):
         os.set_blocking(writing, blocking)
         logs = Logs(JSON, Descriptor(writing))

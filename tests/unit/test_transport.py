@@ -424,7 +424,7 @@ async def test_what_cannot_be_trusted_again_is_closed(answer: bytes) -> None:
 
 @on_both_loops
 async def test_bytes_on_an_idle_connection_close_it() -> None:
-    """What nobody asked for cannot become the next request's answer."""
+    """Bytes that no request asked for cannot become the next request's answer."""
 
     async def handler(peer: Peer) -> None:
         await peer.answer(EMPTY)
@@ -568,7 +568,7 @@ async def test_a_timeout_on_a_reused_connection_is_not_retried() -> None:
 
 @on_both_loops
 async def test_leaving_a_finished_stream_does_not_touch_the_next_user() -> None:
-    """Once an answer is whole its connection serves somebody else, whatever is done to the old stream."""
+    """Once an answer is whole its connection serves the next request, whatever is done to the old stream."""
     go = asyncio.Event()
 
     async def handler(peer: Peer) -> None:

@@ -1,4 +1,4 @@
-"""Whoever leaves proxy/transport.py's streams, at whatever moment, leaves nothing behind.
+"""A stream of proxy/transport that is abandoned at any moment leaves nothing behind.
 
 CHAT_PROXY_FULL=1 runs the sizes of the promise; by default a tenth of them.
 """

@@ -1,4 +1,4 @@
-"""The edge: who is asking, is it our own page, and is the body's outside in order. Tables of headers and verdicts."""
+"""The edge: the client's address, its origin, and the announced body. Tables of headers and verdicts."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_browser_is_known_by_what_only_browsers_send(lines: list[str], verdict: 
     assert Edge.is_browser(join_repeated(headers(*lines))) is verdict
 
 
-# ---- who is asking -------------------------------------------------------------------------------------------------
+# ---- addresses -----------------------------------------------------------------------------------------------------
 
 V4, V6 = "203.0.113.7", "2001:db8:1:2::7"
 V6_KEY = "2001:db8:1:2::/64"
@@ -270,7 +270,7 @@ CALLERS = [
     ids=[case[0] for case in CALLERS],
 )
 def test_caller(proxies: list[str], came_from: str | None, forwarded: list[str], key: str, through_proxy: bool) -> None:
-    """The caller is the first address from the right that is no proxy of ours; nobody can choose another."""
+    """The caller is the first address from the right that is not a trusted proxy; a client cannot choose another."""
     found = join_repeated(headers(*(f"X-Forwarded-For: {line}" for line in forwarded)))
     caller = trusting(*proxies).caller(came_from, found)
     assert (caller.key, caller.through_proxy) == (key, through_proxy)
