@@ -51,7 +51,7 @@ from support.harness import (
 from support.stage import always, prompt_tokens
 
 from proxy.chat import answer as answer_module
-from proxy.chat import upstream
+from proxy.chat import api_key
 from proxy.chat.sse import Events
 from proxy.errors import InternalError, StreamFailed
 from proxy.telemetry import logs
@@ -286,7 +286,7 @@ class SecretFiles:
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SecretFiles:
-    monkeypatch.setattr(upstream, "KEY_CHECK", 1e9)  # seconds: they are read when they are told to be, not before
+    monkeypatch.setattr(api_key, "KEY_CHECK", 1e9)  # seconds: they are read when they are told to be, not before
     files = SecretFiles(tmp_path, random_key(), secrets.token_urlsafe(32))
     files.write()
     return files
