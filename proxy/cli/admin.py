@@ -22,7 +22,7 @@ from proxy.cli.output import complain
 from proxy.limits.store.redis import open_store
 
 TEMPLATE = """\
-# chat-proxy: every setting is described in README.md. Secrets do not belong in this file:
+# chat-proxy: every setting is described in docs/settings.md. Secrets do not belong in this file:
 #   CHAT_PROXY_UPSTREAM_API_KEY     the key of the model's API (or ..._API_KEY_FILE: a file that holds it)
 #   CHAT_PROXY_SESSION_SECRET       `chat-proxy new-secret` makes one; needed once public_url is not loopback
 

@@ -500,7 +500,7 @@ def test_a_server_may_render_it_first(example: Example, bundles: Path, tmp_path:
 
 
 def test_the_two_lines_of_the_readme_are_those_that_are_tested() -> None:
-    lines = re.findall(r"^\+(  \w+: .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    lines = re.findall(r"^\+(  \w+: .*)$", (ROOT / "docs/clients.md").read_text(), re.MULTILINE)
     assert len(lines) == 2
     assert "\n".join(lines) in (EXAMPLES / "openai.jsx").read_text()
 
@@ -570,8 +570,8 @@ def test_a_hook_that_goes_away_stops_its_answer(
 def test_vite_passes_the_api_on(
     tmp_path: Path, bundles: Path, context: BrowserContext, ports: dict[str, int], stage: Stage
 ) -> None:
-    """The README's recipe, with the real dev server: words come as they are said, and Stop reaches the upstream."""
-    recipe = re.search(r"```js\n(// vite\.config\.js\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """The recipe of docs/clients.md, with the real dev server: words arrive at once, and Stop reaches the upstream."""
+    recipe = re.search(r"```js\n(// vite\.config\.js\n.*?)```", (ROOT / "docs/clients.md").read_text(), re.DOTALL)
     assert recipe
     configuration = recipe[1].replace("http://127.0.0.1:8000", stage.proxy.url)
     (tmp_path / "vite.config.js").write_text(configuration)
@@ -612,8 +612,8 @@ def test_vite_passes_the_api_on(
 
 
 def test_a_page_is_built_without_a_key(tmp_path: Path) -> None:
-    """The README's lines: the demo model, and the server in front of it, for a page that names another model."""
-    recipe = re.search(r"```sh\n(chat-proxy upstream &\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """The lines of docs/clients.md: the demo model, and the server in front of it, for a page that names another model."""
+    recipe = re.search(r"```sh\n(chat-proxy upstream &\n.*?)```", (ROOT / "docs/clients.md").read_text(), re.DOTALL)
     assert recipe
     upstream, server = free_port(), free_port()
     command = Path(sys.executable).with_name("chat-proxy")

@@ -82,7 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def readme() -> str:
     """What it shows of the modules, with what it leaves to its reader."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs/clients.md").read_text()
     module, hook = re.findall(r"```jsx?\n(import .*?/chat/.*?)```", text, re.DOTALL)
     imported, _, used = hook.partition("\n\n")
     theirs = """declare function show(text: string): void;

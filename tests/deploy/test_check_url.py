@@ -172,8 +172,8 @@ MISTAKES = {
 
 
 def readme() -> dict[str, str]:
-    """The lines of RIGHT from `pass` on, as the README has them: one location with all that a site must say."""
-    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    """The lines of RIGHT from `pass` on, as docs/nginx.md has them: one location with all that a site must say."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "nginx.md").read_text(encoding="utf-8")
     (location,) = re.findall(r"```nginx\n(.*?)```", text, re.DOTALL)
     assert "http://127.0.0.1:8000;" in location
     names = list(RIGHT)
@@ -184,7 +184,7 @@ def readme() -> dict[str, str]:
 # What differs from RIGHT and yet does no harm.
 HARMLESS = {
     "right": Mistake("", ""),
-    "as the README says": Mistake("", "", readme()),
+    "as the documents show": Mistake("", "", readme()),
     "buffering on": Mistake("", "", {"buffering": "proxy_buffering on;"}),  # X-Accel-Buffering: no is obeyed
     "gzip of other things": Mistake("", "", {"gzip": "gzip on; gzip_types application/json text/css;"}),
     "large bodies": Mistake("", "", more="client_max_body_size 100m;"),

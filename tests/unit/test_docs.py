@@ -1,4 +1,4 @@
-"""README.md's tables say what the code does: an operator reads nothing else."""
+"""The documents: their tables match the code, their links lead to files, and the README stays short."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import dataclasses
 import re
 from pathlib import Path
 
+import pytest
+
 from proxy import settings
 from proxy.cli import options as cli
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+SETTINGS = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "deploy" / "README.md"]
+LONGEST_README = 150  # lines
 NEEDED = {"UPSTREAM_BASE_URL": "https://api.example.com", "UPSTREAM_API_KEY": "k" * 20, "POLICY_MODELS": "m"}
 IN_WORDS = ("required", "made in memory", "the packaged page", "chat-proxy.revoked.json")  # no values
 
@@ -21,7 +25,7 @@ def loaded(given: dict[str, str]) -> settings.Settings:
 
 def defaults() -> dict[tuple[str, str], str]:
     """The default of each setting, as the table writes it."""
-    table = README.partition("\n## Settings\n")[2].partition("\n## ")[0].partition("|---|")[2]
+    table = SETTINGS.partition("\n## Settings\n")[2].partition("\n## ")[0].partition("|---|")[2]
     found, section = {}, ""
     for named, names, default in re.findall(r"(?m)^\| (\w*) ?\| ([a-z0-9_, ]+) \| (.+?) \| ", table):
         section = named or section
@@ -32,7 +36,7 @@ def defaults() -> dict[tuple[str, str], str]:
     return found
 
 
-def test_every_setting_is_told() -> None:
+def test_every_setting_is_documented() -> None:
     """The table holds every setting there is, and no other."""
     plain = loaded({})
     there = {
@@ -43,7 +47,7 @@ def test_every_setting_is_told() -> None:
     assert defaults().keys() == there
 
 
-def test_every_default_is_told() -> None:
+def test_every_default_is_documented() -> None:
     """Setting every setting to the default in the table changes nothing."""
     given = {
         f"{section}_{name}".upper(): default.removesuffix(" (off)").replace("{port}", "8000")
@@ -53,9 +57,9 @@ def test_every_default_is_told() -> None:
     assert loaded({name: "" if value in ("-", "[]") else value for name, value in given.items()}) == loaded({})
 
 
-def test_every_command_is_told() -> None:
+def test_every_command_is_documented() -> None:
     """The table of commands, and what --help lists, are the same."""
-    table = README.partition("\n### Commands\n")[2].partition("\n## ")[0]
+    table = SETTINGS.partition("\n## Commands\n")[2].partition("\n## ")[0]
     told = {
         word
         for cell in re.findall(r"(?m)^\| (`.*?`.*?) \| ", table)
@@ -65,7 +69,7 @@ def test_every_command_is_told() -> None:
     assert told == set(listed)
 
 
-def test_contributors_are_told_what_the_test_command_does() -> None:
+def test_contributing_shows_what_the_test_command_does() -> None:
     """What CONTRIBUTING.md installs and checks is what tests/run does, and each file that it names is there."""
     guide, run = ((ROOT / name).read_text(encoding="utf-8") for name in ("CONTRIBUTING.md", "tests/run"))
     block = re.sub(r" +#.*", "", guide.partition("```sh\n")[2].partition("```")[0])
@@ -78,3 +82,29 @@ def test_contributors_are_told_what_the_test_command_does() -> None:
     assert others == [".venv/bin/python -m pytest tests/unit/test_chat_policy.py", "sh tests/run"]
     for path in re.findall(r"(?:proxy|static|tests)/[\w/.]*\w", guide):
         assert (ROOT / path).exists(), path
+
+
+def test_the_readme_is_short() -> None:
+    """The README fits on a few screens; reference belongs into docs/."""
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= LONGEST_README
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    """Each relative link of a document leads to a file or folder of the repository."""
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (document.parent / target).exists(), target
+
+
+def test_the_architecture_names_what_exists() -> None:
+    """Each name in the table of rules is defined in the file beside it."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"(?m)^\| .+\? \| (.+) \|$", text)
+    assert len(rows) > 20
+    for row in rows:
+        for names, path in re.findall(r"((?:`[\w.]+`(?:, )?)*)\[(?:proxy/)?[\w./]+\]\(\.\./([\w./]+)\)", row):
+            source = (ROOT / path).read_text(encoding="utf-8")
+            for name in re.findall(r"`([\w.]+)`", names):
+                last = name.rpartition(".")[2]
+                assert re.search(rf"(?m)^ *(?:async )?(?:def|class) {last}\b|^{last}\b", source), (name, path)
