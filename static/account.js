@@ -1,10 +1,10 @@
 // @ts-check
-/** Who the server takes us for, and what is left of the limits: `/api/session`, asked and shown. */
+/** The account: the session and what is left of the limits, from `/api/session`. */
 
 import { make } from "./dom.js";
-import { comesBack, duration, limitWords, tightest } from "./figures.js";
+import { comesBack, duration, limitWords, tightest } from "./format.js";
 
-/** @typedef {import("./figures.js").Limit} Limit */
+/** @typedef {import("./format.js").Limit} Limit */
 /** @typedef {{mode: string, user: string | null, expires_at: number | null}} SessionFacts */
 /** @typedef {{session: SessionFacts, models: string[], limits: Limit[]}} Account */
 
@@ -45,7 +45,7 @@ async function askSession(method, field, body) {
     throw failure("The server could not be reached.", "network_error", 0, null, cause);
   });
   if (response.type === "opaqueredirect") {
-    // Our server has no redirects here: this is the sign-in of somebody in front of it.
+    // Our server has no redirects here: this is the sign-in of a proxy in front of it.
     throw failure("Please sign in first.", "login_required", 401, null);
   }
   const answer = await response.json().catch(() => null);
@@ -72,10 +72,10 @@ function failure(message, code, status, retryAfter, cause) {
 
 /** @param {SessionFacts} session @returns {boolean} */
 export function needsLogin({ mode, expires_at }) {
-  return mode !== "anonymous" && expires_at === null; // who shares a password with others has no name
+  return mode !== "anonymous" && expires_at === null; // a shared password has no user name
 }
 
-/** @param {SessionFacts} session @returns {boolean} whether somebody is signed in, and may sign out */
+/** @param {SessionFacts} session @returns {boolean} whether a user is signed in, and may sign out */
 function isSignedIn(session) {
   return session.mode !== "anonymous" && !needsLogin(session);
 }

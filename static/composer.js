@@ -5,7 +5,7 @@
  *
  * Rules of this file:
  * 1. It takes and gives text; what becomes of it is decided in page.js.
- * 2. Nothing that somebody has typed is lost: an edit sets a draft aside, and its end brings it back.
+ * 2. No typed text is lost: an edit sets a draft aside, and its end brings it back.
  * 3. The button stays in its place and keeps the focus: only its name and picture change.
  */
 
@@ -112,7 +112,7 @@ export class Composer {
     this.#send.title = busy ? "Stop (Esc)" : "Send (Enter)";
   }
 
-  /** @param {boolean} locked nobody may ask: the box is not there */
+  /** @param {boolean} locked no question is allowed: the box is hidden */
   lock(locked) {
     this.#locked = locked;
     this.#form.hidden = locked;

@@ -1,7 +1,7 @@
 // @ts-check
 /** Making and finding elements, so that the rest of the page reads as what it shows. */
 
-import { duration } from "./figures.js";
+import { duration } from "./format.js";
 
 /**
  * @template {keyof HTMLElementTagNameMap} T

@@ -1,5 +1,5 @@
 // @ts-check
-/** The view stays at the end of a growing conversation, but only for a reader who is there. */
+/** The view stays at the end of a growing conversation, but only for a reader at the end. */
 
 /** Pixels from the end within which a reader counts as reading the end. */
 const AT_END = 40;
@@ -15,7 +15,7 @@ export class Follower {
 
   /**
    * @param {HTMLElement} scroller
-   * @param {HTMLButtonElement} latest the way to the end, for who is not there
+   * @param {HTMLButtonElement} latest leads a reader elsewhere to the end
    */
   constructor(scroller, latest) {
     this.#scroller = scroller;
@@ -23,7 +23,7 @@ export class Follower {
     const scrolled = () => {
       const { scrollTop, scrollHeight, clientHeight } = scroller;
       const left = scrollHeight - scrollTop - clientHeight;
-      // Whoever goes up means it, also by a line or a finger's breadth; nothing else is a reason to stay behind.
+      // Any scrolling up stops following, by a line or a finger's breadth; nothing else does.
       this.#following = scrollTop < this.#top ? left <= ROUNDING : this.#following || left <= AT_END;
       this.#top = scrollTop;
       latest.hidden = this.#following;

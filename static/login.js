@@ -1,22 +1,22 @@
 // @ts-check
 /**
- * The door: what stands in place of the message box while nobody is signed in.
+ * The login panel: in place of the message box while no user is signed in.
  *
  * Rules of this file:
  * 1. It shows and asks; what follows is decided in page.js.
  * 2. A password is in its field and in one request, and nowhere else.
- * 3. A door that is open stays as it is: what somebody has typed is theirs.
+ * 3. An open panel stays as it is: typed text is not lost.
  * 4. Screen readers: what went wrong is an alert, without the countdown, and the focus goes back to the password.
  */
 
 import { signIn } from "./account.js";
-import { adviceFor } from "./advice.js";
+import { adviceFor } from "./error-texts.js";
 import { countDown, make } from "./dom.js";
 
 /** @typedef {import("./account.js").Account} Account */
 /** @typedef {Error & {code: string, status: number, retryAfter: number | null}} Failure as account.js throws it */
 
-/** What the reader finds: nobody signed in yet, a session that has ended, or one ended by hand. */
+/** What the reader finds: no session yet, a session that has ended, or one ended by hand. */
 /** @typedef {"new" | "ended" | "left"} Situation */
 
 /** @type {Record<string, Record<Situation, string>>} */
@@ -27,7 +27,7 @@ const WORDS = {
     left: "Sign in to use this chat again.",
   },
   oidc: {
-    new: "This chat is for people who are signed in.",
+    new: "Sign in to use this chat.",
     ended: "Your session has ended. Sign in again to go on.",
     left: "Sign in to use this chat again.",
   },
@@ -41,7 +41,7 @@ const WORDS = {
 /** Where an unsent question waits in this tab, while its author is away to sign in. */
 const DRAFT = "chat-proxy draft";
 
-export class Door {
+export class LoginPanel {
   #mode = "";
   #element;
   #onEnter;
@@ -77,8 +77,8 @@ export class Door {
       header: () => this.#reload(),
     });
     const known = Object.hasOwn(ways, mode) ? mode : "header";
-    const title = make("h2", { id: "door-title" }, situation === "left" ? "Signed out" : "Sign in");
-    const text = make("p", { id: "door-text" }, WORDS[known][situation]);
+    const title = make("h2", { id: "login-panel-title" }, situation === "left" ? "Signed out" : "Sign in");
+    const text = make("p", { id: "login-panel-text" }, WORDS[known][situation]);
     this.#element.replaceChildren(title, text, ways[known]());
     this.#element.hidden = false;
   }
@@ -197,7 +197,7 @@ export function wayOut(url) {
 /**
  * Keeps an unsent question over a login that leaves the page.
  * @param {string} text
- * @param {string} author who was signed in while it was written; "" for nobody known
+ * @param {string} author the user while it was written; "" without a name
  */
 export function keepDraft(text, author) {
   try {
@@ -208,8 +208,8 @@ export function keepDraft(text, author) {
 }
 
 /**
- * @param {string} reader who is signed in now
- * @returns {string} what was kept, once and for nobody else; "" for nothing
+ * @param {string} reader the current user
+ * @returns {string} the kept text, once and for this user only; "" for none
  */
 export function takeDraft(reader) {
   try {

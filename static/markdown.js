@@ -52,7 +52,7 @@ export class MarkdownView {
   #shown = []; // what stands after them
 
   /**
-   * @param {HTMLElement} root empty, and nobody else's
+   * @param {HTMLElement} root empty, and not changed elsewhere
    * @param {Document} [document]
    */
   constructor(root, document = globalThis.document) {

@@ -5,23 +5,23 @@
  *
  * Rules of this file:
  * 1. One answer at a time. `live` is its request; everything that ends it goes through its AbortController.
- * 2. The conversation is the turns on the screen. A reload forgets it, unless its owner has switched on kept.js.
+ * 2. The conversation is the turns on the screen. A reload forgets it, unless its owner has switched on storage.js.
  * 3. What broke before its first word is not sent along again: a message refused once would be refused for ever.
- * 4. A question that needs a login first is not lost: it waits in the message box, and the door stands before that.
- * 5. Who signs out leaves nothing on the screen, in no tab; nor does one user for the next.
+ * 4. A question that needs a login first is not lost: it waits in the message box, behind the login panel.
+ * 5. Signing out leaves nothing on the screen, in any tab; nor does one user for the next.
  */
 
 import { fetchAccount, needsLogin, showAccount, signOut } from "./account.js";
-import { adviceFor } from "./advice.js";
+import { adviceFor } from "./error-texts.js";
 import { streamChat } from "./chat/client.js";
 import { Composer } from "./composer.js";
 import { byId, copy, make } from "./dom.js";
-import { duration, plural } from "./figures.js";
+import { duration, plural } from "./format.js";
 import { Follower } from "./follow.js";
-import * as kept from "./kept.js";
-import { Door, keepDraft, takeDraft, wayOut } from "./login.js";
+import * as storage from "./storage.js";
+import { LoginPanel, keepDraft, takeDraft, wayOut } from "./login.js";
 import { Turn } from "./turn.js";
-import { Wire } from "./wire.js";
+import { Inspector } from "./inspector.js";
 
 /** @typedef {import("./account.js").Account} Account */
 /** @typedef {import("./account.js").SessionFacts} SessionFacts */
@@ -39,13 +39,13 @@ const keep = byId("keep", HTMLInputElement);
 const card = byId("account", HTMLDetailsElement);
 const model = byId("model", HTMLSelectElement);
 const signOutButton = byId("sign-out", HTMLButtonElement);
-const wire = new Wire({
-  panel: byId("wire", HTMLDialogElement),
-  toggle: byId("wire-toggle", HTMLButtonElement),
-  close: byId("wire-close", HTMLButtonElement),
-  body: byId("wire-body", HTMLElement),
+const inspector = new Inspector({
+  panel: byId("inspector", HTMLDialogElement),
+  toggle: byId("inspector-toggle", HTMLButtonElement),
+  close: byId("inspector-close", HTMLButtonElement),
+  body: byId("inspector-body", HTMLElement),
 });
-const door = new Door(byId("door", HTMLElement), { onEnter: entered, onLeave: () => keepDraft(composer.text, user) });
+const loginPanel = new LoginPanel(byId("login-panel", HTMLElement), { onEnter: entered, onLeave: () => keepDraft(composer.text, user) });
 const composer = new Composer(
   {
     form: byId("composer", HTMLFormElement),
@@ -63,11 +63,11 @@ const tabs = new BroadcastChannel("chat-proxy signed out");
 const turns = [];
 /** @type {AbortController | null} the request under way */
 let live = null;
-/** @type {Account | null} as the server told it last */
+/** @type {Account | null} from the latest response of the server */
 let account = null;
-let told = 0; // how often the account was asked for or set: only the latest answer counts
-let user = ""; // the last one with a name who was signed in here
-let staysOut = false; // signed out by hand, where asking would sign in again
+let accountVersion = 0; // how often the account was asked for or set: only the latest answer counts
+let user = ""; // the last user with a name who signed in here
+let stayedSignedOut = false; // signed out by hand, where asking would sign in again
 let owner = ""; // whose kept conversation was looked for last
 
 // ---- asking
@@ -102,7 +102,7 @@ function askOrEdit(question, edited) {
 
 /** @param {Turn} turn the last one, whose question is to be put differently */
 function edit(turn) {
-  if (live || door.isOpen) return;
+  if (live || loginPanel.isOpen) return;
   composer.edit(turn.question);
   turnList.classList.add("editing");
   composer.focus();
@@ -128,7 +128,7 @@ function askAgain(turn) {
   if (live) return;
   if (composer.isEditing) stopEditing();
   toMessage(); // its button goes away
-  if (!door.isOpen) void run(turn);
+  if (!loginPanel.isOpen) void run(turn);
 }
 
 /** @param {Turn} turn its answer is asked for, perhaps again */
@@ -144,9 +144,9 @@ async function run(turn) {
     messages: history(turn),
     model: model.value || undefined,
     signal: controller.signal,
-    onRequest: (request) => wire.sent(request),
-    onResponse: (response) => wire.answered(response),
-    onEvent: ({ data }) => wire.event(data),
+    onRequest: (request) => inspector.sent(request),
+    onResponse: (response) => inspector.answered(response),
+    onEvent: ({ data }) => inspector.event(data),
     onRetry: ({ delay }) => say(`Busy. Asking again in ${duration(delay / 1000)}.`),
   });
   try {
@@ -172,12 +172,12 @@ async function run(turn) {
   if (live !== controller) return;
   setLive(null);
   keepTurns();
-  wire.show();
-  if (!door.isOpen) void refresh();
+  inspector.show();
+  if (!loginPanel.isOpen) void refresh();
 }
 
 /**
- * Was it refused because nobody is signed in (any more)? Then the door is open now.
+ * Whether it was refused for want of a session. Then the login panel is open now.
  * @param {ChatError} error
  */
 async function isShutOut({ status, code }) {
@@ -186,7 +186,7 @@ async function isShutOut({ status, code }) {
   const redirected = mode === "header" && code === "network_error"; // perhaps: to the sign-in in front of the server
   if (status !== 401 && !redirected) return false;
   await refresh();
-  return door.isOpen;
+  return loginPanel.isOpen;
 }
 
 /** @param {Turn} turn whose question goes back to where it was written */
@@ -252,18 +252,18 @@ function startAnew() {
   toMessage();
 }
 
-// ---- the conversation, kept in this browser for who wants that
+// ---- the conversation, kept in this browser on request
 
 /** Writes down what is on the screen, where that is switched on. */
 function keepTurns() {
   const now = turns.map(({ question, text, whole }) => ({ question, text, whole }));
-  if (!kept.save(owner, now)) say("This conversation is too long to be kept in this browser.");
+  if (!storage.save(owner, now)) say("This conversation is too long to be kept in this browser.");
 }
 
-/** @param {SessionFacts} session of somebody who may chat */
+/** @param {SessionFacts} session of a user that may chat */
 function findKept(session) {
-  const mine = kept.ownerOf(session);
-  const found = kept.load(mine);
+  const mine = storage.ownerOf(session);
+  const found = storage.load(mine);
   keep.checked = found !== null;
   if (mine === owner) return; // it was found before, and what is on the screen is newer
   owner = mine;
@@ -272,8 +272,8 @@ function findKept(session) {
 }
 
 function switchKeeping() {
-  if (!keep.checked) kept.switchOff(owner);
-  else if (kept.switchOn(owner, [])) keepTurns();
+  if (!keep.checked) storage.switchOff(owner);
+  else if (storage.switchOn(owner, [])) keepTurns();
   else {
     keep.checked = false;
     say("This browser keeps nothing for this site.");
@@ -283,37 +283,37 @@ function switchKeeping() {
 // ---- the account
 
 async function refresh() {
-  told += 1;
-  const mine = told;
+  accountVersion += 1;
+  const mine = accountVersion;
   let found;
   try {
     found = await fetchAccount();
   } catch (caught) {
-    if (mine !== told) return;
+    if (mine !== accountVersion) return;
     const error = /** @type {any} */ (caught);
     const advice = adviceFor(error);
-    if (error.status === 401) accept(nobody("header")); // our server never says that here: one in front of it does
+    if (error.status === 401) accept(signedOut("header")); // not from our server: from a proxy in front of it
     else if (!model.options.length) showNotice(advice.title, advice.text, () => void refresh());
     return; // later, what is shown is good enough until the next answer
   }
-  if (mine === told) accept(found);
+  if (mine === accountVersion) accept(found);
 }
 
 /**
  * @param {string} [mode]
- * @returns {Account} what it is while nobody is signed in
+ * @returns {Account} the account without a session
  */
-function nobody(mode = account?.session.mode ?? "header") {
+function signedOut(mode = account?.session.mode ?? "header") {
   return { session: { mode, user: null, expires_at: null }, models: account?.models ?? [], limits: [] };
 }
 
 /**
  * @param {Account} found is how it is from now on
- * @param {Situation} [situation] of somebody who is not signed in
+ * @param {Situation} [situation] of a visitor without a session
  */
 function accept(found, situation = account && !needsLogin(account.session) ? "ended" : "new") {
-  told += 1;
-  staysOut = false;
+  accountVersion += 1;
+  stayedSignedOut = false;
   const { session } = found;
   if (session.user !== null) {
     if (user !== "" && user !== session.user) forget();
@@ -345,25 +345,25 @@ function showModels(names) {
 }
 
 /**
- * The door stands in place of the message box, or goes.
+ * Shows the login panel in place of the message box, or hides it.
  * @param {SessionFacts} session
  * @param {Situation} situation
  */
 function showDoor(session, situation) {
   const away = needsLogin(session);
-  const moves = away !== door.isOpen;
+  const moves = away !== loginPanel.isOpen;
   if (away) {
-    door.open(session.mode, situation);
-    kept.forgetNameless();
+    loginPanel.open(session.mode, situation);
+    storage.forgetNameless();
   } else {
-    door.close();
+    loginPanel.close();
     composer.fill(() => takeDraft(session.user ?? ""));
     findKept(session);
   }
   composer.lock(away);
   document.body.classList.toggle("locked", away);
   const skip = byId("skip", HTMLAnchorElement);
-  skip.href = away ? "#door" : "#message";
+  skip.href = away ? "#login-panel" : "#message";
   skip.textContent = away ? "Skip to the sign-in" : "Skip to the message box";
   if (moves) toMessage();
 }
@@ -397,17 +397,17 @@ async function leave() {
 function signedOut() {
   if (!account) return;
   forget();
-  kept.switchOff(owner);
+  storage.switchOff(owner);
   card.open = false;
-  accept(nobody(), "left");
-  staysOut = account.session.mode === "header";
+  accept(signedOut(), "left");
+  stayedSignedOut = account.session.mode === "header";
   say("");
 }
 
-/** Nothing stays, not even what was not asked yet: the next reader may be somebody else. */
+/** Clears everything, unsent text included: the next reader may be another person. */
 function forget() {
   takeDraft("");
-  wire.sent(null);
+  inspector.sent(null);
   startAnew();
   composer.clear();
 }
@@ -437,18 +437,18 @@ function say(text) {
 /** Something has grown. */
 function shown() {
   follower.grown();
-  wire.show();
+  inspector.show();
 }
 
-/** Where a click left no focus behind. On a touch screen the keyboard would come up, and nobody asked for it. */
+/** Moves the focus where a click lost it; not on a touch screen, where the keyboard would appear. */
 function toMessage() {
   const typing = matchMedia("(hover: hover)").matches;
-  if (door.isOpen) door.focus({ typing });
+  if (loginPanel.isOpen) loginPanel.focus({ typing });
   else if (typing) composer.focus();
   else if (navigator.userActivation?.hasBeenActive) scroller.focus({ preventScroll: true });
 }
 
-/** By key: whoever was in it is led back to its handle. */
+/** Closed by key: the focus returns to its handle. */
 function closeCard() {
   const wasInside = card.contains(document.activeElement);
   card.open = false;
@@ -502,7 +502,7 @@ addEventListener("online", () => {
 });
 
 document.addEventListener("visibilitychange", () => {
-  if (document.visibilityState === "visible" && !live && !staysOut) void refresh();
+  if (document.visibilityState === "visible" && !live && !stayedSignedOut) void refresh();
 });
 
 toMessage();

@@ -4,15 +4,15 @@
  *
  * Rules of this file:
  * 1. It shows; what happens is decided in page.js. No request, no state of the conversation but its own text.
- * 2. Text that arrives is shown at once when it is the first, then in batches: a frame that nobody sees costs the same.
+ * 2. Text that arrives is shown at once when it is the first, then in batches: an unseen frame costs the same.
  * 3. A broken answer carries its mark as long as it stands.
  * 4. What was answered before stays until the first word of another try: a refused retry takes nothing away.
  * 5. Screen readers: the growing answer is aria-busy and no live region; errors are an alert, without the countdown.
  */
 
-import { adviceFor } from "./advice.js";
+import { adviceFor } from "./error-texts.js";
 import { countDown, make } from "./dom.js";
-import { elapsed, plural, rate } from "./figures.js";
+import { elapsed, plural, rate } from "./format.js";
 import { MarkdownView } from "./markdown.js";
 
 /** @typedef {import("./chat/client.js").ChatError} ChatError */

@@ -84,7 +84,7 @@ export interface ChatOptions {
   messages: readonly Message[];
   /** One of the server's models; without it the server takes its first. */
   model?: string;
-  /** Abort it to stop the answer, and the model. Who leaves the page does so, too. */
+  /** Abort it to stop the answer, and the model. Leaving the page does the same. */
   signal?: AbortSignal;
   /** Further fields of the request, e.g. `{temperature: 0.2}`. */
   body?: Record<string, unknown>;

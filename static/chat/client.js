@@ -192,7 +192,7 @@ export function streamChat({
       first.set(firstTokenTimeout);
       status = 0;
       onRequest?.(request);
-      // A redirect is an error: a conversation is not forwarded to wherever somebody points.
+      // A redirect is an error: a conversation is never forwarded to another address.
       const response = await fetch(url, { ...request, signal, mode: "same-origin", redirect: "error" });
       ({ status } = response);
       answer.requestId = response.headers.get("x-request-id");

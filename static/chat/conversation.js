@@ -12,7 +12,7 @@
  * 2. An answer that broke is `interrupted`, one that was stopped is `stopped`; only a whole one is `complete`.
  * 3. What was refused before its first word is not sent along again: it would be refused for ever.
  * 4. A retry that is refused takes nothing away: the answer of before stays until the first word of the next.
- * 5. After stop() nothing of that answer changes any more, and the model has been told.
+ * 5. After stop() nothing of that answer changes any more, and the upstream call is closed.
  */
 
 import { streamChat } from "./client.js";
@@ -175,7 +175,7 @@ function isEmpty({ text, reasoning, toolCalls }) {
 
 /**
  * @param {ShownMessage[]} messages
- * @returns {Message[]} what the model is told: no question that got no word, no answer without one
+ * @returns {Message[]} the messages for the model: no question without an answer, no empty answer
  */
 function toSend(messages) {
   const spoken = messages.filter(({ role, content }) => role !== "assistant" || content !== "");

@@ -33,7 +33,7 @@ export async function* batched(source, milliseconds = 50) {
   const items = source[Symbol.asyncIterator]();
   const ask = () => {
     const asked = items.next();
-    asked.catch(() => {}); // it is awaited later: until then nobody listens
+    asked.catch(() => {}); // it is awaited later, and must not count as unhandled until then
     return asked;
   };
   let asked = ask();

@@ -33,7 +33,7 @@ export function Chat() {
   const { messages, sendMessage, stop, status, error } = useChat({ transport, experimental_throttle: 50 });
   const box = useRef(null);
   useEffect(() => {
-    addEventListener("pagehide", stop); // who goes to another page stops the model
+    addEventListener("pagehide", stop); // leaving the page ends the answer
     return () => removeEventListener("pagehide", stop);
   }, [stop]);
   const busy = status === "submitted" || status === "streaming";

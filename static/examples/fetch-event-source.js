@@ -62,7 +62,7 @@ export function mount(root) {
     return line;
   }
 
-  addEventListener("pagehide", () => live?.abort()); // who goes to another page stops the model
+  addEventListener("pagehide", () => live?.abort()); // leaving the page ends the answer
   button.addEventListener("click", (event) => {
     if (live) event.preventDefault(); // a stop sends nothing
     live?.abort();

@@ -18,7 +18,7 @@ export function Chat() {
   const [live, setLive] = useState(null);
   const box = useRef(null);
   useEffect(() => {
-    const leave = () => live?.abort(); // who goes away stops the model
+    const leave = () => live?.abort(); // leaving the page ends the answer
     addEventListener("pagehide", leave);
     return () => {
       removeEventListener("pagehide", leave);

@@ -28,7 +28,7 @@ import httpx
 import pytest
 from playwright.sync_api import BrowserContext, Locator, expect
 from support import nginx
-from support.browser import Visit
+from support.browser import PageVisit
 from support.commands import COMMAND, started, url_printed
 from support.harness import (
     DONE,
@@ -190,7 +190,7 @@ HIDE = """(hidden) => {
 class Shown:
     """An example on the screen."""
 
-    def __init__(self, example: Example, visit: Visit, stage: Stage) -> None:
+    def __init__(self, example: Example, visit: PageVisit, stage: Stage) -> None:
         self.example = example
         self.visit = visit
         self.stage = stage
@@ -229,7 +229,7 @@ CUT = "console: Failed to load resource: net::ERR_INCOMPLETE_CHUNKED_ENCODING"
 
 @contextmanager
 def shown(example: Example, context: BrowserContext, fronts: dict[str, str], stage: Stage) -> Iterator[Shown]:
-    visit = Visit(context.new_page(), fronts[example.front])
+    visit = PageVisit(context.new_page(), fronts[example.front])
     visit.watch()
     visit.page.goto(f"{visit.url}/{example.name}.html")
     yield Shown(example, visit, stage)
@@ -599,7 +599,7 @@ def test_vite_passes_the_api_on(
     url = f"http://localhost:{port}"
     command = ["node", "node_modules/vite/bin/vite.js", "--port", port, "--strictPort", "--clearScreen=false"]
     with serving(*command, url=url, folder=tmp_path):
-        visit = Visit(context.new_page(), url)
+        visit = PageVisit(context.new_page(), url)
         visit.watch()
         visit.page.goto(visit.url)
         page = Shown(Example("hook"), visit, stage)
@@ -612,7 +612,7 @@ def test_vite_passes_the_api_on(
 
 
 def test_a_page_is_built_without_a_key(tmp_path: Path) -> None:
-    """The lines of docs/clients.md: the demo model, and the server in front of it, for a page that names another model."""
+    """The lines of docs/clients.md: the demo model behind the server, for a page that names another model."""
     recipe = re.search(r"```sh\n(chat-proxy upstream &\n.*?)```", (ROOT / "docs/clients.md").read_text(), re.DOTALL)
     assert recipe
     upstream, server = free_port(), free_port()

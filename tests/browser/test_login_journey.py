@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 from playwright.sync_api import BrowserContext, Page, expect
-from support.browser import PATIENCE, Visit
+from support.browser import PATIENCE, PageVisit
 from support.harness import GOOD, Running, ScriptedUpstream, chat, eventually, free_port, running, send, streaming
 from support.oidc_provider import start
 
@@ -49,7 +49,7 @@ def world() -> Iterator[tuple[Running, str]]:
 def test_from_the_page_and_back_to_it(context: BrowserContext, world: tuple[Running, str]) -> None:
     proxy, _ = world
     page = context.new_page()
-    visit = Visit(page, proxy.url)
+    visit = PageVisit(page, proxy.url)
     page.goto(f"{proxy.url}/?room=1#top")
     sign_in(page, "ann")
     page.wait_for_url(f"{proxy.url}/?room=1#top", timeout=PATIENCE * 1000)
@@ -93,7 +93,7 @@ def test_who_is_not_invited_is_told_so(context: BrowserContext, world: tuple[Run
     sign_in(page, "eve@elsewhere.example")
     expect(page.get_by_role("heading")).to_have_text("Signing in did not work")
     expect(page.get_by_role("main")).to_contain_text("not open to your account")
-    Visit(page, proxy.url).assert_accessible()
+    PageVisit(page, proxy.url).assert_accessible()
     assert session_cookie(context, proxy) == ""
     line = eventually(lambda: proxy.lines("login_failed"))[-1]
     assert "elsewhere" not in line["reason"]

@@ -1,6 +1,6 @@
 """The page, in a real browser against the real server with the demo model; and its modules, in plain node.
 
-What no test may see, `Visit` collects, and the fixture asserts that there is none of it.
+What no test may see, `PageVisit` collects, and the fixture asserts that there is none of it.
 What the demo model cannot stage is in test_page_stream.py, signing in is in test_page_login.py.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Request, Route, expect
-from support.browser import PATIENCE, Visit
+from support.browser import PATIENCE, PageVisit
 from support.commands import started, url_printed
 from support.harness import eventually
 
@@ -33,8 +33,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def visit(context: BrowserContext, url: str) -> Iterator[Visit]:
-    with Visit.of(context, url) as visit:
+def visit(context: BrowserContext, url: str) -> Iterator[PageVisit]:
+    with PageVisit.of(context, url) as visit:
         yield visit
 
 
@@ -54,7 +54,7 @@ LENGTHS = """() => {
 }"""
 
 
-def test_an_answer_streams(visit: Visit) -> None:
+def test_an_answer_streams(visit: PageVisit) -> None:
     """The answer is there word by word, busy and no live region while it grows, and never shorter than before."""
     visit.page.evaluate(LENGTHS)
     visit.ask("Tell me a story", "demo-fast")
@@ -72,7 +72,7 @@ def test_an_answer_streams(visit: Visit) -> None:
     expect(visit.answer.locator(".mark")).to_be_hidden()
 
 
-def test_figures_stand_under_an_answer(visit: Visit) -> None:
+def test_figures_stand_under_an_answer(visit: PageVisit) -> None:
     """Time to first token, tokens a second, number of tokens and total time are told."""
     visit.ask("hello", "demo-fast")
     visit.expect_state("complete")
@@ -87,7 +87,7 @@ def test_figures_stand_under_an_answer(visit: Visit) -> None:
 
 
 @pytest.mark.parametrize("way", ["button", "key"])
-def test_stop_stops(visit: Visit, way: str) -> None:
+def test_stop_stops(visit: PageVisit, way: str) -> None:
     """Stop and Esc end the answer at once: what is there stays, marked, and nothing more comes."""
     visit.ask("Write me a long essay")
     expect(visit.text).to_contain_text("You asked for something long")
@@ -106,7 +106,7 @@ def test_stop_stops(visit: Visit, way: str) -> None:
     expect(visit.answer.get_by_role("button", name="Ask again")).to_be_visible()
 
 
-def test_keyboard_alone(visit: Visit) -> None:
+def test_keyboard_alone(visit: PageVisit) -> None:
     """Everything is reached by keyboard; Shift+Enter is a new line, Enter sends, and the focus is never lost."""
     expect(visit.message).to_be_focused()
     visit.page.keyboard.type("hello")
@@ -129,7 +129,7 @@ def test_keyboard_alone(visit: Visit) -> None:
     expect(visit.page.locator(".question")).to_have_text("Explain streaming in simple terms")
 
 
-def test_the_conversation_goes_along(visit: Visit) -> None:
+def test_the_conversation_goes_along(visit: PageVisit) -> None:
     """A question takes what was said before it along, but not what was refused; a new conversation takes nothing."""
     visit.staged = {502}
     visit.ask("hello", "demo-fast")
@@ -148,7 +148,7 @@ def test_the_conversation_goes_along(visit: Visit) -> None:
     visit.expect_state("complete")
 
 
-def test_the_view_follows_only_a_reader_at_the_end(visit: Visit) -> None:
+def test_the_view_follows_only_a_reader_at_the_end(visit: PageVisit) -> None:
     """The growing text is kept in view, until the reader scrolls up: then it stands still and offers the way back."""
     scroller = visit.page.locator("#scroller")
     latest = visit.page.get_by_role("button", name="Latest")
@@ -172,7 +172,7 @@ def test_the_view_follows_only_a_reader_at_the_end(visit: Visit) -> None:
 
 
 @pytest.mark.parametrize("way", ["key", "trackpad"])
-def test_a_small_step_up_is_not_taken_back(visit: Visit, way: str) -> None:
+def test_a_small_step_up_is_not_taken_back(visit: PageVisit, way: str) -> None:
     """One arrow key, or a slow finger, is enough to read where one likes while the answer grows."""
     scroller = visit.page.locator("#scroller")
     visit.ask("Write me a long essay", "demo-fast")
@@ -194,7 +194,7 @@ def test_a_small_step_up_is_not_taken_back(visit: Visit, way: str) -> None:
     visit.expect_state("stopped")
 
 
-def test_the_end_stays_in_view_when_there_is_less_room(visit: Visit) -> None:
+def test_the_end_stays_in_view_when_there_is_less_room(visit: PageVisit) -> None:
     """As when a keyboard appears on the screen, or the message box grows: a reader at the end stays there."""
     scroller = visit.page.locator("#scroller")
     left = "(it) => Math.round(it.scrollHeight - it.scrollTop - it.clientHeight)"
@@ -211,7 +211,7 @@ def test_the_end_stays_in_view_when_there_is_less_room(visit: Visit) -> None:
 # ---- doing it over ------------------------------------------------------------------------------------------------
 
 
-def test_regenerate_asks_the_same_again(visit: Visit) -> None:
+def test_regenerate_asks_the_same_again(visit: PageVisit) -> None:
     """The last answer can be had anew; it stays until the first word of the next one, and for good if none comes."""
     visit.staged = {418}
     visit.ask("hello", "demo-fast")
@@ -238,7 +238,7 @@ def test_regenerate_asks_the_same_again(visit: Visit) -> None:
     expect(visit.message).to_be_focused()
 
 
-def test_an_edited_question_takes_the_place_of_the_last_one(visit: Visit) -> None:
+def test_an_edited_question_takes_the_place_of_the_last_one(visit: PageVisit) -> None:
     """It goes back into the message box; what was being written there is set aside, and back in the end."""
     for question in ("hello", "thanks"):
         visit.ask(question, "demo-fast")
@@ -270,12 +270,12 @@ def test_an_edited_question_takes_the_place_of_the_last_one(visit: Visit) -> Non
 KEPT = "() => JSON.stringify({ ...localStorage, ...sessionStorage })"
 
 
-def keep(visit: Visit) -> Locator:
+def keep(visit: PageVisit) -> Locator:
     visit.page.locator("#account summary").click()
     return visit.page.get_by_label("Keep this conversation in this browser")
 
 
-def test_nothing_is_kept_unasked(visit: Visit) -> None:
+def test_nothing_is_kept_unasked(visit: PageVisit) -> None:
     """Without the reader's wish no word is stored anywhere in the browser, and none is left after it is withdrawn."""
     visit.ask("hello", "demo-fast")
     visit.expect_state("complete")
@@ -290,7 +290,7 @@ def test_nothing_is_kept_unasked(visit: Visit) -> None:
     expect(visit.page.locator("#welcome")).to_be_visible()
 
 
-def test_a_kept_conversation_outlives_a_reload(visit: Visit) -> None:
+def test_a_kept_conversation_outlives_a_reload(visit: PageVisit) -> None:
     """Questions, answers and what was only a part are there again, and go along with the next question."""
     keep(visit).check()
     visit.page.keyboard.press("Escape")
@@ -318,13 +318,13 @@ def test_a_kept_conversation_outlives_a_reload(visit: Visit) -> None:
     assert "hello" not in visit.page.evaluate(KEPT)
 
 
-def test_another_tab_takes_nothing_back(visit: Visit, context: BrowserContext, url: str) -> None:
+def test_another_tab_takes_nothing_back(visit: PageVisit, context: BrowserContext, url: str) -> None:
     """What was asked last is kept: a tab that has stood open since before that is left without a trace."""
     keep(visit).check()
     visit.page.keyboard.press("Escape")
     visit.ask("hello", "demo-fast")
     visit.expect_state("complete")
-    with Visit.of(context, url) as other:
+    with PageVisit.of(context, url) as other:
         expect(other.page.locator(".question")).to_have_text("hello")
         visit.ask("thanks", "demo-fast")
         visit.expect_state("complete")
@@ -341,7 +341,7 @@ NOT_OURS = [
 ]
 
 
-def test_what_is_not_ours_is_not_shown(visit: Visit) -> None:
+def test_what_is_not_ours_is_not_shown(visit: PageVisit) -> None:
     """Whatever is stored in place of a kept conversation, and of whichever user, the page opens with an empty one."""
     visit.staged = {404}  # a picture has no favicon
     for stored in NOT_OURS:
@@ -359,7 +359,7 @@ def test_what_is_not_ours_is_not_shown(visit: Visit) -> None:
 # ---- what goes wrong ---------------------------------------------------------------------------------------------
 
 
-def test_a_fault_of_the_model_says_what_to_do(visit: Visit) -> None:
+def test_a_fault_of_the_model_says_what_to_do(visit: PageVisit) -> None:
     """A 502 becomes an alert with advice, the number of the request for the operator, and Retry."""
     visit.staged = {502}
     visit.ask("/error 500", "demo-fast")
@@ -370,7 +370,7 @@ def test_a_fault_of_the_model_says_what_to_do(visit: Visit) -> None:
     assert visit.text.inner_text() == ""
 
 
-def test_a_cut_answer_is_interrupted_not_complete(visit: Visit) -> None:
+def test_a_cut_answer_is_interrupted_not_complete(visit: PageVisit) -> None:
     """An answer that broke off keeps its part, and is marked as a part in three ways."""
     visit.ask("/cut a story", "demo-fast")
     visit.expect_state("failed")
@@ -381,7 +381,7 @@ def test_a_cut_answer_is_interrupted_not_complete(visit: Visit) -> None:
     expect(visit.page.get_by_role("status")).not_to_contain_text("Complete")
 
 
-def test_an_answer_that_broke_before_its_first_word_is_no_part(visit: Visit) -> None:
+def test_an_answer_that_broke_before_its_first_word_is_no_part(visit: PageVisit) -> None:
     """Where nothing is to be seen, nothing is called a part of the answer."""
     error = {"message": "x", "type": "t", "param": None, "code": "stream_interrupted"}
     event = f"data: {json.dumps({'error': error})}\n\n"
@@ -392,7 +392,7 @@ def test_an_answer_that_broke_before_its_first_word_is_no_part(visit: Visit) -> 
     expect(visit.answer).not_to_contain_text("part")
 
 
-def test_a_code_that_the_page_does_not_know(visit: Visit) -> None:
+def test_a_code_that_the_page_does_not_know(visit: PageVisit) -> None:
     """A code from a newer server is shown with that server's own message."""
     visit.staged = {418}
     error = {"message": "Please use a cup.", "type": "t", "param": None, "code": "teapot"}
@@ -410,14 +410,14 @@ def test_there_is_advice_for_every_code() -> None:
         for child in kind.__subclasses__():
             yield from family(child)
 
-    advice = (ROOT / "static/advice.js").read_text()
+    advice = (ROOT / "static/error-texts.js").read_text()
     known = set(re.findall(r"^  (\w+): (?:again|otherwise)\(", advice, re.MULTILINE))
     ours = {*family(errors.Refusal), *family(errors.Interruption)}
     ours |= {"login_required", "invalid_credentials", "stream_too_long", "limits_unavailable"}
     assert ours - known == set()
 
 
-def test_a_server_that_is_away(visit: Visit) -> None:
+def test_a_server_that_is_away(visit: PageVisit) -> None:
     """Without a connection the page says so, and the question can be asked again."""
     visit.page.route("**/api/chat", lambda route: route.abort("connectionrefused"))
     visit.ask("hello")
@@ -432,7 +432,7 @@ def test_a_server_that_is_away(visit: Visit) -> None:
 # ---- the session and its limits ----------------------------------------------------------------------------------
 
 
-def test_the_session_survives_a_reload_and_no_script_sees_it(visit: Visit, context: BrowserContext) -> None:
+def test_the_session_survives_a_reload_and_no_script_sees_it(visit: PageVisit, context: BrowserContext) -> None:
     """A reload keeps the session's cookie and forgets the conversation; document.cookie is empty throughout."""
     visit.ask("hello", "demo-fast")
     visit.expect_state("complete")
@@ -445,7 +445,7 @@ def test_the_session_survives_a_reload_and_no_script_sees_it(visit: Visit, conte
     assert visit.page.evaluate("() => document.cookie") == ""
 
 
-def test_a_lost_session_is_replaced_without_a_word(visit: Visit, context: BrowserContext) -> None:
+def test_a_lost_session_is_replaced_without_a_word(visit: PageVisit, context: BrowserContext) -> None:
     """A cookie that the server does not know costs the reader nothing: the page gets a new one and asks once more."""
     visit.staged = {401}
     context.add_cookies([{"name": "chat", "value": "garbled", "url": visit.url}])
@@ -454,7 +454,7 @@ def test_a_lost_session_is_replaced_without_a_word(visit: Visit, context: Browse
     expect(visit.alert).to_have_count(0)
 
 
-def test_limits_are_shown_and_go_down(visit: Visit) -> None:
+def test_limits_are_shown_and_go_down(visit: PageVisit) -> None:
     """The tightest limit stands under the message box, all of them one click away; an answer makes them smaller."""
     limits = visit.page.locator("#limits [data-limit]")
     session = visit.page.locator('[data-limit^="per_session"]').first
@@ -476,7 +476,7 @@ def test_limits_are_shown_and_go_down(visit: Visit) -> None:
     assert re.fullmatch(r"\d+ requests left", tightest.inner_text())  # also there it says what is left
 
 
-def test_each_script_has_its_own_direction(visit: Visit) -> None:
+def test_each_script_has_its_own_direction(visit: PageVisit) -> None:
     """Right-to-left text stands right, marks of lists and quotations too; a question keeps its side."""
     for text, direction in {"مرحبا": "rtl", "שלום": "rtl", "ሰላም": "ltr", "hello": "ltr"}.items():
         visit.stream(f"# {text}\n\n{text} `code`\n\n- {text}\n\n> {text}\n>\n> b\n\n|{text}|b|\n|---|---|\n|{text}|2|")
@@ -492,7 +492,7 @@ def test_each_script_has_its_own_direction(visit: Visit) -> None:
         assert question["x"] + question["width"] == pytest.approx(column["x"] + column["width"], abs=1)
 
 
-def test_one_model_needs_no_picker(visit: Visit) -> None:
+def test_one_model_needs_no_picker(visit: PageVisit) -> None:
     """The picker is there when there is a choice, and only then."""
     expect(visit.page.get_by_label("Model")).to_be_visible()
 
@@ -508,7 +508,7 @@ def test_one_model_needs_no_picker(visit: Visit) -> None:
 # ---- what the page shows, and what it does not do ----------------------------------------------------------------
 
 
-def test_what_the_browser_sees(visit: Visit) -> None:
+def test_what_the_browser_sees(visit: PageVisit) -> None:
     """The disclosure shows the request as it was sent; the one on the wire has no key either."""
     with visit.page.expect_request("**/api/chat") as sent:
         visit.ask("hello", "demo-fast")
@@ -525,7 +525,7 @@ def test_what_the_browser_sees(visit: Visit) -> None:
     expect(panel).to_be_hidden()
 
 
-def test_markdown_is_shown(visit: Visit, context: BrowserContext) -> None:
+def test_markdown_is_shown(visit: PageVisit, context: BrowserContext) -> None:
     """Headings, lists, code, tables and links become what they are; code and message can be copied."""
     context.grant_permissions(["clipboard-read", "clipboard-write"])
     visit.ask("markdown", "demo-fast")
@@ -545,7 +545,7 @@ ECHOES = ["<img src=x onerror=pwned=1>", "[x](data:text/html,hi)", "</p><svg onl
 
 
 @pytest.mark.parametrize("echo", ECHOES)
-def test_an_echo_of_hostile_input_runs_nothing(visit: Visit, echo: str) -> None:
+def test_an_echo_of_hostile_input_runs_nothing(visit: PageVisit, echo: str) -> None:
     """What the model repeats of a hostile message is text on the page, and nothing else."""
     visit.ask(f"Repeat {echo}", "demo-fast")
     expect(visit.text).to_contain_text(echo)
@@ -553,7 +553,7 @@ def test_an_echo_of_hostile_input_runs_nothing(visit: Visit, echo: str) -> None:
     assert visit.page.evaluate("() => typeof pwned") == "undefined"
 
 
-def test_everybody_can_use_it(visit: Visit) -> None:
+def test_everybody_can_use_it(visit: PageVisit) -> None:
     """No rule of accessibility is broken in any state of the page: contrast, names, roles, headings, focus."""
     visit.assert_accessible()  # the welcome
     visit.ask("/silent 60 markdown", "demo-fast")
@@ -581,7 +581,7 @@ def test_everybody_can_use_it(visit: Visit) -> None:
 def test_it_fits_each_screen(browser: Browser, url: str, width: int) -> None:
     """From a phone to a wall nothing is wider than the screen, and what is wide scrolls inside itself."""
     context = browser.new_context(viewport={"width": width, "height": 480}, is_mobile=width < 500)
-    with Visit.of(context, url) as visit:
+    with PageVisit.of(context, url) as visit:
         expect(visit.page.get_by_role("heading", name="What would you like to know?")).to_be_in_viewport(ratio=1)
         visit.stream(
             "| a | b | c | d |\n|---|---|---|---|\n| 1 | 2 | 3 | 4 |\n\n", f"```\n{'x' * 300}\n```\n\n", "y" * 300

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import pytest
 from argon2 import PasswordHasher
 from playwright.sync_api import Browser, BrowserContext, Locator, Request, Route, expect
-from support.browser import Visit
+from support.browser import PageVisit
 from support.harness import Peer, Running, ScriptedUpstream, running, send
 from support.stage import always
 
@@ -48,9 +48,9 @@ def serving(**settings: str) -> Iterator[Running]:
 
 
 @contextmanager
-def watching(context: BrowserContext, proxy: Running) -> Iterator[Visit]:
+def watching(context: BrowserContext, proxy: Running) -> Iterator[PageVisit]:
     """A page of the context, open and watched."""
-    with Visit.of(context, proxy.url, until="main") as visit:
+    with PageVisit.of(context, proxy.url, until="main") as visit:
         yield visit
         if visit.page.url.startswith(proxy.url):
             assert visit.page.evaluate("() => document.cookie") == ""
@@ -63,7 +63,7 @@ def proxy() -> Iterator[Running]:
 
 
 @pytest.fixture
-def visit(proxy: Running, context: BrowserContext) -> Iterator[Visit]:
+def visit(proxy: Running, context: BrowserContext) -> Iterator[PageVisit]:
     with watching(context, proxy) as visit:
         yield visit
 
@@ -71,30 +71,30 @@ def visit(proxy: Running, context: BrowserContext) -> Iterator[Visit]:
 # ---- what is on the page ------------------------------------------------------------------------------------------
 
 
-def door(visit: Visit) -> Locator:
+def door(visit: PageVisit) -> Locator:
     return visit.page.get_by_role("region", name=re.compile("^Sign"))
 
 
-def name(visit: Visit) -> Locator:
+def name(visit: PageVisit) -> Locator:
     return visit.page.get_by_label("Name")
 
 
-def password(visit: Visit) -> Locator:
+def password(visit: PageVisit) -> Locator:
     return visit.page.get_by_label("Password")
 
 
-def submit(visit: Visit) -> Locator:
+def submit(visit: PageVisit) -> Locator:
     return door(visit).locator("button")
 
 
-def sign_in(visit: Visit, user: str = "alice") -> None:
+def sign_in(visit: PageVisit, user: str = "alice") -> None:
     name(visit).fill(user)
     password(visit).fill(PASSWORDS[user])
     submit(visit).click()
     expect(visit.message).to_be_focused()
 
 
-def requests(visit: Visit) -> list[str]:
+def requests(visit: PageVisit) -> list[str]:
     """What the page asks for, from now on."""
     seen: list[str] = []
 
@@ -105,27 +105,27 @@ def requests(visit: Visit) -> list[str]:
     return seen
 
 
-def ask(visit: Visit, question: str) -> None:
+def ask(visit: PageVisit, question: str) -> None:
     visit.message.fill(question)
     visit.message.press("Enter")
 
 
-def ask_and_wait(visit: Visit, question: str) -> None:
+def ask_and_wait(visit: PageVisit, question: str) -> None:
     ask(visit, question)
     visit.expect_state("complete")
     expect(visit.text).to_have_text("An answer.")
 
 
-def session_card(visit: Visit) -> Locator:
+def session_card(visit: PageVisit) -> Locator:
     visit.page.locator("#account summary").click()
     return visit.page.locator(".account-card")
 
 
-def sign_out(visit: Visit) -> None:
+def sign_out(visit: PageVisit) -> None:
     session_card(visit).get_by_role("button", name="Sign out").click()
 
 
-def look_at(visit: Visit) -> None:
+def look_at(visit: PageVisit) -> None:
     """As when the user comes back from another tab; headless, all tabs are always visible."""
     visit.page.evaluate("() => document.dispatchEvent(new Event('visibilitychange'))")
 
@@ -139,7 +139,7 @@ def revoke(proxy: Running, context: BrowserContext) -> None:
     assert send(proxy, "DELETE", "/api/session", headers={"cookie": cookie_of(context)}).status == 200
 
 
-def expect_closed(visit: Visit) -> None:
+def expect_closed(visit: PageVisit) -> None:
     """The chat is closed: no message box, no suggestions, no limits, and the password still empty."""
     expect(door(visit)).to_be_visible()
     for hidden in ("#composer", "#suggestions", "#account"):
@@ -149,7 +149,7 @@ def expect_closed(visit: Visit) -> None:
 # ---- a password ---------------------------------------------------------------------------------------------------
 
 
-def test_the_form_is_one_that_people_and_password_managers_know(visit: Visit) -> None:
+def test_the_form_is_one_that_people_and_password_managers_know(visit: PageVisit) -> None:
     """Labels, autocomplete, the focus in the first field, and nothing sent or minted before."""
     expect_closed(visit)
     expect(name(visit)).to_be_focused()
@@ -157,11 +157,11 @@ def test_the_form_is_one_that_people_and_password_managers_know(visit: Visit) ->
     expect(name(visit)).to_have_accessible_description("Leave empty if you were given only a password")
     expect(password(visit)).to_have_attribute("autocomplete", "current-password")
     expect(password(visit)).to_have_attribute("type", "password")
-    expect(visit.page.get_by_role("link", name="Skip to the sign-in")).to_have_attribute("href", "#door")
+    expect(visit.page.get_by_role("link", name="Skip to the sign-in")).to_have_attribute("href", "#login-panel")
     assert visit.page.context.cookies() == []
 
 
-def test_by_keyboard_alone(visit: Visit) -> None:
+def test_by_keyboard_alone(visit: PageVisit) -> None:
     """Tab goes from the name to the password to the button, each shows its focus, and Enter signs in."""
     keyboard = visit.page.keyboard
     expect(name(visit)).to_be_focused()
@@ -179,7 +179,7 @@ def test_by_keyboard_alone(visit: Visit) -> None:
     visit.expect_state("complete")
 
 
-def test_an_empty_password_is_not_sent(visit: Visit) -> None:
+def test_an_empty_password_is_not_sent(visit: PageVisit) -> None:
     """The browser itself says that the field is missing."""
     expect_closed(visit)
     sent = requests(visit)
@@ -190,7 +190,7 @@ def test_an_empty_password_is_not_sent(visit: Visit) -> None:
     assert sent == []
 
 
-def test_a_wrong_password_is_told_and_emptied(visit: Visit, proxy: Running) -> None:
+def test_a_wrong_password_is_told_and_emptied(visit: PageVisit, proxy: Running) -> None:
     """The alert says it, the field is empty and has the focus, the name stays; the next one may be right."""
     visit.staged = {401}
     name(visit).fill("alice")
@@ -209,7 +209,7 @@ def test_a_wrong_password_is_told_and_emptied(visit: Visit, proxy: Running) -> N
     expect(visit.alert).to_have_count(0)
 
 
-def test_the_button_is_closed_while_it_runs(visit: Visit) -> None:
+def test_the_button_is_closed_while_it_runs(visit: PageVisit) -> None:
     """One click is one try, however impatient."""
     held: list[Route] = []
     visit.page.route("**/api/session", lambda route: held.append(route))
@@ -225,7 +225,7 @@ def test_the_button_is_closed_while_it_runs(visit: Visit) -> None:
     expect(visit.message).to_be_focused()
 
 
-def test_who_is_signed_in_chats_and_stays_so(visit: Visit, context: BrowserContext) -> None:
+def test_who_is_signed_in_chats_and_stays_so(visit: PageVisit, context: BrowserContext) -> None:
     """The chat works, the card shows the user, and a reload asks for no password."""
     with visit.page.expect_request("**/api/session") as sent:
         sign_in(visit)
@@ -257,7 +257,7 @@ def test_a_password_that_all_share(context: BrowserContext) -> None:
         expect_closed(visit)
 
 
-def test_too_many_tries_are_counted_down(proxy: Running, visit: Visit) -> None:
+def test_too_many_tries_are_counted_down(proxy: Running, visit: PageVisit) -> None:
     """A 429 closes the button for as long as Retry-After says, and Enter too; then it is open again."""
     names = itertools.count()
     while wrong_try(proxy, f"user{next(names)}") != 429:
@@ -283,7 +283,7 @@ def test_too_many_tries_are_counted_down(proxy: Running, visit: Visit) -> None:
     expect(password(visit)).to_have_value(PASSWORDS["alice"])
 
 
-def test_a_server_that_is_away(visit: Visit) -> None:
+def test_a_server_that_is_away(visit: PageVisit) -> None:
     """Without a connection the form says so and keeps what was typed; signing out says that it did not work."""
     visit.page.route("**/api/session", lambda route: route.abort("connectionrefused"))
     name(visit).fill("alice")
@@ -316,7 +316,7 @@ def wrong_try(proxy: Running, user: str) -> int:
 # ---- the end of a session -----------------------------------------------------------------------------------------
 
 
-def test_signing_out(visit: Visit, proxy: Running, context: BrowserContext) -> None:
+def test_signing_out(visit: PageVisit, proxy: Running, context: BrowserContext) -> None:
     """The conversation and the cookie are gone, a copy of the cookie is dead, and the form is back."""
     sign_in(visit)
     ask_and_wait(visit, "a private matter")
@@ -339,7 +339,7 @@ def test_signing_out(visit: Visit, proxy: Running, context: BrowserContext) -> N
     ask_and_wait(visit, "hello")
 
 
-def test_signing_out_stops_the_answer_and_clears_every_tab(visit: Visit, proxy: Running) -> None:
+def test_signing_out_stops_the_answer_and_clears_every_tab(visit: PageVisit, proxy: Running) -> None:
     """Nothing of a conversation stays in another tab either, nor goes on there."""
     sign_in(visit)
     with watching(visit.page.context, proxy) as other:
@@ -356,7 +356,7 @@ def test_signing_out_stops_the_answer_and_clears_every_tab(visit: Visit, proxy: 
         expect(visit.message).to_be_focused()
 
 
-def test_the_end_over_there(visit: Visit) -> None:
+def test_the_end_over_there(visit: PageVisit) -> None:
     """Where signing out goes on at another address, the browser goes there."""
     elsewhere = "https://id.example.org/logout"
     sign_in(visit)
@@ -372,7 +372,9 @@ def test_the_end_over_there(visit: Visit) -> None:
     visit.faults.clear()
 
 
-def test_a_session_that_ends_in_the_middle_loses_nothing(visit: Visit, proxy: Running, context: BrowserContext) -> None:
+def test_a_session_that_ends_in_the_middle_loses_nothing(
+    visit: PageVisit, proxy: Running, context: BrowserContext
+) -> None:
     """The form comes, the question waits in the message box, and the conversation goes on where it was."""
     visit.staged = {401}
     sign_in(visit)
@@ -397,7 +399,7 @@ def test_a_session_that_ends_in_the_middle_loses_nothing(visit: Visit, proxy: Ru
 
 
 @pytest.mark.parametrize("code", ["login_required", "session_expired", "session_required"])
-def test_every_code_that_asks_for_a_login(visit: Visit, proxy: Running, context: BrowserContext, code: str) -> None:
+def test_every_code_that_asks_for_a_login(visit: PageVisit, proxy: Running, context: BrowserContext, code: str) -> None:
     """In all three cases the page asks for the session again, and keeps what was typed meanwhile."""
     visit.staged = {401}
     sign_in(visit)
@@ -421,7 +423,7 @@ def test_every_code_that_asks_for_a_login(visit: Visit, proxy: Running, context:
     expect(visit.message).to_have_value(f"{QUESTION}\n\ntyped meanwhile")
 
 
-def test_a_refusal_that_the_session_does_not_confirm(visit: Visit) -> None:
+def test_a_refusal_that_the_session_does_not_confirm(visit: PageVisit) -> None:
     """A 401 of a user that is still signed in stays what it is: an error under the question."""
     visit.staged = {401}
     sign_in(visit)
@@ -433,7 +435,7 @@ def test_a_refusal_that_the_session_does_not_confirm(visit: Visit) -> None:
     expect(visit.message).to_be_visible()
 
 
-def test_one_user_finds_nothing_of_another(visit: Visit, proxy: Running, context: BrowserContext) -> None:
+def test_one_user_finds_nothing_of_another(visit: PageVisit, proxy: Running, context: BrowserContext) -> None:
     """A login after the end of another user's session starts with an empty page."""
     visit.staged = {401}
     sign_in(visit, "alice")
@@ -446,17 +448,17 @@ def test_one_user_finds_nothing_of_another(visit: Visit, proxy: Running, context
     expect(visit.page.locator("#welcome-state")).to_contain_text("Signed in as bob")
 
 
-def keep(visit: Visit) -> None:
+def keep(visit: PageVisit) -> None:
     session_card(visit).get_by_label("Keep this conversation in this browser").check()
     visit.page.keyboard.press("Escape")
 
 
-def kept(visit: Visit) -> str:
+def kept(visit: PageVisit) -> str:
     stored: str = visit.page.evaluate("() => JSON.stringify({ ...localStorage, ...sessionStorage })")
     return stored
 
 
-def test_signing_out_deletes_what_was_kept(visit: Visit) -> None:
+def test_signing_out_deletes_what_was_kept(visit: PageVisit) -> None:
     """A kept conversation is there for its owner, after the end of the session too; signing out deletes it."""
     sign_in(visit)
     keep(visit)
@@ -474,7 +476,9 @@ def test_signing_out_deletes_what_was_kept(visit: Visit) -> None:
     expect(visit.page.locator(".turn")).to_have_count(0)
 
 
-def test_one_user_finds_nothing_that_another_has_kept(visit: Visit, proxy: Running, context: BrowserContext) -> None:
+def test_one_user_finds_nothing_that_another_has_kept(
+    visit: PageVisit, proxy: Running, context: BrowserContext
+) -> None:
     """It is deleted when another user signs in; an older tab neither brings it back nor changes theirs."""
     sign_in(visit, "alice")
     keep(visit)
@@ -507,7 +511,7 @@ def test_what_nobody_can_be_named_for_ends_with_the_session(context: BrowserCont
         assert kept(visit) == "{}"
 
 
-def test_what_is_typed_into_the_form_survives_a_look_elsewhere(visit: Visit) -> None:
+def test_what_is_typed_into_the_form_survives_a_look_elsewhere(visit: PageVisit) -> None:
     """The page asks for the session again when it becomes visible; the form stays as it is."""
     name(visit).fill("alice")
     password(visit).fill(WRONG)
@@ -520,7 +524,7 @@ def test_what_is_typed_into_the_form_survives_a_look_elsewhere(visit: Visit) -> 
     expect(password(visit)).to_be_focused()
 
 
-def test_an_answer_that_comes_late_counts_no_more(visit: Visit) -> None:
+def test_an_answer_that_comes_late_counts_no_more(visit: PageVisit) -> None:
     """A response from before the login does not close the chat again afterwards."""
     held: list[Route] = []
 
@@ -603,7 +607,7 @@ def test_a_sign_in_in_front_of_the_server_has_ended(browser: Browser, way: str) 
         context.close()
 
 
-def shut_out(visit: Visit, way: str) -> None:
+def shut_out(visit: PageVisit, way: str) -> None:
     """As nginx with auth_request does it, or with error_page to a login."""
     visit.staged = {401}
 
@@ -652,7 +656,7 @@ def test_a_question_outlives_the_way_to_a_provider(context: BrowserContext, read
         ask(visit, QUESTION)
         door(visit).get_by_role("link", name="Sign in").press("Enter")
         page.get_by_role("link", name="Go on").click()
-        expect(door(visit)).to_contain_text("This chat is for people who are signed in.")  # did not work; once more
+        expect(door(visit)).to_contain_text("Sign in to use this chat.")  # did not work; once more
         door(visit).get_by_role("link", name="Sign in").click()
         who.append(reader)
         page.get_by_role("link", name="Go on").click()
@@ -724,6 +728,6 @@ def test_it_fits_a_small_screen(browser: Browser, proxy: Running, scheme: Litera
     context.close()
 
 
-def fits(visit: Visit) -> None:
+def fits(visit: PageVisit) -> None:
     assert visit.page.evaluate("() => document.documentElement.scrollWidth") == 360
     assert visit.page.evaluate("() => document.documentElement.scrollHeight <= innerHeight")

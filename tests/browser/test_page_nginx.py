@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from playwright.sync_api import Browser, expect
-from support.browser import Visit, chromium_at
+from support.browser import PageVisit, chromium_at
 from support.harness import GOOD, ScriptedUpstream, eventually, running, streaming
 from support.nginx import HOST, Site, front, shipped
 
@@ -30,7 +30,7 @@ def test_the_page_from_disk(browser: Browser, tmp_path: Path) -> None:
         running(upstream.base_url, **settings) as proxy,
         front(tmp_path / "nginx", Site([f"127.0.0.1:{proxy.port}"], page=page, changes={policy: ""})) as site,
         chromium_at(browser, HOST, site.port) as context,
-        Visit.of(context, url) as visit,
+        PageVisit.of(context, url) as visit,
     ):
         visit.ask("hello", "m")
         visit.expect_state("complete")
@@ -38,7 +38,9 @@ def test_the_page_from_disk(browser: Browser, tmp_path: Path) -> None:
         assert [cookie["httpOnly"] for cookie in context.cookies()] == [True]
         error = "() => { try { document.body.innerHTML = '<b>x</b>'; } catch (error) { return error.name; } }"
         assert visit.page.evaluate(error) == "TypeError"
-        eventually(lambda: visit.page.evaluate("() => true") and len(visit.faults) == 2)  # the browser's, and Visit's
+        eventually(
+            lambda: visit.page.evaluate("() => true") and len(visit.faults) == 2
+        )  # the browser's, and PageVisit's
         visit.forgive("CSP: require-trusted-types-for refused trusted-types-sink")
         visit.forgive("requires 'TrustedHTML' assignment")
         eventually(lambda: {line["route"].split()[1] for line in proxy.lines()} == {"/api/session", "/api/chat"})

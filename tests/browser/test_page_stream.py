@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Request, expect
-from support.browser import CHROMIUM, CHROMIUM_ARGS, Visit
+from support.browser import CHROMIUM, CHROMIUM_ARGS, PageVisit
 from support.harness import DONE, Peer, Running, ScriptedUpstream, Seen, delta, eventually, finish, running
 from support.stage import Act, always
 
@@ -174,24 +174,24 @@ def proxy(upstream: ScriptedUpstream) -> Iterator[Running]:
 
 
 @pytest.fixture
-def visit(context: BrowserContext, proxy: Running) -> Iterator[Visit]:
-    with Visit.of(context, proxy.url) as visit:
+def visit(context: BrowserContext, proxy: Running) -> Iterator[PageVisit]:
+    with PageVisit.of(context, proxy.url) as visit:
         yield visit
 
 
-def ask(visit: Visit, question: str) -> None:
+def ask(visit: PageVisit, question: str) -> None:
     visit.message.fill(question)
     visit.message.press("Enter")
 
 
-def asked(upstream: ScriptedUpstream, visit: Visit, question: str) -> Seen:
+def asked(upstream: ScriptedUpstream, visit: PageVisit, question: str) -> Seen:
     """The request, as it has reached the upstream."""
     before = len(upstream.seen)
     ask(visit, question)
     return eventually(lambda: upstream.seen[before:])[0]
 
 
-def test_the_rate_of_a_model_that_thinks_first(visit: Visit) -> None:
+def test_the_rate_of_a_model_that_thinks_first(visit: PageVisit) -> None:
     """What it thought counts as tokens, so the time in which it did counts for the rate."""
     ask(visit, "thinks first")
     visit.expect_state("complete")
@@ -201,7 +201,7 @@ def test_the_rate_of_a_model_that_thinks_first(visit: Visit) -> None:
     assert float(rate.removesuffix(" tokens/s").replace(",", "")) < 2000  # not of the moment in which it spoke
 
 
-def test_a_model_that_thinks_is_not_silent(visit: Visit) -> None:
+def test_a_model_that_thinks_is_not_silent(visit: PageVisit) -> None:
     """The reader is told that something goes on, also where it is not shown, and may stop it."""
     ask(visit, "thinks for ever")
     expect(visit.page.get_by_role("status")).to_have_text("The model is thinking…")
@@ -215,7 +215,7 @@ def test_a_model_that_thinks_is_not_silent(visit: Visit) -> None:
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_stop_in_each_phase(visit: Visit, upstream: ScriptedUpstream, phase: str) -> None:
+def test_stop_in_each_phase(visit: PageVisit, upstream: ScriptedUpstream, phase: str) -> None:
     """Stop ends the call at the upstream, keeps what has come, says so, and leaves the page ready for the next one."""
     call = asked(upstream, visit, phase)
     if phase in ("before the headers", "before the first token"):
@@ -235,7 +235,7 @@ def test_stop_in_each_phase(visit: Visit, upstream: ScriptedUpstream, phase: str
     expect(visit.text).to_contain_text("next")
 
 
-def test_an_answer_that_was_left_says_nothing_any_more(visit: Visit, upstream: ScriptedUpstream) -> None:
+def test_an_answer_that_was_left_says_nothing_any_more(visit: PageVisit, upstream: ScriptedUpstream) -> None:
     """A new conversation does not show that the previous answer is complete, even if it is."""
     call = asked(upstream, visit, "whole without an end")
     expect(visit.text).to_have_text("All of it.")
@@ -246,7 +246,7 @@ def test_an_answer_that_was_left_says_nothing_any_more(visit: Visit, upstream: S
 
 
 @pytest.mark.parametrize("way", ["reload", "close"])
-def test_leaving_in_mid_stream_ends_the_call(visit: Visit, upstream: ScriptedUpstream, way: str) -> None:
+def test_leaving_in_mid_stream_ends_the_call(visit: PageVisit, upstream: ScriptedUpstream, way: str) -> None:
     """Reloading the page or closing its tab costs no further token, and a reload starts with an empty page."""
     call = asked(upstream, visit, "while it streams")
     expect(visit.text).to_contain_text("word ")
@@ -265,7 +265,7 @@ def test_going_to_another_page_ends_the_call_too(browser: Browser, proxy: Runnin
         executable_path=CHROMIUM, args=CHROMIUM_ARGS, ignore_default_args=["--disable-back-forward-cache"]
     )
     try:
-        with Visit.of(keeping.new_context(), proxy.url) as visit:
+        with PageVisit.of(keeping.new_context(), proxy.url) as visit:
             visit.page.evaluate("() => addEventListener('pageshow', (event) => (window.kept = event.persisted))")
             call = asked(upstream, visit, "while it streams")
             expect(visit.text).to_contain_text("word ")
@@ -279,9 +279,9 @@ def test_going_to_another_page_ends_the_call_too(browser: Browser, proxy: Runnin
         keeping.close()
 
 
-def test_two_tabs_at_once(visit: Visit, context: BrowserContext, proxy: Running) -> None:
+def test_two_tabs_at_once(visit: PageVisit, context: BrowserContext, proxy: Running) -> None:
     """Two tabs share the session, and neither the conversation nor the answer that is under way."""
-    with Visit.of(context, proxy.url) as other:
+    with PageVisit.of(context, proxy.url) as other:
         for tab, name in ((visit, "first"), (other, "second")):
             ask(tab, name)
             tab.expect_state("complete")
@@ -299,7 +299,7 @@ def test_two_tabs_at_once(visit: Visit, context: BrowserContext, proxy: Running)
 # ---- what goes wrong on the way -----------------------------------------------------------------------------------
 
 
-def test_a_refusal_says_what_to_do_and_counts_down(visit: Visit) -> None:
+def test_a_refusal_says_what_to_do_and_counts_down(visit: PageVisit) -> None:
     """A 429 becomes an alert with advice; Retry waits for Retry-After, is then enabled, and asks again."""
     visit.staged = {429}
     visit.page.clock.install()
@@ -320,7 +320,7 @@ def test_a_refusal_says_what_to_do_and_counts_down(visit: Visit) -> None:
     expect(visit.page.locator(".turn")).to_have_count(1)
 
 
-def test_offline_and_back(visit: Visit, context: BrowserContext) -> None:
+def test_offline_and_back(visit: PageVisit, context: BrowserContext) -> None:
     """Without a network the page says so and keeps the question; with it again, the question can be asked."""
     context.set_offline(True)
     expect(visit.page.get_by_role("status")).to_have_text("You are offline.")
@@ -335,7 +335,7 @@ def test_offline_and_back(visit: Visit, context: BrowserContext) -> None:
     visit.forgive("ERR_INTERNET_DISCONNECTED")
 
 
-def test_everybody_can_read_what_went_wrong(visit: Visit, context: BrowserContext) -> None:
+def test_everybody_can_read_what_went_wrong(visit: PageVisit, context: BrowserContext) -> None:
     """No rule of accessibility is broken by a countdown, a fault that lasts, half an answer, a stop, or no network."""
     page, visit.staged = visit.page, {400, 429}
     ask(visit, "always busy")
@@ -374,7 +374,7 @@ def test_everybody_can_read_what_went_wrong(visit: Visit, context: BrowserContex
 # ---- what the model may do to the page ----------------------------------------------------------------------------
 
 
-def test_hostile_output_runs_nothing(visit: Visit) -> None:
+def test_hostile_output_runs_nothing(visit: PageVisit) -> None:
     """A model that was talked into the worst gets nothing run, loaded or styled."""
     sent: list[Request] = []
     visit.page.on("request", lambda request: sent.append(request))
@@ -410,7 +410,7 @@ COUNTING = """() => {
 
 
 @pytest.mark.quiet
-def test_ten_thousand_tokens_stay_smooth(visit: Visit, context: BrowserContext) -> None:
+def test_ten_thousand_tokens_stay_smooth(visit: PageVisit, context: BrowserContext) -> None:
     """What an update does to the page depends on what is new, not on what is there; and none is felt by the reader."""
     metrics = context.new_cdp_session(visit.page)
     metrics.send("Performance.enable", {"timeDomain": "threadTicks"})  # a busy machine does not slow this clock down

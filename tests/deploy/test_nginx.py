@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import trustme
 from playwright.sync_api import Browser, expect
-from support.browser import Visit, chromium_at
+from support.browser import PageVisit, chromium_at
 from support.harness import (
     DONE,
     GOOD,
@@ -664,7 +664,7 @@ def test_a_reader_with_chromium(browser: Browser, tmp_path: Path) -> None:
     with (
         behind(tmp_path, script) as (site, _),
         chromium_at(browser, HOST, site.port) as context,
-        Visit.of(context, f"https://{HOST}") as visit,
+        PageVisit.of(context, f"https://{HOST}") as visit,
     ):
         protocol = "() => performance.getEntriesByType('navigation')[0].nextHopProtocol"
         assert visit.page.evaluate(protocol) == "h2"

@@ -1,6 +1,6 @@
 """A real browser for the tests of the page: Debian's Chromium, and what a reader does and finds in it.
 
-No test may see a console error, a violation of the content security policy, or a request to another origin: `Visit`
+No test may see a console error, a violation of the content security policy, or a request to another origin: `PageVisit`
 collects them.
 """
 
@@ -49,7 +49,7 @@ def axe() -> str:
 
 
 @dataclass
-class Visit:
+class PageVisit:
     """A page that is watched, and what a reader finds on it."""
 
     page: Page
@@ -60,7 +60,7 @@ class Visit:
 
     @classmethod
     @contextmanager
-    def of(cls, context: BrowserContext, url: str, *, until: str = "#account") -> Iterator[Visit]:
+    def of(cls, context: BrowserContext, url: str, *, until: str = "#account") -> Iterator[PageVisit]:
         """A page of the context, watched, and open `until` that is on it; at the end it must have seen no fault."""
         visit = cls(context.new_page(), url)
         visit.watch()

@@ -1,10 +1,10 @@
 // @ts-check
 /**
- * A conversation kept in this browser, for who has asked for it: it is there again after a reload.
+ * A conversation kept in this browser on request: it is there again after a reload.
  *
  * Rules of this file:
- * 1. Off until somebody switches it on. That there is something stored is the switch: without it nothing is written.
- * 2. One conversation, of one owner. Nobody reads, changes or overwrites that of another owner; who finds one deletes it.
+ * 1. Off until the user switches it on. The stored entry is the switch: without it nothing is written.
+ * 2. One conversation, of one owner. It is never read, changed or overwritten for another owner, but deleted.
  * 3. What is read is taken for text by a stranger: its shape is checked, and it is shown as an answer is.
  * 4. A browser that keeps nothing, or not so much, is no fault: the answer says whether it was kept.
  */
@@ -15,8 +15,8 @@
 const SLOT = "chat-proxy conversation";
 
 /**
- * @param {SessionFacts} session of somebody who may chat
- * @returns {string} whose the conversation is. People who share a password are one owner, until the session ends
+ * @param {SessionFacts} session of a user that may chat
+ * @returns {string} the conversation's owner. Users of a shared password are one owner, until the session ends
  */
 export function ownerOf({ mode, user }) {
   return user === null ? mode : `${mode} ${user}`;
@@ -57,7 +57,7 @@ export function switchOff(owner) {
   if (read()?.owner === owner) remove();
 }
 
-/** The session has ended: what belonged to somebody without a name would be found by whoever comes next. */
+/** The session has ended: the conversation of a user without a name would be found by the next one. */
 export function forgetNameless() {
   const found = read();
   if (found && !found.owner.includes(" ")) remove();

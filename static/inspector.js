@@ -18,7 +18,7 @@ const BY_THE_BROWSER = [
   ["sec-fetch-site", "same-origin"],
 ];
 
-export class Wire {
+export class Inspector {
   /** @type {SentRequest | null} */
   #request = null;
   /** @type {Response | null} */
@@ -58,7 +58,7 @@ export class Wire {
     if (this.#wide.matches) this.#panel.show();
     else this.#panel.showModal();
     this.#toggle.setAttribute("aria-expanded", "true");
-    document.body.classList.toggle("with-wire", this.#wide.matches);
+    document.body.classList.toggle("with-inspector", this.#wide.matches);
     this.#stale = true;
     this.show();
   }
@@ -69,7 +69,7 @@ export class Wire {
 
   #closed() {
     this.#toggle.setAttribute("aria-expanded", "false");
-    document.body.classList.remove("with-wire");
+    document.body.classList.remove("with-inspector");
   }
 
   #reopen() {
@@ -78,7 +78,7 @@ export class Wire {
     this.open();
   }
 
-  /** @param {SentRequest | null} request null: what was shown is nobody's business any more */
+  /** @param {SentRequest | null} request null: clears what was shown */
   sent(request) {
     this.#request = request;
     this.#response = null;
@@ -102,7 +102,7 @@ export class Wire {
     if (this.#events.length > LAST_EVENTS) this.#events.shift();
   }
 
-  /** Shows what has changed, if anybody looks. */
+  /** Shows what has changed, if it is open. */
   show() {
     if (!this.#panel.open) return;
     if (this.#stale) {
@@ -123,7 +123,7 @@ export class Wire {
         {},
         "This page asks ",
         make("code", {}, "/api/chat"),
-        ", on the server it came from, and nobody else. It sends no key, because it has none: the server adds the key " +
+        ", on the server it came from, and no other. It sends no key, because it has none: the server adds the key " +
           "on its own way to the model.",
       ),
       facts([

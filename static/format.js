@@ -61,7 +61,7 @@ export function rate(tokens, milliseconds) {
 
 /**
  * @param {string} name e.g. "tokens_per_session 200000/day"
- * @returns {LimitWords} what is counted, for whom, and over which time
+ * @returns {LimitWords} what is counted, for which subject, and over which time
  */
 export function limitWords(name) {
   const [, rule = "", count = "", window = ""] = /^(\w+)\s+(\d+)\s*(?:\/|per)\s*(.+)$/.exec(name) ?? [];

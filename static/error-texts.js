@@ -18,7 +18,7 @@ const again = (title, text) => ({ title, text, retry: true });
 const otherwise = (title, text) => ({ title, text, retry: false });
 
 const PAGE_FAULT =
-  "This is a fault of the page, not of your message. Reload it; if it comes back, tell whoever runs this server.";
+  "This is a fault of the page, not of your message. Reload it; if it comes back, report it to the operator of this server.";
 const CUT = "Retry to ask for it again."; // that a part is here, its mark says
 
 /** @type {Record<string, Advice>} */
@@ -41,7 +41,7 @@ export const ADVICE = {
     "The conversation has grown too long for this model",
     "Start a new conversation to go on.",
   ),
-  // 401, 403: who is asking
+  // 401, 403: sessions and logins
   session_required: again("Your session is not valid any more", "Reload the page to get a new one, then ask again."),
   session_expired: again("Your session has expired", "Reload the page to begin a new one, then ask again."),
   login_required: otherwise("You need to sign in first", "Sign in, then ask again."),
@@ -51,11 +51,11 @@ export const ADVICE = {
     "Open the page under its public address. " +
       "If you run this server: set server.public_url, or add this address to server.extra_origins.",
   ),
-  not_allowed: otherwise("You may not use this chat", "Ask whoever runs this server to let you in."),
+  not_allowed: otherwise("You may not use this chat", "Ask the operator of this server for access."),
   // 404 to 431: the way there
   not_found: otherwise(
     "The server has no chat at this address",
-    "Reload the page. If it comes back, tell whoever runs this server.",
+    "Reload the page. If it comes back, report it to the operator of this server.",
   ),
   method_not_allowed: otherwise("The server did not accept this kind of request", PAGE_FAULT),
   request_timeout: again("Your message took too long to reach the server", "Check your connection, then retry."),
@@ -94,24 +94,24 @@ export const ADVICE = {
   // 500 to 504: the server, and the model behind it
   internal_error: again(
     "Something broke inside the server",
-    "Retry. If it comes back, tell whoever runs this server, with the request number below.",
+    "Retry. If it comes back, report it to the operator of this server, with the request number below.",
   ),
   upstream_auth: otherwise(
     "The model does not accept the server's key",
-    "Only whoever runs this server can repair that: tell them, please.",
+    "Only the operator of this server can repair that: please report it.",
   ),
   upstream_error: again("The model had a fault of its own", "Retry in a moment."),
   upstream_unreachable: again(
     "The server cannot reach the model",
-    "Retry in a minute. If it goes on, tell whoever runs this server.",
+    "Retry in a minute. If it goes on, report it to the operator of this server.",
   ),
-  upstream_protocol: again("The model's reply made no sense", "Retry. If it goes on, tell whoever runs this server."),
+  upstream_protocol: again("The model's reply made no sense", "Retry. If it goes on, report it to the operator of this server."),
   upstream_timeout: again("The model took too long to answer", "Retry, or ask for something shorter."),
   busy: again("The server is full at the moment", "Wait for the countdown, then retry."),
   draining: again("The server is restarting", "Retry in a few seconds. A part that is already here stays here."),
   limits_unavailable: again(
     "The server cannot count requests at the moment",
-    "It lets nobody through until it can. Retry in a moment.",
+    "It refuses all questions until it can. Retry in a moment.",
   ),
   // in the middle of an answer
   stream_interrupted: again("The answer was interrupted", CUT),
