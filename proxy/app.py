@@ -175,16 +175,7 @@ class ChatProxy:
         self.quiet.set()
         self.active_scopes: set[CancelScope] = set()  # of answers that may go on during the drain
         self.answers = Answers(settings, self.upstream, self.recorder, logs, self.active_scopes)
-        self.diagnosis = DiagnosticRoutes(
-            settings,
-            self.edge,
-            self.active_scopes,
-            server=self.run_id,
-            tickets=Tickets(self.access.keys),
-            cookie=self.access.cookie,
-            is_draining=lambda: self.draining,
-            wall=wall,
-        )
+        self.diagnosis = self.build_diagnosis(wall)
         self.nothing = Resource(self)
         self.router = self.build_router()
 
@@ -197,6 +188,18 @@ class ChatProxy:
             return Traces(self.settings.traces, upstream, bridge=bridge, note=self.note_traces)
         except Exception as error:  # noqa: BLE001  # OpenTelemetry raises errors of many kinds
             raise refused_by_opentelemetry(error) from None
+
+    def build_diagnosis(self, wall: Callable[[], float]) -> DiagnosticRoutes:
+        return DiagnosticRoutes(
+            self.settings,
+            self.edge,
+            self.active_scopes,
+            server=self.run_id,
+            tickets=Tickets(self.access.keys),
+            cookie=self.access.cookie,
+            is_draining=lambda: self.draining,
+            wall=wall,
+        )
 
     def build_router(self) -> Router:
         api: dict[str, dict[str, Handler]] = {"/api/v1/models": {"GET": self.list_models}, **self.account.table()}

@@ -58,23 +58,9 @@ class Access:
         self.lifetime, self.idle = configured.lifetime, configured.idle
         self.secret = configured.secret or Secret(secrets.token_urlsafe(32))
         self.audit = Audit(configured.mode, logs)
-        self.mode = self.choose_mode(settings, transport, clock)
+        self.mode = choose_mode(settings, transport, self.audit, self.cookie, clock, wall, randomness)
         self.revocations = RevocationWatcher(configured, limits.store, logs, wall)
         self.use_keys()
-
-    def choose_mode(self, settings: Settings, transport: httpx.AsyncBaseTransport, clock: Callable[[], float]) -> Mode:
-        """The packages of a login are imported in their mode only."""
-        name = settings.session.mode
-        if name == "password" and settings.session.passwords is not None:
-            from proxy.accounts.modes.password import PasswordMode
-
-            return PasswordMode(settings.session.passwords, clock, self.audit)
-        if name == "oidc":
-            from proxy.accounts.modes.oidc import OidcMode
-
-            wall, randomness = self.wall, self.randomness
-            return OidcMode(settings, transport, self.audit, cookie=self.cookie, wall=wall, randomness=randomness)
-        return HeaderMode(settings.header.name) if name == "header" else AnonymousMode()
 
     async def start(self) -> None:
         await self.revocations.start()
@@ -136,7 +122,7 @@ class Access:
 
         Raises SessionExpired, or Unauthenticated for an invalid cookie.
         """
-        cookies = self.cookies_of(context)
+        cookies = cookies_named(context.headers, self.cookie.encode())
         if not cookies:
             return None
         opened = self.revocations.known.check(self.sessions.open(cookies, self.wall()))
@@ -207,15 +193,13 @@ class Access:
     def opened(self, context: RequestContext) -> Session | None:
         """The session of the cookie, if it is valid."""
         try:
-            opened = self.sessions.open(self.cookies_of(context), self.wall())
+            cookies = cookies_named(context.headers, self.cookie.encode())
+            opened = self.sessions.open(cookies, self.wall())
             return self.revocations.known.check(opened).session
         except Refusal:
             return None
 
     # ---- cookies and the log --------------------------------------------------------------------------------------
-
-    def cookies_of(self, context: RequestContext) -> list[bytes]:
-        return cookies_named(context.headers, self.cookie.encode())
 
     def give(self, context: RequestContext, session: Session) -> None:
         self.give_cookie(context, session)
@@ -232,3 +216,25 @@ class Access:
         context.log["session"] = hashlib.blake2b(
             session.id.encode(), key=self.sessions.derive_key, digest_size=6
         ).hexdigest()
+
+
+def choose_mode(
+    settings: Settings,
+    transport: httpx.AsyncBaseTransport,
+    audit: Audit,
+    cookie: str,
+    clock: Callable[[], float],
+    wall: Callable[[], float],
+    randomness: Callable[[int], bytes],
+) -> Mode:
+    """The configured mode. The packages of a login are imported in their mode only."""
+    name = settings.session.mode
+    if name == "password" and settings.session.passwords is not None:
+        from proxy.accounts.modes.password import PasswordMode
+
+        return PasswordMode(settings.session.passwords, clock, audit)
+    if name == "oidc":
+        from proxy.accounts.modes.oidc import OidcMode
+
+        return OidcMode(settings, transport, audit, cookie=cookie, wall=wall, randomness=randomness)
+    return HeaderMode(settings.header.name) if name == "header" else AnonymousMode()

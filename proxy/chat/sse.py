@@ -69,8 +69,20 @@ class Events:
     """One stream. Feed it what the socket gave; pass on what it returns."""
 
     __slots__ = (
-        *("_after", "_before", "_keep", "_key", "_lessons", "_tail", "_withhold"),
-        *("choices", "count", "done", "failed", "finished", "partial", "usage"),
+        "_after",
+        "_before",
+        "_keep",
+        "_key",
+        "_lessons",
+        "_tail",
+        "_withhold",
+        "choices",
+        "count",
+        "done",
+        "failed",
+        "finished",
+        "partial",
+        "usage",
     )
 
     def __init__(self, key: bytes, choices: int = 1, *, withhold_usage: bool = False) -> None:

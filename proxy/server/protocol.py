@@ -39,8 +39,8 @@ class GuardedProtocol(HttpToolsProtocol):
     """uvicorn's protocol for one connection, within bounds. The app of its config is the Guard."""
 
     _counted_as: str | None = None  # among the sockets of one subscriber
-    _spent = 0  # bytes of the current request without its body: head, chunk sizes, extensions, trailers
-    _is_over = False  # the last response is written
+    spent = 0  # bytes of the current request without its body: head, chunk sizes, extensions, trailers
+    is_over = False  # the last response is written
 
     # ---- the socket comes and goes --------------------------------------------------------------------------------
 
@@ -76,7 +76,7 @@ class GuardedProtocol(HttpToolsProtocol):
     @property
     def is_idle(self) -> bool:
         """Between two requests: no byte of the next has arrived."""
-        return not self.is_answering and not self.is_in_body and not self._spent
+        return not self.is_answering and not self.is_in_body and not self.spent
 
     @property
     def is_in_body(self) -> bool:
@@ -86,7 +86,7 @@ class GuardedProtocol(HttpToolsProtocol):
     # ---- a request comes in ---------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        if self._is_over:
+        if self.is_over:
             return  # further bytes are read only so that a reset does not lose the last response
         if self.is_answering and not self.is_in_body:
             # A second request while one is live, however little of it has come: uvicorn would put it in the first
@@ -95,20 +95,16 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         if not self.is_in_body:
             self.guard.expect(self)
-        self._spent += len(data)
+        self.spent += len(data)
         super().data_received(data)
-        if self._spent > self.most_beside_body and not self._is_over:
+        if self.spent > most_beside_body(self) and not self.is_over:
             self.refuse(HeadersTooLarge())
-
-    @property
-    def most_beside_body(self) -> int:
-        return 2 * MAX_HEAD_BYTES if self.is_in_body else MAX_HEAD_BYTES
 
     def on_headers_complete(self) -> None:
         if self.is_answering:
             self.disconnect()
             return
-        self.check_head()
+        check_request(self)
         self.guard.reading.pop(self, None)
         super().on_headers_complete()
         if self.guard.is_retiring:
@@ -116,22 +112,12 @@ class GuardedProtocol(HttpToolsProtocol):
         if not self.cycle.keep_alive:
             self.cycle.transport = cast(asyncio.Transport, LastAnswer(self))
 
-    def check_head(self) -> None:
-        """Raises a Refusal, which the parser brings to send_400_response."""
-        if self._spent > MAX_HEAD_BYTES and size_of(self.url, self.headers) > MAX_HEAD_BYTES:
-            raise HeadersTooLarge
-        if self.parser.should_upgrade():
-            raise InvalidRequest("This server accepts HTTP/1.1 only, without upgrades.")
-        check_head(self.parser.get_http_version(), self.url, self.headers)
-        if self.guard.is_crowded() and self.url not in PROBES:
-            raise Busy
-
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self.is_in_body:  # a trailer, which must not become a header
             super().on_header(name, value)
 
     def on_body(self, body: bytes) -> None:
-        self._spent -= (1 + FRAMING_PER_BYTE) * len(body)
+        self.spent -= (1 + FRAMING_PER_BYTE) * len(body)
         super().on_body(body)
 
     def on_response_complete(self) -> None:
@@ -143,9 +129,9 @@ class GuardedProtocol(HttpToolsProtocol):
                 self.guard.wait_for(self)
 
     def on_message_complete(self) -> None:
-        if self._spent > self.most_beside_body:
+        if self.spent > most_beside_body(self):
             raise HeadersTooLarge
-        self._spent = 0
+        self.spent = 0
         super().on_message_complete()
         if self.cycle.response_complete:
             self.cycle.more_body = False
@@ -185,7 +171,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def close_half(self) -> None:
         """Closes this half. The other half is read for a while; otherwise a reset might lose the response."""
-        self._is_over = True
+        self.is_over = True
         self.transport.write_eof()
         self.guard.wait_for(self)
 
@@ -197,7 +183,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def expire(self) -> None:
         """HEAD_SECONDS are over: refuses an incomplete request, closes a silent connection."""
-        if self._spent and not self._is_over:
+        if self.spent and not self.is_over:
             self.refuse(RequestTimeout())
             self.transport.close()
         else:
@@ -213,6 +199,21 @@ class LastAnswer:
         self.write = connection.transport.write
         self.is_closing = connection.transport.is_closing
         self.close = connection.close
+
+
+def check_request(connection: GuardedProtocol) -> None:
+    """Raises a Refusal, which the parser brings to send_400_response."""
+    if connection.spent > MAX_HEAD_BYTES and size_of(connection.url, connection.headers) > MAX_HEAD_BYTES:
+        raise HeadersTooLarge
+    if connection.parser.should_upgrade():
+        raise InvalidRequest("This server accepts HTTP/1.1 only, without upgrades.")
+    check_head(connection.parser.get_http_version(), connection.url, connection.headers)
+    if connection.guard.is_crowded() and connection.url not in PROBES:
+        raise Busy
+
+
+def most_beside_body(connection: GuardedProtocol) -> int:
+    return 2 * MAX_HEAD_BYTES if connection.is_in_body else MAX_HEAD_BYTES
 
 
 def check_head(version: str, target: bytes, headers: HeaderList) -> None:
