@@ -292,7 +292,7 @@ async function refresh() {
     if (mine !== accountVersion) return;
     const error = /** @type {any} */ (caught);
     const advice = adviceFor(error);
-    if (error.status === 401) accept(signedOut("header")); // not from our server: from a proxy in front of it
+    if (error.status === 401) accept(accountWithoutSession("header")); // not from our server: from a proxy in front of it
     else if (!model.options.length) showNotice(advice.title, advice.text, () => void refresh());
     return; // later, what is shown is good enough until the next answer
   }
@@ -303,7 +303,7 @@ async function refresh() {
  * @param {string} [mode]
  * @returns {Account} the account without a session
  */
-function signedOut(mode = account?.session.mode ?? "header") {
+function accountWithoutSession(mode = account?.session.mode ?? "header") {
   return { session: { mode, user: null, expires_at: null }, models: account?.models ?? [], limits: [] };
 }
 
@@ -399,7 +399,7 @@ function signedOut() {
   forget();
   storage.switchOff(owner);
   card.open = false;
-  accept(signedOut(), "left");
+  accept(accountWithoutSession(), "left");
   stayedSignedOut = account.session.mode === "header";
   say("");
 }

@@ -92,7 +92,7 @@ def test_who_is_not_invited_is_told_so(context: BrowserContext, world: tuple[Run
     page.goto(proxy.url)
     sign_in(page, "eve@elsewhere.example")
     expect(page.get_by_role("heading")).to_have_text("Signing in did not work")
-    expect(page.get_by_role("main")).to_contain_text("not open to your account")
+    expect(page.get_by_role("main")).to_contain_text("may not use this chat")
     PageVisit(page, proxy.url).assert_accessible()
     assert session_cookie(context, proxy) == ""
     line = eventually(lambda: proxy.lines("login_failed"))[-1]

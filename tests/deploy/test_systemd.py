@@ -197,7 +197,7 @@ def test_two_sockets_for_one_listener(tmp_path: Path) -> None:
     ) as process:
         eventually(lambda: is_open(ports[0]))
         assert process.wait(PATIENCE) == 2
-    assert "2 sockets were handed over for server" in (tmp_path / "stderr").read_text(encoding="utf-8")
+    assert "2 sockets were passed for server" in (tmp_path / "stderr").read_text(encoding="utf-8")
 
 
 def assert_ready(path: Path) -> None:

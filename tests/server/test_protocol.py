@@ -164,7 +164,7 @@ def test_a_bug_of_a_deadline_does_not_end_them_all(
         monkeypatch.setattr(guard, "HEAD_SECONDS", SHORT)
         raise RuntimeError("what the visitor wrote")
 
-    monkeypatch.setattr(guard.GuardedProtocol, "give_up", bug)
+    monkeypatch.setattr(guard.GuardedProtocol, "expire", bug)
     with serving(loop) as (proxy, _), connect(proxy):
         (line,) = eventually(lambda: proxy.lines("bug"))
         assert line["error"] == "RuntimeError"

@@ -502,17 +502,17 @@ REFUSED: dict[str, tuple[Plan, int, str]] = {
     "denied": (
         lambda f: f.callback.update(error="access_denied", code=...),
         400,
-        "callback: the provider says access_denied",
+        "callback: the provider reports access_denied",
     ),
     "an error that is a text": (
         lambda f: f.callback.update(error="<b>" + f.code),
         400,
-        "callback: the provider says an error we do not repeat",
+        "callback: the provider reports an error we do not repeat",
     ),
     "an error that is the code": (
         lambda f: f.callback.update(error=f.code),
         400,
-        "callback: the provider says an error we do not repeat",
+        "callback: the provider reports an error we do not repeat",
     ),
     "an error of another issuer": (
         lambda f: f.callback.update(error="access_denied", iss="https://evil.example"),
@@ -563,28 +563,28 @@ REFUSED: dict[str, tuple[Plan, int, str]] = {
     "no way to authenticate": (
         lambda f: f.metadata.update(token_endpoint_auth_methods_supported=["private_key_jwt", "none"]),
         502,
-        "discovery: no way to authenticate that we know",
+        "discovery: no supported way to authenticate",
     ),
     # the token endpoint
     "a wrong secret": (
         lambda f: f.acts.update({"/token": rotating(f)}),
         502,
-        "token: the provider says invalid_client",
+        "token: the provider reports invalid_client",
     ),
     "a replayed code": (
         lambda f: f.acts.update({"/token": spending(f)}),
         400,
-        "token: the provider says invalid_grant",
+        "token: the provider reports invalid_grant",
     ),
     "a code that is not theirs": (
         lambda f: f.callback.update(code="another"),
         400,
-        "token: the provider says invalid_grant",
+        "token: the provider reports invalid_grant",
     ),
     "an error that is the secret": (
         lambda f: f.acts.update({"/token": answering(json.dumps({"error": f.client_secret}).encode(), "400 No")}),
         502,
-        "token: the provider says an error we do not repeat",
+        "token: the provider reports an error we do not repeat",
     ),
     "an error of another type": (
         lambda f: f.acts.update({"/token": answering(b'{"error": 5}', "401 No")}),
@@ -645,7 +645,7 @@ REFUSED: dict[str, tuple[Plan, int, str]] = {
     "crit": (
         lambda f: f.header.update(crit=["b64"], b64=True),
         502,
-        "id_token: crit names what we do not know",
+        "id_token: crit names an unsupported extension",
     ),
     "b64 without crit": (lambda f: f.header.update(b64=False), 502, "id_token: missing_crit_header"),
     "a header of wrong types": (lambda f: f.header.update(kid=5), 502, "id_token: header: not the JSON it should be"),
@@ -1360,7 +1360,7 @@ def test_a_real_provider(case: str, issuer: str, secret: str) -> None:
             with pytest.raises(LoginFailed) as caught:
                 await provider.finish(callback.query, flow)
             assert (caught.value.status, caught.value.reason) == expected
-        with pytest.raises(LoginFailed, match="token: the provider says invalid_grant"):
+        with pytest.raises(LoginFailed, match="token: the provider reports invalid_grant"):
             await provider.finish(callback.query, flow)
         logout = await provider.logout_url("https://chat.example.org/")
         assert logout is not None
@@ -1379,7 +1379,7 @@ def test_a_real_provider_and_a_wrong_secret(issuer: str) -> None:
         provider = Provider(settings, transport, redirect_uri=CALLBACK, wall=time.time)
         url, flow = await provider.begin(os.urandom, "/", "")
         callback = await asyncio.to_thread(log_in, url, CALLBACK, "ada")
-        with pytest.raises(LoginFailed, match="token: the provider says invalid_client") as caught:
+        with pytest.raises(LoginFailed, match="token: the provider reports invalid_client") as caught:
             await provider.finish(callback.query, flow)
         assert caught.value.status == 502
         await transport.aclose()
