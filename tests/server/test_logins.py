@@ -666,7 +666,7 @@ def test_hash_password_at_a_terminal() -> None:
     code, said = typed(b"one\n", b"other\n")
     assert (code, said.splitlines()[-1]) == (2, "chat-proxy: the two are not the same")
     code, said = typed(b"\x04")
-    assert (code, "Traceback" in said, "that is not empty" in said) == (2, False, True)
+    assert (code, "Traceback" in said, "must not be empty" in said) == (2, False, True)
 
 
 def test_an_unknown_user_costs_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
