@@ -32,11 +32,11 @@ TESTED = {  # each block of shell commands, by its document and its first words,
     (
         "CONTRIBUTING.md",
         "python3 -m venv",
-    ): "tests/unit/test_docs.py::test_contributing_shows_what_the_test_command_does",
+    ): "tests/unit/test_docs.py::test_contributing_shows_what_is_tested",
     ("docs/clients.md", "curl -N"): "tests/server/test_documented.py::test_curl_is_a_client",
     ("docs/clients.md", "chat-proxy upstream"): "tests/browser/test_examples.py::test_a_page_is_built_without_a_key",
     # needs systemd as process 1: the test does the same with the processes themselves
-    ("deploy/README.md", "for i in"): "tests/deploy/test_rolling.py::test_a_rolling_restart_loses_nothing",
+    ("deploy/README.md", "for i in"): "tests/deploy/test_rolling.py::test_rolling_restarts",
 }
 IN_WORDS = ("required", "made in memory", "the packaged page", "chat-proxy.revoked.json")  # no values
 
@@ -91,7 +91,7 @@ def test_every_command_is_documented() -> None:
     assert told == set(listed)
 
 
-def test_contributing_shows_what_the_test_command_does() -> None:
+def test_contributing_shows_what_is_tested() -> None:
     """What CONTRIBUTING.md installs and checks is what tests/run does, and each file that it names is there."""
     guide, run = ((ROOT / name).read_text(encoding="utf-8") for name in ("CONTRIBUTING.md", "tests/run"))
     block = re.sub(r" +#.*", "", guide.partition("```sh\n")[2].partition("```")[0])
@@ -229,9 +229,8 @@ def test_every_end_of_a_stream_is_documented() -> None:
 def test_every_metric_is_documented() -> None:
     """The table of metrics holds every metric with its labels, and no other."""
     table = TEXTS["docs/http-api.md"].partition("\n## Metrics\n")[2].partition("\n## ")[0]
-    shown = {
-        name: set(filter(None, labels.split(","))) for name, labels in re.findall(r"`(\w+)\{?([\w,]*)\}?` \|", table)
-    }
+    rows = re.findall(r"(?m)^\| `(\w+)(?:\{([\w,]+)\})?` \|", table)
+    shown = {name: set(filter(None, labels.split(","))) for name, labels in rows}
     metrics = Metrics(("m",))
     families = {family.name: family for family in metrics.registry.collect()}
     assert shown.keys() == {f"{name}_total" if f.type == "counter" else name for name, f in families.items()}
@@ -250,7 +249,7 @@ def strings_of(path: Path) -> list[str]:
 
 def test_symptoms_are_the_servers_own_texts() -> None:
     """Each status, code, quoted text and log event in the table of symptoms is one that the server has."""
-    rows = re.findall(r"(?m)^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", TEXTS["docs/troubleshooting.md"])[2:]
+    rows = re.findall(r"(?m)^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", TEXTS["docs/troubleshooting.md"])[1:]
     assert len(rows) >= 10
     texts = {text for path in (ROOT / "proxy").rglob("*.py") for text in strings_of(path)}
     codes = {kind.code for kind in kinds_of(errors.Interruption)}
@@ -287,7 +286,7 @@ def test_github_accepts_its_files(file: str) -> None:
     """Each file is valid by its schema, and the list is complete."""
     assert set(SCHEMAS) == {str(path.relative_to(ROOT / ".github")) for path in ROOT.glob(".github/**/*.yml")}
     tool = Path(sys.executable).with_name("check-jsonschema")
-    command = [tool, "--builtin-schema", SCHEMAS[file], ROOT / ".github" / file]
+    command = [str(tool), "--builtin-schema", SCHEMAS[file], str(ROOT / ".github" / file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
 
