@@ -251,7 +251,8 @@ class ChatProxy:
         request = policy.apply(body, self.settings.policy, exact_usage=self.settings.limits.exact_usage)
         del body  # prompts are long, and answers take their time
         context.log["model"] = request.model
-        call, meter = UpstreamCall(), UsageMeter(request.prompt_tokens)
+        call = UpstreamCall(request.body, context.request_id, context.traceparent)
+        meter = UsageMeter(request.prompt_tokens)
         most_tokens = request.prompt_tokens + request.choices * request.output_tokens
         async with await self.limits.hold(subject, most_tokens, meter.so_far) as permit:
             try:

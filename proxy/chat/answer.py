@@ -78,9 +78,9 @@ class Answers:
     async def relay(
         self, context: RequestContext, request: ChatRequest, call: UpstreamCall, meter: UsageMeter, scope: CancelScope
     ) -> Outcome:
-        source = await self.upstream.stream(request.body, context.request_id, call, context.traceparent)
+        source = await self.upstream.stream(call)
         try:
-            request.body = b""  # prompts are long, and answers take their time
+            request.body = call.body = b""  # prompts are long, and answers take their time
             events = Events(secret_in(call.key), request.choices, withhold_usage=request.usage_for_us)
             idle, total, comment = self.idle_timeout, self.total_timeout, self.comment_seconds
             relay = Relay(source, context.send, events, scope, idle=idle, total=total, comment=comment)
@@ -97,7 +97,7 @@ class Answers:
         """Passes on one whole answer."""
 
         def ask(_: CancelScope) -> Awaitable[bytes]:
-            return self.upstream.complete(request.body, context.request_id, call, context.traceparent)
+            return self.upstream.complete(call)
 
         answer = await self.until_client_leaves(context, call, ask)
         meter.note_answer(answer)

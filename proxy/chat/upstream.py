@@ -76,11 +76,15 @@ decode_models = msgspec.json.Decoder(ModelList).decode
 
 @dataclass(slots=True)
 class UpstreamCall:
-    """What calling the upstream took. `sent`: it holds a whole request of ours, so it may be doing paid work.
+    """One call of the upstream: the request, and what it took.
 
-    `key` is the one the request went out with: the configured one may be another by the time of the answer.
+    `sent`: the upstream has the whole request, so it may be doing paid work. `key` is the one that was sent: the
+    configured key may have changed by the time of the answer.
     """
 
+    body: bytes
+    request_id: str
+    traceparent: bytes | None = None
     retries: int = 0
     sent: bool = False
     key: str = ""
@@ -115,17 +119,13 @@ class Upstream:
 
     # ---- the two calls --------------------------------------------------------------------------------------------
 
-    async def stream(
-        self, body: bytes, request_id: str, attempts: UpstreamCall, traceparent: bytes | None = None
-    ) -> ResponseStream:
+    async def stream(self, call: UpstreamCall) -> ResponseStream:
         """The upstream's stream, its headers checked. Raises a Refusal."""
         patience = self.configured.first_byte_timeout
-        response = await self.open(body, request_id, attempts, b"text/event-stream", patience, traceparent)
+        response = await self.open(call, b"text/event-stream", patience)
         return cast(ResponseStream, response.stream)
 
-    async def complete(
-        self, body: bytes, request_id: str, attempts: UpstreamCall, traceparent: bytes | None = None
-    ) -> bytes:
+    async def complete(self, call: UpstreamCall) -> bytes:
         """A whole answer, at most LONGEST_ANSWER bytes of JSON, within total_timeout. Raises a Refusal.
 
         One that ends with its connection, and too early, shows that only in its JSON.
@@ -133,7 +133,7 @@ class Upstream:
         patience = self.configured.total_timeout
         try:
             async with asyncio.timeout(patience):
-                response = await self.open(body, request_id, attempts, b"application/json", patience, traceparent)
+                response = await self.open(call, b"application/json", patience)
                 try:
                     answer = await read_at_most(response, LONGEST_ANSWER)
                 finally:
@@ -171,29 +171,21 @@ class Upstream:
 
     # ---- attempts -------------------------------------------------------------------------------------------------
 
-    async def open(
-        self,
-        body: bytes,
-        request_id: str,
-        attempts: UpstreamCall,
-        wanted: bytes,
-        patience: float,
-        traceparent: bytes | None = None,
-    ) -> httpx.Response:
+    async def open(self, call: UpstreamCall, wanted: bytes, patience: float) -> httpx.Response:
         """A response of status 200 and the wanted content type within `patience` seconds, all retries included.
 
         None of those begins later than first_byte_timeout (rule 2). Raises a Refusal.
         """
-        attempts.key = self.key.value()
+        call.key = self.key.value()
         headers = [
             (b"host", self.url.netloc),  # given here with the length, since httpx takes longer to find them out
-            *self.headers(attempts.key, request_id, wanted),
+            *self.headers(call.key, call.request_id, wanted),
             (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(body)),
-            *([(b"traceparent", traceparent)] if traceparent else []),
+            (b"content-length", b"%d" % len(call.body)),
+            *([(b"traceparent", call.traceparent)] if call.traceparent else []),
         ]
-        request = httpx.Request("POST", self.url, headers=headers, stream=httpx.ByteStream(body))
-        request.extensions = {"timeout": self.timeouts, "sent": attempts.mark_sent}
+        request = httpx.Request("POST", self.url, headers=headers, stream=httpx.ByteStream(call.body))
+        request.extensions = {"timeout": self.timeouts, "sent": call.mark_sent}
         clock = asyncio.get_running_loop().time
         retry_until = clock() + min(patience, self.configured.first_byte_timeout)
         try:
@@ -202,16 +194,16 @@ class Upstream:
                     try:
                         return await self.attempt(request, wanted)
                     except Refusal as refusal:
-                        pause = self.pause_after(refusal, attempts)
+                        pause = self.pause_after(refusal, call)
                         if pause is None or clock() + pause >= retry_until:
                             raise
-                    attempts.sent = False
-                    attempts.retries += 1
+                    call.sent = False
+                    call.retries += 1
                     await asyncio.sleep(pause)
         except TimeoutError:
-            raise GatewayTimeout(should_retry=False, reason="no answer in time", billed=attempts.sent) from None
+            raise GatewayTimeout(should_retry=False, reason="no answer in time", billed=call.sent) from None
         except Refusal as refusal:
-            if attempts.retries:
+            if call.retries:
                 refusal.should_retry = False
             raise
 
@@ -239,13 +231,13 @@ class Upstream:
         finally:
             await response.aclose()
 
-    def pause_after(self, refusal: Refusal, attempts: UpstreamCall) -> float | None:
+    def pause_after(self, refusal: Refusal, call: UpstreamCall) -> float | None:
         """Seconds to wait before the next attempt; None when there is to be none."""
-        if not refusal.retriable or attempts.retries >= self.configured.retries:
+        if not refusal.retriable or call.retries >= self.configured.retries:
             return None
         if refusal.retry_after is not None:
             return refusal.retry_after
-        return min(LONGEST_PAUSE, FIRST_PAUSE * 2.0**attempts.retries) * (0.5 + self.random() / 2)
+        return min(LONGEST_PAUSE, FIRST_PAUSE * 2.0**call.retries) * (0.5 + self.random() / 2)
 
     # ---- requests -------------------------------------------------------------------------------------------------
 
