@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -20,25 +21,9 @@ DEADLINE = 2.0  # seconds: no request waits for it, and a long list takes its ti
 PAGE = 1000  # revoked ids received in one call
 MOST_SENT = 200  # revoked ids sent in one call
 
-# Both scripts may run on a store that is full (allow-oom): a logout must still be stored.
-# KEYS: the revoked ids, the rules. ARGV: read since (ms), how long ids stay (ms), PAGE, new ids.
-# A page ends with all ids of its last millisecond, so that the next page begins after it.
-EXCHANGE = """#!lua flags=allow-oom
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-for n = 4, #ARGV do redis.call('ZADD', KEYS[1], now, ARGV[n]) end
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[2])
-redis.call('PEXPIRE', KEYS[1], ARGV[2])
-local found = redis.call('ZRANGEBYSCORE', KEYS[1], ARGV[1], '+inf', 'WITHSCORES', 'LIMIT', 0, ARGV[3])
-if #found == 2 * ARGV[3] then found = redis.call('ZRANGEBYSCORE', KEYS[1], ARGV[1], found[#found], 'WITHSCORES') end
-return {now, found, redis.call('GET', KEYS[2])}
-"""
-# KEYS: the rules. ARGV: the expected value, the new value. Compare-and-set keeps the changes of two operators.
-REPLACE = """#!lua flags=allow-oom
-if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[1], ARGV[2])
-return 1
-"""
+HERE = Path(__file__).parent
+EXCHANGE = (HERE / "exchange.lua").read_text(encoding="utf-8")
+REPLACE = (HERE / "replace.lua").read_text(encoding="utf-8")
 KEYS = [f"{PREFIX}revoked", f"{PREFIX}decree"]
 
 encode = msgspec.json.encode
