@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from proxy import settings
 
-KEY_CHECK = 1.0  # seconds between two looks at the key's file
+KEY_CHECK = 1.0  # seconds between two checks of the key's file
 KEY_PREFIX = re.compile(r"(?:[a-z]{1,12}[-_]){0,3}")  # sk-proj-; of a random part it would seldom take anything
 PIECE = 8  # characters of a key that identify it
 PLACEHOLDERS = frozenset(  # keys for servers that check none, as long as a piece

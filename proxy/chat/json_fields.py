@@ -71,7 +71,7 @@ STRING, OBJECT, OBJECTS, MESSAGES = map(decoder, (str, Members, list[Members], l
 def parse(body: bytes) -> dict[str, Raw]:
     """The body's fields by name; the values are valid JSON in valid UTF-8, more is not known of them."""
     try:
-        body.decode()  # msgspec does not look into a Raw
+        body.decode()  # msgspec does not check the content of a Raw
         check_names_in_all(body)
         members = OBJECT.decode(body)
     except UnicodeDecodeError as error:

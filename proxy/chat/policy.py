@@ -101,12 +101,12 @@ def apply(body: bytes, rules: settings.Policy, *, exact_usage: bool = False) -> 
     `param` is the field's path, like messages[3].content.
     """
     try:
-        return order(body, rules, exact_usage)
+        return chat_request(body, rules, exact_usage)
     except RecursionError:
         raise errors.InvalidJson(f"The request {TOO_DEEP}.") from None
 
 
-def order(body: bytes, rules: settings.Policy, exact_usage: bool) -> ChatRequest:
+def chat_request(body: bytes, rules: settings.Policy, exact_usage: bool) -> ChatRequest:
     fields = parse(body)
     check_names(fields, allowed_names(rules))
     model, edits = choose_model(fields, rules)
@@ -114,8 +114,8 @@ def order(body: bytes, rules: settings.Policy, exact_usage: bool) -> ChatRequest
     include_usage = usage_wanted(fields, stream)
     usage_for_us = exact_usage and stream and not include_usage
     output_tokens, limits = limit_output(fields, rules)
-    talk = MessagesReader(rules)
-    talk.read(fields.get("messages"))
+    reader = MessagesReader(rules)
+    reader.read(fields.get("messages"))
     messages = opening(rules) + bytes(fields["messages"])[1:]
     if rules.system_prompt:
         edits["messages"] = Raw(messages)
@@ -128,7 +128,7 @@ def order(body: bytes, rules: settings.Policy, exact_usage: bool) -> ChatRequest
         stream=stream,
         choices=1 if absent(fields, "n") else integer(fields["n"], "n", MAX_CHOICES),
         output_tokens=output_tokens,
-        prompt_tokens=talk.tokens(len(messages) + unread_bytes(fields)),
+        prompt_tokens=reader.tokens(len(messages) + unread_bytes(fields)),
         include_usage=include_usage,
         usage_for_us=usage_for_us,
     )

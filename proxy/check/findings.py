@@ -1,10 +1,9 @@
-"""What is wrong between the visitors and this server, judged by what one of them saw (observed.py). Pure: what was
-observed goes in, findings come out.
+"""A finding, and the findings of a first contact that fails. Pure: observations in, findings out.
 
 Rules:
-1. A finding says what is, why it matters, and the line to change: nginx's directive, or our setting.
-2. A fault in front has many faces. The one that explains the others is told, the others are not.
-3. What the server sent is compared with what arrived, header by header: what is right is known to the server alone.
+1. A finding has what is wrong, why it matters, and the line to change: nginx's directive, or a setting.
+2. One misconfiguration causes several symptoms; only the root cause is reported.
+3. The headers that arrived are compared with those that the server sent: only the server knows the right ones.
 4. What was not observed is not judged.
 """
 

@@ -22,7 +22,7 @@ SESSION_COOKIES = ("__Host-chat", "chat")
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What the judges look at: all that was observed, and the report that the others hang on."""
+    """The evidence for a judgement: all observations, and the first report."""
 
     seen: Observed
     report: Report
@@ -310,7 +310,7 @@ def about_leaving(case: Evidence) -> Iterator[Finding]:
         yield warning("leaving_unseen", what, why, "run check against one of them alone, or again")
     elif left.state != "left" and not case.is_cached:  # a cache reads on after the client has left
         what = f"a visitor who left was not noticed within {left.seconds:.1f} s"
-        why = "the model goes on, and so does the bill"
+        why = "the model goes on, and so do its costs"
         yield fault("leaving", what, why, "nginx: proxy_ignore_client_abort off;")
 
 

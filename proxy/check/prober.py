@@ -125,8 +125,8 @@ def examine(
         for path, answer in ((LOOK, first), (CHAT[0], plain)):
             if obstacle := findings.obstacle(url, path, answer, now, date_of(answer)):
                 return [obstacle], Measured()
-        door = Connection(url, now, ours, certificate, offers_h2, plain, first)
-        seen = Prober(browser, settings, slow=slow).beyond(door)
+        connection = Connection(url, now, ours, certificate, offers_h2, plain, first)
+        seen = Prober(browser, settings, slow=slow).beyond(connection)
     return judgements.judge(seen), measured(seen)
 
 
@@ -235,7 +235,7 @@ decode_departure = msgspec.json.Decoder(Departure).decode
 
 
 class Prober:
-    """All that one run looks at, in turn."""
+    """Makes all observations of one run, in turn."""
 
     def __init__(self, browser: Browser, settings: Settings, *, slow: bool) -> None:
         self.browser = browser
@@ -244,18 +244,18 @@ class Prober:
         self.body_bytes = min(MOST_BODY, settings.server.max_body_bytes)
         self.silence_seconds = longest_silence(settings) if slow else 0.0
 
-    def beyond(self, door: Connection) -> Observed:
+    def beyond(self, connection: Connection) -> Observed:
         chat, ask = self.browser.chat, self.browser.ask
         with_cookie = chat("echo&cookie=1")
         cookie = "; ".join(cookie.partition(";")[0] for cookie in with_cookie.cookies)
         return Observed(
-            url=door.url,
-            now=door.now,
-            ours=door.ours,
-            certificate=door.certificate,
-            offers_h2=door.offers_h2,
-            plain=door.plain,
-            twice=(door.first, self.browser.look("echo")),
+            url=connection.url,
+            now=connection.now,
+            ours=connection.ours,
+            certificate=connection.certificate,
+            offers_h2=connection.offers_h2,
+            plain=connection.plain,
+            twice=(connection.first, self.browser.look("echo")),
             spoofed=chat("echo", headers={"x-forwarded-for": SPOOF, self.user_header: FOREIGN_USER}),
             with_cookie=with_cookie,
             returned=chat("echo", headers={"cookie": cookie or "none=none"}),

@@ -14,7 +14,7 @@ import msgspec
 
 HEADER = "x-chat-proxy-check"  # bears the ticket (ticket.py)
 CHAT = ("/api/chat", "/api/v1/chat/completions")  # where chats happen
-LOOK = "/api/check/look"  # where a bearer of a ticket may look beside them
+LOOK = "/api/check/look"  # the diagnostic route beside them
 SPOOF = "203.0.113.77"  # RFC 5737: an address for documentation
 FOREIGN = "https://elsewhere.invalid"
 

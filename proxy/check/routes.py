@@ -46,7 +46,7 @@ MOST_STREAMS = 4  # at one time: a run of `check` has one open
 MOST_EVENTS = 100
 LONGEST_STREAM = 120.0  # seconds; two minutes of silence are more than any chat should bear
 REMEMBERED = 64  # streams whose end may be asked for
-LOOK_EVERY = 0.5  # seconds of a silence between two looks at whether a drain has begun
+LOOK_EVERY = 0.5  # seconds of a silence between two checks for a drain
 DEPARTURE_SECONDS = 0.25  # for a stream to end, when its end is asked for: it should have, milliseconds ago
 DEPARTURE_LOOK = 0.01
 UNKNOWN = Departure("unknown", 0)
@@ -72,12 +72,12 @@ class StreamSpec:
     def of(cls, asked: Asked) -> StreamSpec:
         """Raises InvalidRequest for what is not a short stream."""
         try:
-            wish = cls(asked.get("name", ""), int(asked.get("events", "")), float(asked.get("spacing", "")))
+            spec = cls(asked.get("name", ""), int(asked.get("events", "")), float(asked.get("spacing", "")))
         except ValueError:
             raise InvalidRequest("A stream has a name, a number of events, and seconds between them.") from None
-        if not re.fullmatch("[0-9a-f]{16,64}", wish.name) or not wish.is_short:
+        if not re.fullmatch("[0-9a-f]{16,64}", spec.name) or not spec.is_short:
             raise InvalidRequest(f"A stream has up to {MOST_EVENTS} events and lasts {LONGEST_STREAM:g} s at most.")
-        return wish
+        return spec
 
     @property
     def is_short(self) -> bool:
@@ -110,7 +110,7 @@ class DiagnosticRoutes:
         self.user_header = settings.header.name.lower().encode() if settings.session.mode == "header" else None
         self.is_draining = is_draining
         self.wall = wall
-        self.looks: dict[str, Callable[[RequestContext, Asked, int], Awaitable[None]]] = {
+        self.checks: dict[str, Callable[[RequestContext, Asked, int], Awaitable[None]]] = {
             "echo": self.echo,
             "refusal": self.refusal,
             "stream": self.stream,
@@ -127,13 +127,13 @@ class DiagnosticRoutes:
     async def show(self, context: RequestContext) -> None:
         """Answers what is asked for, by any method. Raises NotFound for what cannot be shown."""
         asked = dict(parse_qsl(context.query.decode("latin-1")))
-        showing = self.looks.get(asked.get("check", ""))
+        showing = self.checks.get(asked.get("check", ""))
         body = await context.body(self.max_body_bytes)
         if showing is None:
             raise NotFound
         await showing(context, asked, len(body))
 
-    # ---- what a request looks like from here ------------------------------------------------------------------------
+    # ---- the request as the server sees it --------------------------------------------------------------------------
 
     async def echo(self, context: RequestContext, asked: Asked, body: int) -> None:
         """A report of the request; with `&cookie=` it gives one like those of sessions, that opens nothing."""
@@ -180,19 +180,19 @@ class DiagnosticRoutes:
 
     async def stream(self, context: RequestContext, asked: Asked, body: int) -> None:
         """Events at known times, with a real stream's headers; the first one is the report, the last one `[DONE]`."""
-        wish = StreamSpec.of(asked)
+        spec = StreamSpec.of(asked)
         if self.open >= MOST_STREAMS:
             raise Busy
         self.open += 1
         started = time.monotonic()  # not the loop's clock: uvloop's stands still in between, and counts milliseconds
-        self.note(wish, "open", 0)
+        self.note(spec, "open", 0)
         try:
-            state = await self.run(context, wish, started, body)
-            self.note(wish, state, time.monotonic() - started)
+            state = await self.run(context, spec, started, body)
+            self.note(spec, state, time.monotonic() - started)
         finally:
             self.open -= 1
 
-    async def run(self, context: RequestContext, wish: StreamSpec, started: float, body: int) -> State:
+    async def run(self, context: RequestContext, spec: StreamSpec, started: float, body: int) -> State:
         """Writes the stream; returns how it ended."""
         last = b"data: [DONE]\n\n"
         try:
@@ -200,8 +200,8 @@ class DiagnosticRoutes:
                 head = context.head(200, [*STREAM_HEADERS, *context.limit_headers])
                 await context.send(head)
                 report = self.report(context, head["headers"], body)
-                for number in range(wish.events):
-                    await self.wait(started + number * wish.spacing)
+                for number in range(spec.events):
+                    await self.wait(started + number * spec.spacing)
                     at = time.monotonic() - started
                     event = encode({"number": number, "at": at, "report": report if number == 0 else None})
                     await context.send(
@@ -221,9 +221,9 @@ class DiagnosticRoutes:
             if self.is_draining():
                 raise StreamDrained
 
-    def note(self, wish: StreamSpec, state: State, at: float) -> None:
-        self.departures.pop(wish.name, None)
-        self.departures[wish.name] = Departure(state, at)
+    def note(self, spec: StreamSpec, state: State, at: float) -> None:
+        self.departures.pop(spec.name, None)
+        self.departures[spec.name] = Departure(state, at)
         while len(self.departures) > REMEMBERED:
             del self.departures[next(iter(self.departures))]
 

@@ -78,7 +78,7 @@ def in_words(measured: checkup.Measured) -> str:
     """The figures of a public address at which nothing was found."""
     silence = "the longest silence was not tried (--slow)"
     if measured.silence_seconds:
-        silence = f"{measured.silence_seconds:g} s of silence are borne"
+        silence = f"{measured.silence_seconds:g} s of silence are possible"
     return (
         f"events arrive one by one (within {measured.event_delay_ms} ms), "
         f"leaving is known after {measured.leaving_ms} ms; {silence}"

@@ -28,7 +28,7 @@ HEAD_SECONDS = 10.0  # for a request's head to be in, from the socket's first mo
 MAX_HEAD_BYTES = 32 * 1024  # nginx passes on 4 x 8 KiB; browsers stop at 4 KiB a cookie
 FRAMING_PER_BYTE = 8  # bytes of a body: as much as chunks of one byte each have
 MAX_FIELDS = 100  # browsers send 15 to 25, proxies add a few
-TICK = 0.5  # seconds between two looks at what is overdue
+TICK = 0.5  # seconds between two checks of the deadlines
 
 HOST = re.compile(rb"(?:[A-Za-z0-9._~%-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")  # RFC 9110 section 7.2, without oddities
 CLOSE = (b"connection", b"close")
@@ -331,13 +331,13 @@ class Guard:
     # ---- time -----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(TICK, self.look)
+        self._timer = asyncio.get_running_loop().call_later(TICK, self.check_deadlines)
 
     def stop(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
 
-    def look(self) -> None:
+    def check_deadlines(self) -> None:
         self.start()  # first, so that a bug does not stop the deadlines
         self.end_overdue(asyncio.get_running_loop().time())
 

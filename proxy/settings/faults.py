@@ -4,7 +4,7 @@ Rules:
 1. A fault names the setting, where its value came from and what would be right. It never shows a value, since people
    put secrets into the wrong variable.
 2. What this version cannot do is refused at start, not ignored; so is what is needed and not installed.
-3. A contradiction is not told where one of the settings that it needs has a fault of its own.
+3. A rule is not checked when one of its settings has a fault of its own.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ CONTRADICTIONS = (
         "traces.propagate",
         ("traces.enabled", "traces.propagate"),
         lambda s: s.traces.propagate and not s.traces.enabled,
-        "must be traces.enabled: without it there is no span that the upstream could be told of",
+        "must be used with traces.enabled: without it there is no span to send",
     ),
     CrossRule(
         "upstream.base_url",

@@ -5,7 +5,7 @@ Rules:
 2. Secrets come from `$CREDENTIALS_DIRECTORY/<section>_<name>`, then `CHAT_PROXY_<SECTION>_<NAME>_FILE`, then
    the variable itself; never from the file that is likely to be committed.
 3. An unknown name is a fault, with the nearest known one. Only variables that Kubernetes adds are ignored.
-4. A file that cannot be read is one fault. What it may say is not told as missing, nor what would depend on that.
+4. A file that cannot be read is one fault. Its settings are not reported as missing, nor rules that depend on them.
 """
 
 from __future__ import annotations

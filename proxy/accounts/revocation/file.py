@@ -35,9 +35,9 @@ class ControlFile:
             signature = (seen.st_ino, seen.st_size, seen.st_mtime_ns)
             if signature == self._seen:
                 return None
-            decree = decode(self.path.read_bytes())
+            rules = decode(self.path.read_bytes())
             self._seen = signature
-            return decree
+            return rules
         except FileNotFoundError:
             return None
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -51,11 +51,11 @@ class ControlFile:
         try:
             with open(f"{self.path}.lock", "a", opener=open_no_link) as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                decree = change(self.read() or RevocationRules())
+                rules = change(self.read() or RevocationRules())
                 fresh = Path(f"{self.path}.new")
                 fresh.unlink(missing_ok=True)
                 with fresh.open("xb") as file:
-                    file.write(msgspec.json.encode(decree))
+                    file.write(msgspec.json.encode(rules))
                     self.set_owner(file.fileno())
                 fresh.replace(self.path)
         except OSError as error:

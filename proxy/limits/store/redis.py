@@ -222,10 +222,10 @@ class RedisStore:
         while not self.is_up:
             await asyncio.sleep(pause)
             pause = min(LAST_PROBE, pause * 2)
-            await self.look()
+            await self.try_again()
         self.report(None)
 
-    async def look(self) -> None:
+    async def try_again(self) -> None:
         self.is_up = await self.answers()
         if self.is_up and self.on_found is not None:
             await self.on_found()
@@ -258,7 +258,7 @@ class RedisStore:
         """Tries an unavailable store once more: this is the last chance to send what it missed."""
         if self._probing is not None and not self._probing.done():
             self._probing.cancel()
-            await self.look()
+            await self.try_again()
         await self.client.aclose()
 
 
