@@ -42,7 +42,7 @@ class ApiKey:
 
 
 def secret_in(key: str) -> bytes:
-    """What no answer may hold; nothing where the key is too short for a secret, or known to be none."""
+    """The bytes that no answer may contain; empty where the key is too short for a secret, or a known placeholder."""
     return b"" if len(key) < PIECE or key.lower() in PLACEHOLDERS else key.encode()
 
 

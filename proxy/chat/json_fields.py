@@ -89,7 +89,7 @@ def check_names_in_all(body: bytes) -> None:
 
 
 def outside_strings(value: bytes) -> bytes:
-    """What stands between the strings of a JSON text."""
+    """The parts of a JSON text outside its strings."""
     unescaped = value.replace(b"\\\\", b"").replace(b'\\"', b"")
     return b"".join(unescaped.split(b'"')[::2])
 

@@ -141,7 +141,7 @@ def allowed_names(rules: settings.Policy) -> frozenset[str]:
 
 @lru_cache(RULES_KEPT)
 def opening(rules: settings.Policy) -> bytes:
-    """What takes the place of the messages' first bracket: the operator's message before theirs."""
+    """The bytes that replace the first bracket of `messages`: it, and the operator's message."""
     message = msgspec.json.encode({"role": "system", "content": rules.system_prompt})
     return b"[" + message + b"," if rules.system_prompt else b"["
 

@@ -47,7 +47,7 @@ class Choice(msgspec.Struct):
 
 
 class Chunk(msgspec.Struct):
-    """What the proxy reads of a chat.completion.chunk, or of a whole chat.completion."""
+    """The fields that the proxy reads of a chat.completion.chunk, or of a whole chat.completion."""
 
     choices: list[Choice] | None = None
     usage: Any = None
@@ -151,7 +151,7 @@ class Events:
         return out
 
     def pass_on(self, before: bytes) -> bytes:
-        """What may go out of an event that is longer than HOLD; whole events `before` it do."""
+        """The bytes of an event longer than HOLD that may be sent; whole events `before` it have been."""
         if self._key in self._tail:
             raise KeyEcho(before)
         out = bytes(self._tail[: -self._keep])
@@ -160,7 +160,7 @@ class Events:
         return out
 
     def rest(self) -> bytes:
-        """What is held after the last whole event; for a stream that ended well it belongs to it. Raises KeyEcho."""
+        """The bytes held after the last whole event, which belong to a stream that ended well. Raises KeyEcho."""
         out = bytes(self._tail)
         self._tail.clear()
         if self._key in out:
@@ -234,7 +234,7 @@ class Events:
 
 
 def split_at(boundary: re.Match[bytes] | None, data: bytes) -> tuple[bytes, bytes]:
-    """What goes up to the end of the boundary, and what comes behind it."""
+    """Splits the data at the end of the boundary."""
     end = boundary.end() if boundary else 0
     return data[:end], data[end:]
 

@@ -1,12 +1,12 @@
-"""The client side: one chat request to the upstream, with our key, our deadlines, our retries.
+"""One call of the upstream, with the API key, deadlines and retries.
 
 Rules:
 1. The request's headers are built from nothing. The transport is called directly: no cookie jar, no redirects, no
-   environment proxies, nothing of one visitor that could travel with another's request.
-2. Retried is only what cannot have cost anything: a connection that never stood, and the statuses that say "not now".
-   All of it begins inside `first_byte_timeout`.
-3. Nothing the upstream says is repeated to the browser, except a `code` and `param` of harmless shape.
-4. httpx's errors are translated here and nowhere else.
+   environment proxies, so nothing of one visitor can travel with another's request.
+2. Only failures that cannot have cost anything are retried: a connection that was not established, and the statuses
+   that mean "not now". Every attempt begins inside `first_byte_timeout`.
+3. No text of the upstream's errors reaches the client, except a `code` and `param` of harmless shape.
+4. httpx's errors are translated here and in upstream_errors.py only.
 """
 
 from __future__ import annotations
@@ -281,7 +281,7 @@ class Upstream:
         raise BadGateway(retry_after=wait, reason=reason, billed=status == 504, retriable=status in RETRIED)
 
     def shown(self, value: object, shape: re.Pattern[str]) -> str | None:
-        """What the upstream sent, where it has a harmless shape and holds nothing of our key."""
+        """The upstream's value, if it has a harmless shape and contains no piece of the key."""
         if isinstance(value, str) and shape.fullmatch(value) and not self.key.pieces.search(value.encode()):
             return value
         return None

@@ -56,7 +56,7 @@ def refuse_transport(error: httpx.TransportError) -> NoReturn:
 
 
 def describe(error: httpx.TransportError) -> str:
-    """What happened, for the log: kinds of error only, since their texts may quote what was sent."""
+    """The types of an error and its causes, for the log. Their texts may quote the request."""
     cause = error.__cause__
     if isinstance(cause, ssl.SSLCertVerificationError):
         return f"{type(error).__name__}: {cause.verify_message}"

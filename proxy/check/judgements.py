@@ -193,7 +193,7 @@ def wrong_flags(cookie: str, *, is_https: bool) -> list[str]:
 
 
 def about_headers(case: Evidence) -> Iterator[Finding]:
-    """What arrived of the headers that were sent, with an answer and with a stream."""
+    """Compares the headers that arrived with those that were sent, of an answer and of a stream."""
     streams = ((stream.report, stream.answer) for stream in case.seen.streams.values())
     answers = ((case.report, case.seen.plain), *streams)
     changed = {
@@ -250,7 +250,7 @@ def about_caches(case: Evidence) -> Iterator[Finding]:
 
 
 def about_streams(case: Evidence) -> Iterator[Finding]:
-    """Of each chat's address; what is wrong at both is one finding."""
+    """Judges the stream of each chat route; the same fault at both is one finding."""
     wrong: dict[str, tuple[Finding, list[str]]] = {}
     for path, stream in case.seen.streams.items():
         if (finding := about_stream(stream)) is not None:

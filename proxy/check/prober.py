@@ -66,7 +66,7 @@ COMPRESSIONS = "gzip, deflate, br, zstd"  # as browsers send it
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What `check` reports beside its findings; None for what was not observed. Milliseconds, days, seconds."""
+    """The figures that `check` reports beside its findings; None for what was not observed. Milliseconds, days, seconds."""
 
     http: str | None = None
     certificate_days: int | None = None
@@ -78,7 +78,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """What is seen before anything else, or nothing is: the connection, and the first two reports (see Observed)."""
+    """The first contact: the connection, and the first two reports (see Observed)."""
 
     url: str
     now: float

@@ -20,7 +20,7 @@ FOREIGN = "https://elsewhere.invalid"
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What the server made of one request, and the headers that it sent with its answer."""
+    """One request as the server received it, and the headers that it sent with its answer."""
 
     server: str
     now: float

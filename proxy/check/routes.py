@@ -62,7 +62,7 @@ encode = msgspec.json.Encoder().encode
 
 @dataclass(frozen=True, slots=True)
 class StreamSpec:
-    """What stream was asked for: so many events, so many seconds apart."""
+    """The requested stream: so many events, so many seconds apart."""
 
     name: str
     events: int

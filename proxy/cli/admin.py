@@ -80,7 +80,7 @@ def run_hash_password(options: argparse.Namespace) -> int:
 
 
 def password_given() -> str:
-    """What is typed, twice, or the first line of standard input. Raises ValueError, UnicodeError."""
+    """The password: typed twice, or the first line of standard input. Raises ValueError, UnicodeError."""
     if not sys.stdin.isatty():
         return sys.stdin.readline().rstrip("\n")
     try:

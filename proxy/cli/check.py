@@ -45,7 +45,7 @@ def run_check(options: argparse.Namespace) -> int:
 
 
 class Printer:
-    """What was found so far: lines as they come, or one JSON object at the end."""
+    """Prints findings: each as a line at once, or all as one JSON object at the end."""
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
@@ -97,7 +97,7 @@ def check_options(options: argparse.Namespace, chosen: settings.Settings) -> Non
 
 
 def warnings_about(chosen: settings.Settings) -> list[str]:
-    """What is valid and yet unlikely to be meant."""
+    """Warnings about valid settings that are probably a mistake."""
     limits, longest = chosen.limits, chosen.policy.max_output_tokens
     found = [
         f"limits.{name} allows less than one answer of policy.max_output_tokens: every question would be refused"

@@ -36,14 +36,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def replace_closed_streams() -> None:
-    """What we were started without becomes /dev/null, or the first socket would be descriptor 1 and get the log."""
+    """Opens /dev/null for standard streams that are closed; otherwise a socket could become descriptor 1 and get the log."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, closefd=False))
 
 
 def drop_unwritten() -> None:
-    """What standard output did not take, or the interpreter would try once more at exit, and complain."""
+    """Drops unwritten output; otherwise the interpreter would write it again at exit, and report an error."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -113,7 +113,7 @@ def usage(ask: Ask, reply: Answer) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What all objects of one answer have in common."""
+    """The fields that all objects of one answer share."""
 
     id: str
     created: int

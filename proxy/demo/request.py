@@ -59,7 +59,7 @@ def encode(value: object) -> bytes:
 
 
 def staged_error(status: int) -> Rejected:
-    """What `/error` asked for, with type and code as OpenAI has them where it has that status."""
+    """The error that `/error` asks for, with OpenAI's type and code for that status."""
     known = {
         400: ("invalid_request_error", "invalid_request"),
         401: ("invalid_request_error", "invalid_api_key"),

@@ -24,7 +24,7 @@ SENT_AT_ONCE = 100  # counters in one call: thousands would block the store beyo
 
 
 class Permit:
-    """What one answer holds while it is written: a place among the live streams, and the most tokens it may cost.
+    """The holdings of one answer while it is written: a place among the live streams, and the most tokens it may cost.
 
     `settle` charges what was used in their place; leaving the `async with` without that returns all of them. `so_far`
     gives the tokens used by now, which the store charges if this process dies.

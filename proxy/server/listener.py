@@ -134,7 +134,7 @@ def listening_socket(number: int) -> socket.socket:
 
 
 def tune(listener: socket.socket, write_deadline: float) -> None:
-    """What accepted sockets inherit: small writes go at once, and what is not taken in time ends the connection.
+    """Sets the options that accepted sockets inherit: no delay of small writes, and a deadline for unread bytes.
 
     While nothing is sent, the kernel probes the client from half that time on. Unix sockets have no such options; their
     clients have deadlines of their own.

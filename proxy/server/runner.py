@@ -1,4 +1,4 @@
-"""TODO."""
+"""uvicorn without its signal handling, and with its warnings in the log."""
 
 from __future__ import annotations
 

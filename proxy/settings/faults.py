@@ -46,7 +46,7 @@ class SettingsError(Exception):
 
 
 def refused_by_opentelemetry(error: Exception) -> SettingsError:
-    """What it has against the OTEL_* variables, which are settings that it reads itself: their names (rule 1)."""
+    """The fault of the OTEL_* variables, which OpenTelemetry reads itself: their names only (rule 1)."""
     named = ", ".join(re.findall(r"OTEL_[A-Z_]+", str(error))) or "OTEL_*"
     message = f"OpenTelemetry cannot use its variables: {named} ({type(error).__name__})"
     return SettingsError([Fault("traces.enabled", "environment", message)])

@@ -190,7 +190,7 @@ def known_variables() -> Iterator[str]:
 
 
 def is_kubernetes(name: str, value: str) -> bool:
-    """What Kubernetes injects for a Service whose name begins with chat-proxy; it is about the Service, not for us."""
+    """Whether Kubernetes injected the variable, for a Service whose name begins with chat-proxy."""
     addressed = value.startswith(("tcp://", "udp://", "sctp://"))
     return bool(KUBERNETES.match(name)) or (name.endswith("_PORT") and addressed)
 

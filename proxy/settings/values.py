@@ -199,7 +199,7 @@ def origin(written: str) -> str:
 
 
 def hosts_of(origin: str) -> set[str]:
-    """What a client may send as Host for an origin: the usual port may stand or be left out."""
+    """The values of Host that match an origin: with or without the usual port."""
     url = urlsplit(origin)
     host = url.netloc.lower()
     return {host, f"{host}:{USUAL_PORTS[url.scheme]}"} if url.port is None else {host}
@@ -215,7 +215,7 @@ def is_loopback(host: str) -> bool:
 
 
 def base_url(written: str) -> str:
-    """Where the upstream's API begins, without the slash at its end."""
+    """The upstream's base URL, without a slash at its end."""
     written = written.strip()
     try:
         url = urlsplit(written)
@@ -268,7 +268,7 @@ STORES = ("redis", "rediss", "unix", "redis+unix", "redis+sentinel")
 
 
 def store(written: str) -> str:
-    """Where limits count, as the `limits` package writes it."""
+    """The URL of the limit store, in the notation of the `limits` package."""
     written = written.strip()
     if written == "memory://":
         return written

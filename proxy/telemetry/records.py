@@ -51,7 +51,7 @@ class Outcome:
 
 
 class RequestRecord:
-    """What the log line, the metrics and the span of one request are made of. Filled while the request is handled.
+    """The values of one request for its log line, metrics and span. Filled while the request is handled.
 
     `log` holds further fields of the log line: names, numbers and codes only.
     """

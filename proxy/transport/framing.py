@@ -55,7 +55,7 @@ class OutgoingRequest:
         return part
 
     def last(self) -> bytes:
-        """What goes out after the last part."""
+        """The bytes after the last part of the body."""
         if self._left:
             raise httpx.LocalProtocolError("the body is shorter than Content-Length")
         return b"0\r\n\r\n" if self._left is None else b""
@@ -116,7 +116,7 @@ class ResponseParser:
         del self._parser
 
     def _stop(self, error: BaseException) -> None:
-        """Nothing further can be read. After the end, that only means that the connection is of no more use."""
+        """Ends parsing. After the end of the answer that only makes the connection unusable."""
         self.keep_alive = False
         if not self.ended:
             self.ended = True

@@ -34,7 +34,7 @@ class SignedValues:
         return self.signers[0].sign(payload).decode()
 
     def verify(self, value: bytes) -> Verified | None:
-        """None for a value that none of the keys signed. Every key is tried, so the time reveals nothing."""
+        """The payload of a value that one of the keys signed, else None. Every key is tried: constant time."""
         payload, _, _ = value.rpartition(SEPARATOR.encode())
         matches = [hmac.compare_digest(signer.sign(payload), value) for signer in self.signers]
         return Verified(payload, matches[0]) if any(matches) else None

@@ -124,7 +124,7 @@ class Provider:
     # ---- the flow ---------------------------------------------------------------------------------------------------
 
     async def begin(self, randomness: Callable[[int], bytes], next_: str, replaced: str) -> tuple[str, Flow]:
-        """Where the browser goes to log in, and what it has to bring back. Raises LoginFailed."""
+        """Begins a login: the provider's address for the browser, and the flow for its cookie. Raises LoginFailed."""
         metadata = await self.metadata()
         state, nonce, verifier = [encode(randomness(RANDOM_BYTES)) for _ in range(3)]
         asked = {
@@ -157,7 +157,7 @@ class Provider:
         return self.admitted(await self.profile(claims, tokens, metadata))
 
     async def logout_url(self, to: str) -> str | None:
-        """Where the browser may end its session with the provider, too; None where there is no such place.
+        """The address where the browser may also end its session with the provider; None without one.
 
         None also while the provider does not answer: logging out here does not depend on it.
         """

@@ -9,7 +9,7 @@ from proxy.web.context import RequestContext
 
 
 class Mode(Protocol):
-    """What differs between the modes. `name` is the value of `session.mode`.
+    """The differences between the modes. `name` is the value of `session.mode`.
 
     `wants_login`: no session is issued without a login.
     """
@@ -51,13 +51,13 @@ class PlainMode:
         return self.name
 
     def use_keys(self, keys: list[str]) -> None:
-        """No cookie of its own."""
+        """Does nothing: the mode has no cookie of its own."""
 
     def reload(self) -> None:
-        """No secret of its own."""
+        """Does nothing: the mode has no secret of its own."""
 
     def close(self) -> None:
-        """No resource of its own."""
+        """Does nothing: the mode holds no resource."""
 
     async def logout_url(self) -> str | None:
         return None

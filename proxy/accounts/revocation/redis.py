@@ -98,7 +98,7 @@ class RedisRevocations:
 
 
 def revoked_id_of(written: bytes) -> RevokedId | None:
-    """None for an entry of another version."""
+    """Decodes one entry; None for one of another version."""
     with suppress(msgspec.MsgspecError, UnicodeDecodeError):
         return decode_revoked(written)
     return None

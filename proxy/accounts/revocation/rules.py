@@ -17,7 +17,7 @@ SWEEP_AFTER = 1024  # revoked ids, and as many again as remain, between two swee
 
 
 class RevocationRules(msgspec.Struct, frozen=True):
-    """What the operator has revoked. Each change begins a new generation; cookies carry the one they were issued in.
+    """The operator's revocations. Each change begins a new generation; cookies carry the one they were issued in.
 
     Revoked are the sessions of a generation before `everyone`, or before that of their subject in `users`, and those
     issued before `before` (Unix seconds). A generation is the second it began in, or one more than the last: so those
