@@ -66,7 +66,7 @@ COMPRESSIONS = "gzip, deflate, br, zstd"  # as browsers send it
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The figures that `check` reports beside its findings; None for what was not observed. Milliseconds, days, seconds."""
+    """The figures beside the findings; None for what was not observed. Milliseconds, days, seconds."""
 
     http: str | None = None
     certificate_days: int | None = None

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def replace_closed_streams() -> None:
-    """Opens /dev/null for standard streams that are closed; otherwise a socket could become descriptor 1 and get the log."""
+    """Opens /dev/null for closed standard streams; otherwise a socket could become descriptor 1, the log."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, closefd=False))
