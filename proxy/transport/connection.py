@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import InitVar, dataclass, field
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import httpx
@@ -87,13 +87,13 @@ class Connection(asyncio.Protocol):
         if stream is None:
             self.abort()  # bytes that no request asked for: a later answer could not be trusted
             return
-        answer = stream.parser
-        body = answer.feed(data)
+        parser = stream.parser
+        body = parser.feed(data)
         if body:
             self._deliver(body)
-        elif answer.status:
+        elif parser.status:
             stream.wake()
-        if answer.ended and self._stream is stream:
+        if parser.ended and self._stream is stream:
             self._settle(stream)
 
     def eof_received(self) -> None:
@@ -160,14 +160,14 @@ class Connection(asyncio.Protocol):
     def _settle(self, stream: ResponseStream) -> None:
         """The answer has ended: keeps or closes the connection, then ends the stream."""
         self._detach()
-        answer, transport = stream.parser, self.open
+        parser, transport = stream.parser, self.open
         sent = not stream.is_sending and transport is not None and not transport.get_write_buffer_size()
-        if answer.keep_alive and sent:
+        if parser.keep_alive and sent:
             self.resume()
             self.owner.keep(self)
         else:
             self.abort()
-        stream.finish(answer.fault)
+        stream.finish(parser.fault)
 
     def _detach(self) -> None:
         if self._stream is not None:
@@ -176,7 +176,6 @@ class Connection(asyncio.Protocol):
             self.deliver_to(discard)
 
 
-@dataclass(slots=True, eq=False, repr=False)
 class ResponseStream(httpx.AsyncByteStream):
     """The body of one response. Either `attach` a Sink or iterate; `aclose` it, or `abort` it without an await.
 
@@ -184,31 +183,39 @@ class ResponseStream(httpx.AsyncByteStream):
     deadlines are the consumer's own, and `pause` and `resume` are for it.
     """
 
-    connection: InitVar[Connection]
-    request: InitVar[httpx.Request]
-    _connection: Connection | None = field(init=False)
-    parser: ResponseParser = field(init=False)
-    _timeouts: dict[str, float | None] = field(init=False)
-    _began: float = field(init=False)
-    is_sending: bool = True
-    _held: bytearray = field(default_factory=bytearray)
-    _ended: bool = False
-    _error: httpx.TransportError | None = None
-    _taken: bool = False
-    _sink: Sink | None = None
-    _paused: bool = False
-    _waiter: asyncio.Future[None] | None = None
+    __slots__ = (
+        "_began",
+        "_connection",
+        "_consumed",
+        "_ended",
+        "_error",
+        "_held",
+        "_paused",
+        "_sink",
+        "_timeouts",
+        "_waiter",
+        "is_sending",
+        "parser",
+    )
 
-    def __post_init__(self, connection: Connection, request: httpx.Request) -> None:
-        self._connection = connection
+    def __init__(self, connection: Connection, request: httpx.Request) -> None:
         self.parser = ResponseParser(to_head=request.method == "HEAD")
-        self._timeouts = request.extensions.get("timeout", {})
+        self.is_sending = True
+        self._connection: Connection | None = connection
+        self._timeouts: dict[str, float | None] = request.extensions.get("timeout", {})
         self._began = asyncio.get_running_loop().time()
+        self._held = bytearray()
+        self._ended = False
+        self._error: httpx.TransportError | None = None
+        self._consumed = False
+        self._sink: Sink | None = None
+        self._paused = False
+        self._waiter: asyncio.Future[None] | None = None
         connection.begin(self)
 
     def attach(self, sink: Sink) -> None:
         """Pushes the body into `sink`, first the held bytes. Raises StreamConsumed when it is already being read."""
-        self._take()
+        self._consume()
         self._sink = sink
         if not self._paused:
             self._flow()
@@ -227,7 +234,7 @@ class ResponseStream(httpx.AsyncByteStream):
             self._flow()
 
     def __aiter__(self) -> AsyncIterator[bytes]:
-        self._take()
+        self._consume()
         return self
 
     async def __anext__(self) -> bytes:
@@ -254,10 +261,10 @@ class ResponseStream(httpx.AsyncByteStream):
         if self._connection is not None:
             self._connection.fail(httpx.ReadError("the stream was closed"))
 
-    def _take(self) -> None:
-        if self._taken:
+    def _consume(self) -> None:
+        if self._consumed:
             raise httpx.StreamConsumed
-        self._taken = True
+        self._consumed = True
 
     def hold(self, data: bytes) -> None:
         """Holds body bytes while there is no sink."""
@@ -289,25 +296,25 @@ class ResponseStream(httpx.AsyncByteStream):
             self._flow()
 
     def _failure(self, error: httpx.TransportError) -> httpx.TransportError:
-        """The error that ended it, to be raised once: a kept error would keep the frames it passed through."""
+        """The error that ended the stream, to be raised once: a kept error would keep the frames it passed through."""
         self._error = httpx.ReadError("the stream has failed already")
         return error
 
     async def exchange(self, request: httpx.Request, outgoing: OutgoingRequest) -> httpx.Response:
         """Sends the request and returns when the headers of the response are in."""
-        answer = self.parser
+        parser = self.parser
         try:
             await self._send(request, outgoing)
-            while not answer.status:
+            while not parser.status:
                 if self._error is not None:
                     raise self._failure(self._error)
                 await self._wait("read")
         except BaseException:
             self.abort()
             raise
-        headers, answer.headers = answer.headers, []
-        extensions = {"http_version": answer.version, "reason_phrase": answer.reason}
-        return httpx.Response(answer.status, headers=headers, stream=self, extensions=extensions)
+        headers, parser.headers = parser.headers, []
+        extensions = {"http_version": parser.version, "reason_phrase": parser.reason}
+        return httpx.Response(parser.status, headers=headers, stream=self, extensions=extensions)
 
     async def _send(self, request: httpx.Request, outgoing: OutgoingRequest) -> None:
         """Writes the request. Any early answer ends the waiting; an error status ends the sending as well."""
