@@ -15,7 +15,7 @@ def default_ssl_context() -> ssl.SSLContext:
 
 
 def upstream_ssl_context(ca_file: str) -> ssl.SSLContext | None:
-    """Trusts certifi's roots and those in `ca_file`; None, for the default, without one."""
+    """Trusts certifi's roots and those in `ca_file`. Without one None: the default. Raises OSError, ssl.SSLError."""
     if not ca_file:
         return None
     context = ssl.create_default_context(cafile=certifi.where())
