@@ -1,8 +1,7 @@
-"""Gone means stopped: a client that leaves, in any phase and in any way, ends the upstream call and leaves nothing.
+"""A client that disconnects, in any phase and in any way, ends its upstream call, and nothing is left of it.
 
-Rows 25 to 29 and 41 of the fault table. What counts is measured at the upstream's socket. The bound on time is one of
-liveness, ten times the promise of 50 ms, plus what this machine kept the process waiting meanwhile; the figure itself
-is the benchmark's.
+Rows 25 to 29 and 41 of the fault table. Times are measured at the upstream's socket. Their bound is ten times the
+promised 50 ms, plus the time for which this machine kept the process waiting; the benchmark measures the promise.
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ from proxy.server import listener as listener_module
 
 BOUND = 0.5  # seconds
 MANY = 100
-MEDIUM = 65536  # bytes of socket buffers where a client is to block early; a loopback segment, or reading takes ages
-SMALL = 16384  # and where it is to block at once
+MEDIUM = 65536  # bytes of socket buffers of a client that blocks early; below a loopback segment reading takes ages
+SMALL = 16384  # of a client that blocks at once
 SO_ATTACH_FILTER = 26  # of asm-generic/socket.h; Python has no name for it
 
 FIRST, SECOND = delta("first"), delta("second")
@@ -68,7 +67,7 @@ all_ways = pytest.mark.parametrize("way", WAYS)
 
 
 class Noise:
-    """Within it, what this machine kept the process waiting."""
+    """Measures how long this machine keeps the process waiting inside the `with` block."""
 
     def __init__(self) -> None:
         self.worst = 0.0
@@ -92,15 +91,15 @@ class Noise:
 
     @property
     def seconds(self) -> float:
-        """What to allow for it: some stalls like the longest one, and all waits for a processor, which add up."""
+        """The allowance: a few stalls as long as the longest, plus all waits for a processor, which add up."""
         return 4 * self.worst + sum(now - self._queued.get(thread, 0) for thread, now in queued().items())
 
 
 def queued() -> dict[str, float]:
-    """Seconds that each thread of this process has been ready to run and waiting for a processor, ever."""
+    """For each thread of this process, the seconds since its start in which it was runnable and had no processor."""
     found = {}
     for thread in Path("/proc/self/task").iterdir():
-        with suppress(OSError):  # it has ended, or this kernel does not count
+        with suppress(OSError):  # the thread has ended, or this kernel does not count
             found[thread.name] = int((thread / "schedstat").read_text().split()[1]) / 1e9
     return found
 
@@ -110,15 +109,15 @@ def queued() -> dict[str, float]:
 
 @dataclass
 class Scene:
-    """A phase on its stage: the upstream that plays it, the proxy, and the clients of the current round."""
+    """A running phase: the upstream that plays it, the proxy, and the clients of the current round."""
 
     phase: Phase
     upstream: ScriptedUpstream
     proxy: Running
     clients: list[socket.socket] = field(default_factory=list)
-    closed: list[float] = field(default_factory=list)  # when the upstream's connections went, in order
+    closed: list[float] = field(default_factory=list)  # times at which the upstream's connections were closed, in order
     pushed: int = 0  # events that the upstream could write
-    is_dark: bool = False  # the clients have no power any more
+    is_dark: bool = False  # the clients have lost power
     rounds: int = 0  # requests of earlier rounds
     spent: int = 0  # tokens of earlier rounds
 
@@ -128,7 +127,7 @@ class Scene:
 
     @property
     def calls(self) -> int:
-        """Upstream connections that are doing something for us."""
+        """The number of upstream connections in use."""
         transport: Any = self.proxy.service.app.transport
         return int(transport.open_sockets - len(transport._idle))
 
@@ -139,7 +138,7 @@ class Scene:
 
     @contextmanager
     def clients_there(self, count: int | None = None) -> Iterator[list[socket.socket]]:
-        """Within it all clients of a new round have reached the phase."""
+        """Starts a new round; yields its clients when all have reached the phase."""
         eventually(lambda: not self.proxy.service.app.busy)
         self.rounds = len(self.proxy.lines())
         self.spent = sum(line.get("tokens", 0) for line in self.proxy.lines())
@@ -154,7 +153,7 @@ class Scene:
             yield self.clients
 
     def assert_stopped(self, left: float, noise: Noise) -> None:
-        """All calls have ended, soon after `left` (monotonic), and each is settled and logged as the phase says."""
+        """Asserts that all calls ended soon after `left` (monotonic), each settled and logged as the phase expects."""
         proxy, phase, bound = self.proxy, self.phase, BOUND + noise.seconds
         wall = time.time() - time.monotonic()
         if phase.calls:
@@ -189,11 +188,11 @@ Act = Callable[[Scene, Peer], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Phase:
-    """A moment in which a client may leave.
+    """A moment at which a client may disconnect.
 
-    `act` is the upstream's part after a request has come, `reached` tells that all clients are there. `events` is how
-    many of them the account carries, None where the log's own number must do; `prompt`: the prompt is paid for.
-    `requests` is how many of each client the upstream gets to see. `row` is its place in the fault table.
+    `act` is the upstream's part after a request; `reached` is true when all clients are in the phase. `events` is the
+    number of events that are charged, None for the number in the log; with `prompt` the prompt is charged. `requests`
+    is the number of requests that reach the upstream from each client. `row` is the row of the fault table.
     """
 
     act: Act
@@ -201,8 +200,8 @@ class Phase:
     prompt: bool = True
     events: int | None = 0
     count: int = MANY
-    begun: bool = False  # our response has
-    calls: bool = True  # the upstream has a connection that must go
+    begun: bool = False  # our response has begun
+    calls: bool = True  # the upstream has a connection that must be closed
     requests: int = 1
     row: int = 27
     ask: Callable[[Running], socket.socket] = raw_chat
@@ -210,7 +209,7 @@ class Phase:
 
 
 def ask_half(proxy: Running) -> socket.socket:
-    """A request whose body stops halfway."""
+    """Sends a request whose body stops halfway."""
     sock = connect(proxy)
     sock.sendall(chat_request(proxy)[:-20])
     return sock
@@ -229,7 +228,7 @@ def ask_and_take_little(proxy: Running) -> socket.socket:
 
 
 def ask_and_leave_to_the_kernel(proxy: Running) -> socket.socket:
-    """Its own buffer is small, that of our kernel is not: no byte waits in the loop's."""
+    """Sends a request with a small buffer on the client's side only: our kernel holds all bytes, the loop none."""
     sock = socket.socket()
     sock.settimeout(PATIENCE)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL)
@@ -245,7 +244,7 @@ async def silent(scene: Scene, peer: Peer) -> None:
 async def not_now(scene: Scene, peer: Peer) -> None:
     while True:
         await peer.whole(b"", "503 Service Unavailable", "text/plain", "retry-after: 30")
-        await peer.request()  # of somebody else, who reuses the connection
+        await peer.request()  # of another client, on the same connection
 
 
 async def refused_slowly(scene: Scene, peer: Peer) -> None:
@@ -268,7 +267,7 @@ async def two_events(scene: Scene, peer: Peer) -> None:
 
 
 async def while_it_stays(peer: Peer, sending: Awaitable[None]) -> None:
-    """Sends until the proxy has gone."""
+    """Sends until the proxy closes."""
     task = asyncio.ensure_future(sending)
     await peer.gone()
     task.cancel()
@@ -278,7 +277,7 @@ async def while_it_stays(peer: Peer, sending: Awaitable[None]) -> None:
 
 async def a_little(scene: Scene, peer: Peer) -> None:
     await peer.head()
-    for _ in range(18):  # more than the kernel takes for a client with a small buffer, less than makes a loop pause us
+    for _ in range(18):  # more than the kernel takes for a client with a small buffer, too little to pause our writes
         await peer.chunk(delta("x" * 4000))
     await peer.gone()
 
@@ -322,7 +321,7 @@ def all_got(event: bytes) -> Callable[[Scene], bool]:
 async def one_more(scene: Scene, peer: Peer) -> None:
     await peer.head()
     await peer.chunk(FIRST)
-    while not scene.is_dark:  # noqa: ASYNC110  # it is set in another thread
+    while not scene.is_dark:  # noqa: ASYNC110  # set in another thread
         await asyncio.sleep(0.005)
     await peer.chunk(SECOND)
     await peer.gone()
@@ -347,7 +346,7 @@ async def talking_on(scene: Scene, peer: Peer) -> None:
 
 
 def all_dark(scene: Scene) -> bool:
-    """All clients have their first event, and then lose their power."""
+    """Waits until all clients have their first event, then cuts their power."""
     all_got(FIRST)(scene)
     return go_dark(scene)
 
@@ -364,7 +363,7 @@ def go_dark(scene: Scene) -> bool:
 
 
 def lose_power(sock: socket.socket) -> None:
-    """From now on nothing reaches this socket, and so its kernel acknowledges nothing."""
+    """Drops every packet to this socket from now on, so its kernel acknowledges nothing."""
     drop_all = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # BPF's `ret #0`
     sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(drop_all)))
 
@@ -389,7 +388,7 @@ PHASES = {
     "in backoff": Phase(
         not_now, lambda scene: all_arrived(scene) and not scene.calls, prompt=False, calls=False, row=26
     ),
-    "connecting": Phase(  # in TLS, so that the upstream's socket can tell
+    "connecting": Phase(  # in TLS, so that the upstream sees a connection
         silent, lambda scene: scene.upstream.open == scene.count, prompt=False, requests=0, scheme="https"
     ),
     "before headers": Phase(silent, all_arrived),
@@ -418,7 +417,7 @@ POWERLESS = {
 
 @contextmanager
 def playing(phase: str, loop: str) -> Iterator[Scene]:
-    """The phase's upstream and a proxy in front of it."""
+    """Runs the upstream of the phase and a proxy in front of it."""
     chosen = (PHASES | POWERLESS)[phase]
     scenes: list[Scene] = []
 
@@ -445,7 +444,7 @@ def playing(phase: str, loop: str) -> Iterator[Scene]:
 @both_loops
 @pytest.mark.parametrize("phase", [pytest.param(name, marks=fault(phase.row, 28)) for name, phase in PHASES.items()])
 def test_leaving_ends_the_call(phase: str, loop: str, subtests: pytest.Subtests) -> None:
-    """However many leave at once, in whatever way and phase, each one's upstream call ends, and nothing stays."""
+    """Clients that disconnect at once, in any way and phase, each end their upstream call, and nothing is left."""
     with playing(phase, loop) as scene:
         for way, leave in WAYS.items():
             with subtests.test(way), scene.clients_there() as clients, Noise() as noise:
@@ -459,7 +458,7 @@ def test_leaving_ends_the_call(phase: str, loop: str, subtests: pytest.Subtests)
 @both_loops
 @all_ways
 def test_leaving_ends_a_connection_attempt(way: str, loop: str) -> None:
-    """An upstream that does not even take the connection: the attempt is given up; nothing was asked or paid."""
+    """A connection attempt that the upstream does not accept ends with its client; nothing is requested or charged."""
     with (
         full_port() as port,
         running(f"http://127.0.0.1:{port}/v1", loop=loop, UPSTREAM_CONNECT_TIMEOUT="60") as proxy,
@@ -492,7 +491,7 @@ SECOND_REQUESTS = {
 @both_loops
 @pytest.mark.parametrize("phase", ["before headers", "in silence", "blocked on a slow reader"])
 def test_a_second_request_closes_the_connection(phase: str, loop: str, subtests: pytest.Subtests) -> None:
-    """A second request while an answer is written closes the connection, and the upstream call."""
+    """A second request while an answer is live closes the connection and ends the upstream call."""
     with playing(phase, loop) as scene:
         for name, second in SECOND_REQUESTS.items():
             with subtests.test(name), scene.clients_there(5) as clients, Noise() as noise:
@@ -506,7 +505,7 @@ def test_a_second_request_closes_the_connection(phase: str, loop: str, subtests:
 
 @both_loops
 def test_two_requests_in_one_segment(loop: str) -> None:
-    """A second request that comes together with the first one: closed, and the upstream never called."""
+    """A second request in the segment of the first closes the connection, and the upstream is never called."""
     with ScriptedUpstream(streaming(*GOOD)) as upstream, running(upstream.base_url, loop=loop) as proxy:
         with connect(proxy) as sock:
             sock.sendall(chat_request(proxy) * 2)
@@ -521,7 +520,7 @@ def test_two_requests_in_one_segment(loop: str) -> None:
 
 @both_loops
 def test_requests_one_after_the_other_share_a_connection(loop: str) -> None:
-    """The guard against pipelining does not mind a connection that is used again after its answer."""
+    """The guard against pipelining accepts a next request after the answer to the one before."""
     with ScriptedUpstream(streaming(*GOOD)) as upstream, running(upstream.base_url, loop=loop) as proxy:
         with connect(proxy) as sock:
             for count in range(1, 4):
@@ -552,7 +551,7 @@ def test_requests_one_after_the_other_share_a_connection(loop: str) -> None:
 def test_a_client_that_stops_reading_is_closed_at_the_write_deadline(
     phase: str, loop: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not before it, and soon after it, however few bytes are waiting; what had been passed on is paid for."""
+    """The connection is closed at the deadline, not earlier, however few bytes wait; bytes passed on are charged."""
     monkeypatch.setattr(listener_module, "WRITE_DEADLINE", 1.0)
     with playing(phase, loop) as scene, Noise() as noise:
         check_write_deadline(scene, noise)
@@ -569,7 +568,7 @@ def check_write_deadline(scene: Scene, noise: Noise) -> None:
 
 
 def is_closed(sock: socket.socket) -> bool:
-    """Reads what there is; fails when the other end stays."""
+    """Reads to the end; fails if the peer does not close."""
     with suppress(ConnectionResetError):
         while sock.recv(65536):
             pass
@@ -585,14 +584,14 @@ def read_some(sock: socket.socket, size: int) -> None:
 
 @both_loops
 def test_a_client_that_reads_slowly_is_not_closed(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The write deadline is for clients that take nothing: one that takes a little now and then goes on."""
+    """The write deadline applies to clients that read nothing: one that reads a little at a time is not closed."""
     monkeypatch.setattr(
         listener_module, "WRITE_DEADLINE", 3.0
-    )  # many pauses long: the kernel counts on while we cannot run
+    )  # many pauses long: the kernel's timer runs on while we cannot
     with playing("blocked on a slow reader", loop) as scene, scene.clients_there(1) as clients:
         until = time.monotonic() + 4.5
         while time.monotonic() < until:
-            read_some(clients[0], 500_000)  # more than the buffers on our side hold, so that ours runs low meanwhile
+            read_some(clients[0], 500_000)  # more than our buffers hold, so that they run low meanwhile
             time.sleep(0.2)
         assert scene.closed == []
         clients[0].close()

@@ -1,6 +1,6 @@
-"""An upstream that is faster than its client: what waits has a bound, and all of it arrives.
+"""An upstream that is faster than its client: the bytes held are bounded, and all of them arrive.
 
-The sockets' buffers are made small at all four ends, so that what the upstream got rid of shows what the proxy holds.
+The buffers of all four sockets are small, so the number of bytes that the upstream sent shows what the proxy holds.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ both_loops = pytest.mark.parametrize("loop", LOOPS)
 
 @dataclass
 class Flood:
-    """An upstream that pours one stream, and a client that has asked for it and does not read yet."""
+    """An upstream that sends one stream as fast as it can, and its client, which does not read yet."""
 
     proxy: Running
     client: socket.socket
     peer: Peer
-    pushed: int = 0  # bytes of events that the upstream got rid of
+    pushed: int = 0  # bytes of events that the upstream sent
     sent: Any = field(default_factory=hashlib.sha256)
-    closed: float = 0.0  # when the proxy went
+    closed: float = 0.0  # when the proxy closed the connection
 
     def bound(self) -> int:
-        """What the proxy may hold, what four sockets can, and the script's own buffer."""
+        """The bytes that the proxy may hold, plus the buffers of four sockets and of the script."""
         transport: Any = self.proxy.service.app.transport
         (inner,) = [connection._transport.get_extra_info("socket") for connection in transport._connections]
         receiving, sending = (
@@ -70,7 +70,7 @@ class Flood:
         return HELD + kernel + int(self.peer.writer.transport.get_write_buffer_limits()[1])
 
     def has_stalled(self, seconds: float = 0.3) -> bool:
-        """Does the proxy read nothing, and has the upstream got rid of nothing for so long?"""
+        """Whether, for so long, the proxy reads nothing and the upstream sends nothing."""
         before = self.pushed
         time.sleep(seconds)
         transport: Any = self.proxy.service.app.transport
@@ -80,9 +80,9 @@ class Flood:
 
 @contextmanager
 def flooding(loop: str, size: int, *end: bytes, **overrides: str) -> Iterator[Flood]:
-    """Yields when the upstream cannot get rid of more. It means to send `size` bytes of events, then `end`.
+    """Yields when the upstream can send no more. Its stream has `size` bytes of events, then `end`.
 
-    Whoever asks later gets a short answer.
+    Later requests get a short answer.
     """
     floods: list[Flood] = []
     peers: list[Peer] = []
@@ -139,7 +139,7 @@ def narrow(proxy: Running) -> Callable[[], None]:
 @fault(24)
 @both_loops
 def test_a_slow_client_slows_the_upstream_and_gets_all(loop: str) -> None:
-    """While the client does not read the upstream stands still, with little under way; then every byte comes."""
+    """While the client does not read, the upstream is paused and few bytes are held; then every byte arrives."""
     with flooding(loop, 8 << 20, finish(), USAGE, DONE) as flood:
         assert flood.pushed < flood.bound() < 2 << 20
         stopped_at = flood.pushed
@@ -159,7 +159,7 @@ def test_a_slow_client_slows_the_upstream_and_gets_all(loop: str) -> None:
 
 @both_loops
 def test_a_client_that_reads_now_and_then(loop: str) -> None:
-    """Stopped and let go many times over, the stream never runs away from its client, and not a byte is lost."""
+    """A client that pauses many times never has more than the bound held for it, and loses no byte."""
     with flooding(loop, 4 << 20, DONE) as flood:
         received, taken, stops = hashlib.sha256(), 0, 0
         for chunk in chunks(flood.client):
@@ -176,12 +176,12 @@ def test_a_client_that_reads_now_and_then(loop: str) -> None:
 
 @both_loops
 def test_total_timeout_ends_the_upstream_of_a_client_that_does_not_read(loop: str) -> None:
-    """The upstream is closed although the client does not read; it still gets whole events and the reason."""
+    """The upstream call ends although the client does not read; it still gets whole events and the reason."""
     with flooding(loop, FOREVER, UPSTREAM_TOTAL_TIMEOUT="1.5", UPSTREAM_IDLE_TIMEOUT="0.6") as flood:
         arrived = flood.peer.seen.arrived if flood.peer.seen else 0
         eventually(lambda: flood.closed)
         assert 1.4 < flood.closed - arrived < 1.5 + PATIENCE / 2
-        assert flood.proxy.lines() == []  # the last word waits for the reader
+        assert flood.proxy.lines() == []  # the last event waits for the reader
         body = b"".join(chunks(flood.client))
         events, last = body[: body.rindex(b"data:")], body[body.rindex(b"data:") :]
         assert events == ROW * (len(events) // len(ROW))
@@ -193,8 +193,8 @@ def test_total_timeout_ends_the_upstream_of_a_client_that_does_not_read(loop: st
 
 
 @both_loops
-def test_who_has_not_read_the_answer_before_holds_no_upstream(loop: str) -> None:
-    """Not even the head of a second answer can be written: its deadlines count, and what it gets at last is whole."""
+def test_a_client_with_an_unread_answer_holds_no_upstream(loop: str) -> None:
+    """A second answer whose head cannot be written still has its deadlines, and its client receives it whole."""
     answer = b'{"choices":[],"x":"%b"}' % (b"x" * 500_000)
 
     async def script(peer: Peer) -> None:
@@ -228,7 +228,7 @@ def test_who_has_not_read_the_answer_before_holds_no_upstream(loop: str) -> None
 
 @both_loops
 def test_idle_timeout_does_not_end_a_stream_that_waits_for_its_reader(loop: str) -> None:
-    """A paused upstream is not a silent one: however long the client takes, the answer goes on where it was."""
+    """idle_timeout does not count while the upstream is paused: the answer continues when the client reads."""
     with flooding(loop, 2 << 20, DONE, UPSTREAM_IDLE_TIMEOUT="1") as flood:
         time.sleep(2)
         assert not flood.closed
@@ -238,8 +238,8 @@ def test_idle_timeout_does_not_end_a_stream_that_waits_for_its_reader(loop: str)
 
 
 @both_loops
-def test_a_blocked_stream_holds_up_nobody_else(loop: str) -> None:
-    """Beside a client that does not read, others are served as ever."""
+def test_a_blocked_stream_does_not_delay_other_clients(loop: str) -> None:
+    """Other clients are served while one does not read."""
     with flooding(loop, FOREVER) as flood:
         before = time.monotonic()
         for _ in range(20):

@@ -1,7 +1,7 @@
 """How a stream ends: rows 5 to 11 and 20 to 23 of the fault table through the real server, every column of each.
 
-`play` is one row: it runs the fault and checks what the client got, what the upstream saw, how the token account
-was settled, what the log says, and that nothing is left behind. That no key was seen the harness checks at the end.
+`play` is one row: it runs the fault and checks the client's response, the calls at the upstream, the settled tokens,
+the log line, and that nothing is left. At the end of each server the harness checks that the key appeared nowhere.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from support.stage import Act, Stage, always, prompt_tokens
 
 from proxy.chat.sse import BOM, HOLD
 
-IDLE = "0.4"  # seconds of idle_timeout in tests that let it pass
-SOON = 4.0  # seconds: what an answer may take that has no more to wait for than an idle_timeout or the last packet
+IDLE = "0.4"  # seconds of idle_timeout in tests that wait for it
+SOON = 4.0  # seconds for an answer that waits for no more than an idle_timeout or the last packet
 RACE = 0.05  # seconds: so that a reset does not overtake the bytes before it
 MEGABYTE = 1 << 20
 
@@ -58,7 +58,7 @@ ERROR = b'data: {"error":{"message":"Overloaded","type":"server_error","param":n
 
 
 def appended(reply: Reply, whole: bytes) -> str:
-    """The code of the one event that we put behind the `whole` events of the upstream. Fails for anything else."""
+    """The code of the one event that the proxy appends to the `whole` ones of the upstream. Fails for anything else."""
     assert reply.body.startswith(whole)
     event = reply.body.removeprefix(whole)
     assert event.startswith(b"data: {")
@@ -84,7 +84,7 @@ async def reset(peer: Peer) -> None:
 
 
 async def cut(peer: Peer) -> None:
-    """Closed between two chunks, with no last one."""
+    """Closes between two chunks, without the last one."""
     peer.writer.close()
 
 
@@ -104,12 +104,12 @@ async def bad_chunk_end(peer: Peer) -> None:
 
 
 async def clean(peer: Peer) -> None:
-    """The last chunk; the connection is good for another request."""
+    """Sends the last chunk; the connection can serve another request."""
     await peer.end()
 
 
 def stopping(stop: Act, *parts: bytes) -> Act:
-    """Sends the parts, each as a chunk of its own, and then stops in that way."""
+    """Sends each part as a chunk of its own, then calls `stop`."""
 
     async def act(peer: Peer) -> None:
         await peer.head()
@@ -121,7 +121,7 @@ def stopping(stop: Act, *parts: bytes) -> Act:
 
 
 def until_eof(stop: Act, *parts: bytes) -> Act:
-    """The same over a body that only the end of the connection frames."""
+    """Like `stopping`, with a body that ends with the connection."""
 
     async def act(peer: Peer) -> None:
         await peer.send(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n" + b"".join(parts))
@@ -135,15 +135,15 @@ def until_eof(stop: Act, *parts: bytes) -> Act:
 
 @dataclass(frozen=True)
 class Row:
-    """What is staged, and what must come of it. `used` is None for the estimate: the prompt and the events."""
+    """A fault and its expected effects. `used` is None for the estimate: the prompt and the events."""
 
     act: Act
     whole: bytes  # the upstream's bytes that the client gets
-    code: str | None  # of our event behind them
+    code: str | None  # of the event that the proxy appends
     ending: str
     used: int | None = None
     events: int = 1
-    reused: bool = False  # the upstream's connection goes on to the next request
+    reused: bool = False  # the upstream's connection serves the next request
     fields: dict[str, Any] = field(default_factory=dict)
     at_least: float = 0.0  # seconds
 
@@ -252,18 +252,18 @@ WHOLE = {
 
 @pytest.mark.parametrize("row", numbered(BROKEN))
 def test_a_broken_answer_never_looks_whole(row: Row, stage: Stage) -> None:
-    """Rows 5 to 9: the whole events, our event, the end. No tail, no [DONE], no second call; the estimate is paid."""
+    """Rows 5 to 9: whole events, our event, the end; no tail, no [DONE], no second call; the estimate is charged."""
     play(stage, row)
 
 
 @pytest.mark.parametrize("row", numbered(WHOLE))
 def test_an_answer_that_ended_is_left_as_it_is(row: Row, stage: Stage) -> None:
-    """Rows 10 and 11: once it has said its end, nothing is added, whatever becomes of the socket and within seconds."""
+    """Rows 10 and 11: nothing is appended to a stream that signalled its end, whatever happens to the socket then."""
     play(stage, row)
 
 
 def test_a_broken_connection_is_not_used_again(stage: Stage) -> None:
-    """Row 7: after bad framing the next request goes out on a connection of its own; after a clean end on the same."""
+    """Row 7: after bad framing the next request opens a new connection; after a clean end it reuses the old one."""
     before = stage.upstream.connections
     for act in (stopping(clean, finish()), stopping(clean, HALF), stopping(bad_framing, finish())):
         stage.chat(act)
@@ -274,7 +274,7 @@ def test_a_broken_connection_is_not_used_again(stage: Stage) -> None:
 
 
 def test_an_event_that_went_out_early_is_closed_before_ours(stage: Stage) -> None:
-    """An event of over 64 KiB that breaks off is parted from our event by a blank line, so that ours can be read."""
+    """A blank line separates a broken event of over 64 KiB from our event, so that a client can parse ours."""
     start = b"data: " + b"x" * (HOLD + 50_000)
     reply, line, _ = stage.chat(stopping(cut, HALF, start))
     broken, ours = reply.body.removeprefix(HALF).split(b"\n\n", 1)
@@ -299,7 +299,7 @@ OURS = {
 
 @fault(20)
 def test_nothing_but_the_events_passes(stage: Stage) -> None:
-    """Row 20: of the upstream's headers, interim answers and trailers the browser sees nothing; the stream is whole."""
+    """Row 20: the browser gets the whole stream, but none of the upstream's headers, interim answers and trailers."""
 
     async def act(peer: Peer) -> None:
         await peer.send(b"HTTP/1.1 103 Early Hints\r\nlink: </style.css>; rel=preload\r\n\r\n")
@@ -321,7 +321,7 @@ def test_nothing_but_the_events_passes(stage: Stage) -> None:
 
 
 def in_line_ends(line_end: bytes) -> bytes:
-    """A stream of everything the standard allows, with a usage, its lines ended like this."""
+    """A stream with everything that the standard allows and a usage, in these line ends."""
     said = [BOM + b": hello", b"", delta("ሰላም 👋 ÄÖ").rstrip(), b"", b"event: message", b"id: 7"]
     said += [b'data: {"choices":[],', b'data: "x":1}', b"", b"retry: 100", b"", b":", b"", b"unknown", b""]
     said += [finish().rstrip(), b"", USAGE.rstrip(), b"", b"data:[DONE]", b"", b""]
@@ -332,14 +332,14 @@ def in_line_ends(line_end: bytes) -> bytes:
 @pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"], ids=["LF", "CRLF", "CR"])
 @pytest.mark.parametrize("size", [1, 3, 7, 1000])
 def test_every_byte_passes(size: int, line_end: bytes, stage: Stage) -> None:
-    """Row 21: byte order mark, comments, UTF-8 and line ends arrive as they were sent, wherever the chunks are cut."""
+    """Row 21: byte order mark, comments, UTF-8 and line ends arrive unchanged, wherever the chunks are cut."""
     stream = in_line_ends(line_end)
     parts = [stream[i : i + size] for i in range(0, len(stream), size)]
     play(stage, Row(stopping(clean, *parts), stream, None, "complete", 18, 5, reused=True))
 
 
 def test_each_event_passes_at_once(stage: Stage) -> None:
-    """Each event reaches the browser before the upstream sends the next one; half of one does not."""
+    """Each event reaches the browser before the upstream sends the next one; half an event does not."""
     got = threading.Semaphore(0)
 
     async def act(peer: Peer) -> None:
@@ -368,14 +368,14 @@ def test_each_event_passes_at_once(stage: Stage) -> None:
 
 
 class Unkept(bytearray):
-    """The harness keeps what clients are sent; here that would be most of the memory."""
+    """Discards what the harness would record: the bytes sent to clients would be most of the memory measured."""
 
     def extend(self, data: Iterable[SupportsIndex], /) -> None:
         pass
 
 
 def drain(proxy: Running, buffer: bytearray) -> tuple[int, str]:
-    """The size and the digest of a whole answer, its chunk sizes left out, read in little memory."""
+    """Reads a whole answer in little memory; returns the size and the digest of its body."""
     got, size = hashlib.sha256(), 0
     with raw_chat(proxy) as sock, io.BufferedReader(sock.makefile("rb", buffering=0), len(buffer)) as file:
         while file.readline() != b"\r\n":
@@ -391,7 +391,7 @@ def drain(proxy: Running, buffer: bytearray) -> tuple[int, str]:
 
 
 def test_a_live_stream_does_not_hold_what_was_asked() -> None:
-    """The prompt is dropped once an answer has begun: conversations are long, and answers take their time."""
+    """The prompt is freed once an answer has begun: long conversations would be held as long as their answers last."""
 
     async def script(peer: Peer) -> None:
         seen = await peer.request()
@@ -417,7 +417,7 @@ def test_a_live_stream_does_not_hold_what_was_asked() -> None:
 @fault(22)
 @both_loops
 def test_a_huge_event_passes_in_little_memory(loop: str) -> None:
-    """Row 22: an event of 10 MB arrives byte for byte; from one read to the next no more than 1 MiB of it is held."""
+    """Row 22: an event of 10 MB arrives byte for byte; between two reads at most 1 MiB of it is held."""
     part, count = bytes(range(32, 96)) * 256, 640
     stream = b"data: " + part * count + b"\n\n" + DONE
     expected = len(stream), hashlib.sha256(stream).hexdigest()
@@ -431,7 +431,7 @@ def test_a_huge_event_passes_in_little_memory(loop: str) -> None:
     with ScriptedUpstream(script) as upstream, running(upstream.base_url, loop=loop) as proxy:
         proxy.sent = Unkept()
         buffer = bytearray(16_384)
-        assert drain(proxy, buffer) == expected  # what is made once is made now
+        assert drain(proxy, buffer) == expected  # objects that are made once are made now
         gc.collect()
         tracemalloc.start()
         watching = threading.Thread(target=watch)
@@ -444,7 +444,7 @@ def test_a_huge_event_passes_in_little_memory(loop: str) -> None:
             watching.join()
             tracemalloc.stop()
         assert max(held) < MEGABYTE
-        assert peak < 2 * MEGABYTE  # within one read, by the one stream that is being served
+        assert peak < 2 * MEGABYTE  # within one read, by the one live stream
         line = proxy.line(2)
         assert (line["ending"], line["code"], line["events"]) == ("complete", None, 2)
         assert line["bytes"] == len(stream)
@@ -457,7 +457,7 @@ def test_a_huge_event_passes_in_little_memory(loop: str) -> None:
 @fault(23)
 @both_loops
 def test_an_endless_answer_is_ended(loop: str) -> None:
-    """Row 23: at total_timeout an answer that goes on and on gets an event, and its upstream is closed."""
+    """Row 23: an endless answer gets our event at total_timeout, and its upstream call ends."""
 
     async def endless(peer: Peer) -> None:
         await peer.request()
@@ -487,7 +487,7 @@ def test_an_endless_answer_is_ended(loop: str) -> None:
 
 @both_loops
 def test_an_endless_event_is_ended(loop: str) -> None:
-    """Bytes without an event in them keep no stream alive beyond total_timeout either."""
+    """Bytes that complete no event do not extend a stream beyond total_timeout."""
 
     async def trickle(peer: Peer) -> None:
         await peer.request()
@@ -506,7 +506,7 @@ def test_an_endless_event_is_ended(loop: str) -> None:
 
 
 def test_streams_do_not_disturb_each_other() -> None:
-    """A hundred streams at once, of all endings, each get their own bytes and their own end."""
+    """Each of a hundred concurrent streams, with all endings, gets its own bytes and its own end."""
     turns = counting()
     stops = (clean, cut, reset, bad_framing)
 
@@ -536,12 +536,12 @@ def test_streams_do_not_disturb_each_other() -> None:
         for number, reply in replies.items():
             assert appended(reply, delta(f"visitor {number}") * 5) == "stream_interrupted"
         eventually(lambda: len(proxy.lines()) == 100)
-        eventually(lambda: upstream.open <= 25)  # those that ended cleanly may be used again
+        eventually(lambda: upstream.open <= 25)  # connections that ended cleanly may be reused
 
 
 @both_loops
-def test_nobody_waits_after_the_end(loop: str) -> None:
-    """An upstream that keeps its socket open after [DONE] keeps no browser waiting for idle_timeout, and is closed."""
+def test_a_finished_stream_waits_for_no_timeout(loop: str) -> None:
+    """An upstream that keeps its socket open after [DONE] is closed, and its browser does not wait for idle_timeout."""
     script = always(stopping(silent, HALF, DONE))
     with ScriptedUpstream(script) as upstream, running(upstream.base_url, loop=loop) as proxy:
         assert proxy.settings.upstream.idle_timeout == 60
@@ -553,14 +553,14 @@ def test_nobody_waits_after_the_end(loop: str) -> None:
 
 
 def test_what_comes_after_the_end_passes_too(stage: Stage) -> None:
-    """Events behind [DONE] are the upstream's own business: they pass while it sends them."""
+    """Events that the upstream sends after [DONE] are passed on."""
     late = b": bye\n\n"
     reply, _, _ = stage.chat(stopping(clean, HALF, DONE, late))
     assert reply.body == HALF + DONE + late
 
 
 def test_the_head_comes_before_the_first_event(stage: Stage) -> None:
-    """The browser has the headers as soon as the upstream has answered, though no event has come yet."""
+    """The browser gets the headers when the upstream has answered, before the first event."""
     go = threading.Event()
 
     async def act(peer: Peer) -> None:

@@ -1,6 +1,6 @@
-"""The stream is true: the bytes that arrive are the bytes that were sent, in whole events, each of them at once.
+"""The client receives exactly the bytes that the upstream sent, in whole events, each without delay.
 
-Through the real server, over real sockets. What a stream may look like is drawn at random; DESIGN.md, "The response".
+Through the real server, over real sockets. Hypothesis draws the streams and where they are split.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ line_texts = st.one_of(
 
 @st.composite
 def events(draw: st.DrawFn) -> bytes:
-    """Some lines and a blank one. Their ends are chosen apart, but a CR before an LF would be one end, not two."""
+    """Draws some lines and a blank one. Line ends are independent, but a CR before an LF would be one end."""
     event = b""
     for text in draw(st.lists(line_texts, min_size=1, max_size=4)):
         event += text + draw(st.sampled_from(LINE_ENDS))
@@ -67,7 +67,7 @@ def events(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def streams(draw: st.DrawFn) -> bytes:
-    """A stream that ends well, and may have something behind its end."""
+    """Draws a stream that ends cleanly, with or without bytes after its end."""
     beginning = draw(st.sampled_from([b"", b"", BOM, b"\n", b"\r\n\r\n"]))
     middle = b"".join(draw(st.lists(events(), max_size=6)))
     end = draw(st.sampled_from(LINE_ENDS))
@@ -77,7 +77,7 @@ def streams(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def split_streams(draw: st.DrawFn) -> list[bytes]:
-    """A stream as the upstream's socket may give it: whole, byte by byte, or cut anywhere."""
+    """Draws a stream and its segments: whole, byte by byte, or cut anywhere."""
     stream = draw(streams())
     how = draw(st.sampled_from(["whole", "byte by byte", "anywhere"]))
     if how == "whole":
@@ -89,7 +89,7 @@ def split_streams(draw: st.DrawFn) -> list[bytes]:
 
 
 def is_at_boundary(received: bytes | bytearray) -> bool:
-    """Does a reader of server-sent events hold nothing unfinished after these bytes? (WHATWG HTML, section 9.2.5)"""
+    """Whether an SSE parser holds no unfinished event after these bytes (WHATWG HTML, section 9.2.5)."""
     return received.replace(b"\r\n", b"\n").replace(b"\r", b"\n").endswith(b"\n\n")
 
 
@@ -98,13 +98,13 @@ def is_at_boundary(received: bytes | bytearray) -> bool:
 
 @dataclass
 class Stage:
-    """A running proxy whose upstream sends what is put into `plans`, part by part, each as a chunk of its own."""
+    """A running proxy whose upstream sends the parts of the next of `plans`, each as a chunk of its own."""
 
     proxy: Running
     plans: queue.SimpleQueue[list[bytes]] = field(default_factory=queue.SimpleQueue)
 
     def stream(self, parts: list[bytes]) -> Iterator[bytes]:
-        """What the client gets, chunk by chunk."""
+        """The chunks that the client receives."""
         self.plans.put(parts)
         with raw_chat(self.proxy) as sock:
             yield from chunks(sock)
@@ -134,7 +134,7 @@ def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(parts=split_streams())
 def test_bytes_and_boundaries(stage: Stage, parts: list[bytes]) -> None:
-    """However a stream looks and is split: not a byte of it is changed, and the client always holds whole events."""
+    """No byte of any stream, however split, is changed, and the client holds whole events at every moment."""
     sent = b"".join(parts)
     received = b""
     for chunk in stage.stream(parts):
@@ -154,7 +154,7 @@ def test_large_streams(stage: Stage) -> None:
 
 
 def held_back(loop: str, parts: list[bytes]) -> list[bytes]:
-    """What the client holds after each part, when the upstream sends no part before the client holds that much."""
+    """The bytes that the client holds after each part; the upstream waits for them before it sends the next part."""
     turn = threading.Semaphore(0)
 
     async def script(peer: Peer) -> None:
@@ -179,7 +179,7 @@ def held_back(loop: str, parts: list[bytes]) -> list[bytes]:
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("end", LINE_ENDS, ids=["LF", "CRLF", "CR"])
 def test_an_event_arrives_before_the_next_is_sent(end: bytes, loop: str) -> None:
-    """No event waits for another one: the upstream sends each only after the client has read the one before."""
+    """No event waits for the next one: the upstream sends each only after the client has read the one before."""
     sent = [
         event.replace(b"\n", end) for event in (delta("one"), delta("two"), delta("\u1230\u120b\u121d"), finish(), DONE)
     ]
@@ -188,7 +188,7 @@ def test_an_event_arrives_before_the_next_is_sent(end: bytes, loop: str) -> None
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_whole_events_arrive_before_the_rest_of_a_broken_one(loop: str) -> None:
-    """A read that ends inside an event passes what is whole at once; the piece waits for its other half."""
+    """When a read ends inside an event, the whole events pass at once; the partial one waits for its rest."""
     first, second = delta("one"), delta("two")
     sent = [first + second[:20], second[20:] + b": comment", b"\n\n" + DONE]
     assert held_back(loop, sent) == [first, first + second, first + second + b": comment\n\n" + DONE]
@@ -196,8 +196,8 @@ def test_whole_events_arrive_before_the_rest_of_a_broken_one(loop: str) -> None:
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_byte_by_byte_the_client_sees_events_only(loop: str) -> None:
-    """The upstream sends single bytes, each in its own packet: at no moment does the client hold part of an event, and
-    it has each before the next one begins."""
+    """The upstream sends single bytes, each in its own packet: the client never holds part of an event, and
+    receives each before the next one begins."""
     stream = delta("\u1230\u120b\u121d") + b": comment\r\n\r\ndata: x\r\rdata: y\n\r\n" + finish() + DONE
 
     received = bytearray()

@@ -1,7 +1,7 @@
-"""The key canary: upstreams that hand our key back, in every place there is, and browsers that never see it.
+"""The key canary: upstreams that return our key in every possible place, and browsers that never receive it.
 
-The harness looks for all pieces of 8 characters of the key at the end of each server; `assert_unseen` does it after
-each case, in any case of letters, so that the one that leaks is the one that fails.
+The harness searches for all pieces of 8 characters of the key at the end of each server; `assert_unseen` does so after
+each case, ignoring case, so that the leaking case is the one that fails.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from proxy.chat.sse import HOLD
 
 HALF = delta("half")
 
-Text = Callable[[str], bytes]  # what is written, of the key
+Text = Callable[[str], bytes]  # the text that a case writes, from the key
 
 
 @pytest.fixture(scope="module", params=LOOPS)
@@ -28,7 +28,7 @@ def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
 
 
 def key_of(peer: Peer) -> str:
-    """What came in our Authorization header."""
+    """The key in our Authorization header."""
     assert peer.seen is not None
     return peer.seen.headers["authorization"].removeprefix("Bearer ")
 
@@ -77,7 +77,7 @@ def raw(text: Text) -> Act:
 
 
 def error(**fields: Any) -> Text:
-    """OpenAI's error object; each value is made of the key."""
+    """An error object of OpenAI; each value contains the key."""
     return lambda key: json.dumps({"error": {name: value(key) for name, value in fields.items()}}).encode()
 
 
@@ -144,7 +144,7 @@ REFUSED: dict[str, tuple[Act, int, str, bool]] = {
 
 @pytest.mark.parametrize(("act", "status", "code", "alarm"), REFUSED.values(), ids=REFUSED)
 def test_a_refusal_holds_nothing_of_the_key(act: Act, status: int, code: str, alarm: bool, stage: Stage) -> None:
-    """Whatever part of its answer the upstream writes the key into, the browser gets our words, and so does the log."""
+    """Wherever the upstream writes the key into a refusal, the browser and the log get our own text instead."""
     before = len(alarms(stage))
     reply, line, _ = stage.chat(act)
     assert (reply.status, reply.error["code"], line["code"]) == (status, code, code)
@@ -155,7 +155,7 @@ def test_a_refusal_holds_nothing_of_the_key(act: Act, status: int, code: str, al
 @pytest.mark.parametrize("content_type", ["{}", "text/{}", "{}/x; charset=utf-8", "text/event-stream{}", "{} "])
 @pytest.mark.parametrize("case", [str, str.lower, str.upper])
 def test_a_content_type_of_the_key_is_not_logged(content_type: str, case: Callable[[str], str], stage: Stage) -> None:
-    """The log says which content type was wrong, unless it is made of our key."""
+    """The log names a wrong content type, unless it contains our key."""
 
     async def act(peer: Peer) -> None:
         await peer.whole(HALF, "200 OK", content_type.format(case(key_of(peer))[SMALL]), "connection: close")
@@ -171,7 +171,7 @@ def test_a_content_type_of_the_key_is_not_logged(content_type: str, case: Callab
 
 
 def answer(text: Text) -> Text:
-    """A chat.completion that says it."""
+    """A chat.completion with this content."""
     return lambda key: json.dumps({"choices": [{"message": {"content": text(key).decode()}}]}).encode()
 
 
@@ -189,7 +189,7 @@ ECHOES: dict[str, Text] = {
 @pytest.mark.parametrize("text", ECHOES.values(), ids=ECHOES)
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_whole_answer_with_the_key_is_refused(text: Text, chunked: bool, stage: Stage) -> None:
-    """A whole answer that holds eight characters of the key is not passed on: 502, the prompt paid, and an alarm."""
+    """A whole answer with eight characters of the key is refused: 502, the prompt charged, and an alarm."""
 
     async def in_chunks(peer: Peer) -> None:
         await peer.head("200 OK", "application/json", "connection: close")
@@ -207,7 +207,7 @@ def test_a_whole_answer_with_the_key_is_refused(text: Text, chunked: bool, stage
 
 
 def test_seven_characters_are_no_leak(stage: Stage) -> None:
-    """An answer that happens to hold a few letters of the key, or the word before it, is an answer like any other."""
+    """An answer with seven characters of the key, or with its prefix `sk-test-`, is passed on."""
     text: Text = lambda key: f"sk-test- {key[8:15]} {key[-7:]}".encode()  # noqa: E731  # a text like the others
     reply, _, _ = stage.chat(saying("200 OK", answer(text)), stream=False)
     assert reply.status == 200
@@ -218,7 +218,7 @@ def test_seven_characters_are_no_leak(stage: Stage) -> None:
 
 
 def streaming(*texts: Text) -> Act:
-    """A stream of these parts, each as a chunk of its own; it would go on for ever."""
+    """An endless stream of these parts, each as a chunk of its own."""
 
     async def act(peer: Peer) -> None:
         await peer.head()
@@ -264,7 +264,7 @@ STREAMS: dict[str, tuple[list[Text], bytes]] = {
 
 
 def assert_stopped(stage: Stage, act: Act, whole: bytes) -> None:
-    """The browser gets the whole events before the key and our event; there is an alarm, and the upstream is closed."""
+    """Asserts that the browser got the whole events before the key, then our event; an alarm; the upstream closed."""
     before = len(alarms(stage))
     reply, line, _ = stage.chat(act)
     assert reply.status == 200
@@ -282,20 +282,20 @@ def assert_stopped(stage: Stage, act: Act, whole: bytes) -> None:
 
 @pytest.mark.parametrize(("texts", "whole"), STREAMS.values(), ids=STREAMS)
 def test_a_stream_with_the_key_is_stopped(texts: list[Text], whole: bytes, stage: Stage) -> None:
-    """Not one byte of the event that holds the key, nor of any after it, reaches the browser."""
+    """No byte of the event that contains the key, nor of any later event, reaches the browser."""
     assert_stopped(stage, streaming(*texts), whole)
 
 
 @pytest.mark.parametrize("place", range(8, len(echo("k" * 48)), 9))
 def test_a_key_in_two_chunks(place: int, stage: Stage) -> None:
-    """Wherever the event with the key is cut, the browser gets what came before it and no more."""
+    """Wherever the event with the key is cut, the browser gets the events before it and no more."""
     act = streaming(half, lambda key: echo(key)[:place], lambda key: echo(key)[place:])
     assert_stopped(stage, act, HALF)
 
 
 @pytest.mark.parametrize("place", [-1, 0, 1, 30, 47, 48, 60, 5_000])
 def test_a_key_in_an_event_that_goes_out_early(place: int, stage: Stage) -> None:
-    """In an event of over 64 KiB the key is stopped at the border, too, between what went out and what is held."""
+    """In an event of over 64 KiB, a key across the border between sent and held bytes is stopped too."""
 
     async def act(peer: Peer) -> None:
         key = key_of(peer)
@@ -320,7 +320,7 @@ def test_a_key_in_an_event_that_goes_out_early(place: int, stage: Stage) -> None
 
 
 def test_a_key_in_the_last_unfinished_line(stage: Stage) -> None:
-    """What follows a good end without being an event is searched like the rest."""
+    """Bytes after a clean end that form no event are searched like the rest."""
 
     async def act(peer: Peer) -> None:
         await peer.head("200 OK", "text/event-stream", "connection: close")
@@ -335,7 +335,7 @@ def test_a_key_in_the_last_unfinished_line(stage: Stage) -> None:
     "text", ["5;{}\r\n", "{}\r\n", "1\r\nx{}\r\n", "0\r\nx-trailer: {}\r\n\r\n", "0\r\n{}\r\n\r\n"]
 )
 def test_a_key_in_the_framing(text: str, stage: Stage) -> None:
-    """Chunk sizes, chunk extensions and trailers go nowhere, whatever is wrong with them."""
+    """Chunk sizes, chunk extensions and trailers are not passed on, however malformed."""
 
     async def act(peer: Peer) -> None:
         await peer.head()
@@ -350,7 +350,7 @@ def test_a_key_in_the_framing(text: str, stage: Stage) -> None:
 
 
 def test_the_key_in_headers_of_a_good_stream(stage: Stage) -> None:
-    """A stream whose headers echo our request is a good stream: none of them passes."""
+    """A stream whose headers echo our request is passed on, without those headers."""
 
     async def act(peer: Peer) -> None:
         key = key_of(peer)
@@ -371,8 +371,8 @@ def test_the_key_in_headers_of_a_good_stream(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("key", ["none", "EMPTY", "ollama", "sk-1234", "lm-studio"])
-def test_a_placeholder_is_a_word_like_any_other(key: str) -> None:
-    """A server that wants no key is given a word for one, or something short: answers that hold it are no leaks."""
+def test_a_placeholder_is_not_searched_for(key: str) -> None:
+    """A key that is a placeholder or short, for a server that needs none, is no leak when an answer contains it."""
     text = f"none of it is EMPTY, says ollama to {key[3:]}"
 
     async def act(peer: Peer) -> None:

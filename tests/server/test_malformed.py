@@ -1,7 +1,7 @@
-"""Malformed requests: whatever bytes come in, each is answered in our own words or not at all, and harms nobody.
+"""Malformed requests: any bytes get one of our own answers or none, and no other client is affected.
 
-CHAT_PROXY_FULL=1 sends 100,000 of them; by default a tenth. `case_at(number)` is the same in every run, so that one
-which failed can be sent again alone.
+CHAT_PROXY_FULL=1 sends 100,000 of them; by default a tenth. `case_at(number)` is the same in every run, so a failed
+case can be sent again alone.
 """
 
 from __future__ import annotations
@@ -57,18 +57,18 @@ from proxy.telemetry.logs import Bridge
 REQUESTS = 100_000 if FULL else 10_000
 EXAMPLES = 5000 if FULL else 500
 AT_ONCE = 96
-LULL = 0.1  # seconds of silence after which a client no longer waits for an answer to what may be half a request
-GAP = 5.0  # seconds between two events of somebody else's stream: only a stall takes so long
+LULL = 0.1  # seconds of silence after which a client stops waiting for an answer to a possibly incomplete request
+GAP = 5.0  # seconds between two events of another client's stream: only a stall takes so long
 MUCH = 4000  # characters of a failure's message
 MOMENT = 0.002  # seconds to wait for the next answer, and between the pieces of a request
-PACE = 0.02  # seconds between two of its events
+PACE = 0.02  # seconds between two events of that stream
 
 both_loops = pytest.mark.parametrize("loop", LOOPS)
 
 # ---- the clients --------------------------------------------------------------------------------------------------
 
 HEAD = re.compile(rb"HTTP/1\.1 ([1-5]\d\d) [A-Za-z -]+\r\n((?:[a-z-]+: [\t -~]+\r\n)*)\r\n")
-CODES = {  # that a request without a valid body or cookie can meet
+CODES = {  # of a request without a valid body or cookie
     400: {"invalid_json", "invalid_request", "model_not_allowed", "field_not_allowed"},
     401: {"session_required"},
     403: {"cross_origin"},
@@ -96,7 +96,7 @@ class Answer:
 
 
 def answers_in(got: bytes, sent: bytes) -> tuple[list[Answer], bytes]:
-    """The whole answers, and what there is of one more."""
+    """The whole answers, and the bytes after them."""
     answers = []
     while (end := got.find(b"\r\n\r\n") + 4) > 3:
         matched = HEAD.fullmatch(got, 0, end)
@@ -123,7 +123,7 @@ def check_answer(answer: Answer) -> None:
     assert answer.headers[b"x-content-type-options"] == b"nosniff"
     if answer.status < 400:
         assert answer.status in (200, 206)
-    elif answer.body:  # none behind HEAD
+    elif answer.body:  # no body after HEAD
         assert answer.headers[b"content-type"] == b"application/json"
         assert b"no-store" in answer.headers[b"cache-control"]
         assert answer.closes or b"x-request-id" in answer.headers
@@ -131,7 +131,7 @@ def check_answer(answer: Answer) -> None:
 
 
 def check_error(status: int, body: bytes) -> None:
-    """Our own words, with a code that the contract has for this status."""
+    """Asserts that the answer is one of our errors, with a code that the contract lists for this status."""
     (name, error), *more = json.loads(body).items()
     assert (name, more, list(error)) == ("error", [], ["message", "type", "param", "code"])
     assert error["code"] in CODES[status]
@@ -141,7 +141,7 @@ def check_error(status: int, body: bytes) -> None:
 
 @dataclass(eq=False)
 class Client:
-    """One of many that one thread keeps going."""
+    """One of many clients that one thread runs."""
 
     case: Case
     sock: socket.socket
@@ -149,20 +149,20 @@ class Client:
     got: bytes = b""
     moved: float = field(default_factory=time.monotonic)
     closed: bool = False  # our half
-    left: bool = False  # before it was answered
+    left: bool = False  # before its answer came
 
     def go_on(self) -> None:
-        """Sends the next piece, or half-closes when there is nothing left to say or to wait for."""
+        """Sends the next piece, or half-closes when nothing is left to send or to wait for."""
         now = time.monotonic()
         if self.todo:
             self.moved = now
-            with suppress(ConnectionError):  # it was refused already
+            with suppress(ConnectionError):  # the request was refused already
                 self.sock.sendall(self.todo.pop(0))
         elif self.closed:
             assert now - self.moved < PATIENCE, "the server did not close"
         elif self.case.rude or self.is_answered or (self.case.answers is None and now - self.moved > LULL):
             self.closed, self.left, self.moved = True, not self.is_answered, now
-            with suppress(OSError):  # the server was first
+            with suppress(OSError):  # the server closed first
                 self.sock.shutdown(socket.SHUT_WR)
         else:
             assert now - self.moved < PATIENCE, "no answer"
@@ -185,7 +185,7 @@ class Client:
         answers, rest = answers_in(self.got, self.case.sent)
         for answer in answers:
             check_answer(answer)
-        # A page may be cut when its reader left or went on talking: its files are read in other threads.
+        # A page may be cut when its client half-closed or sent more bytes: other threads read its files.
         assert not rest or (rest.startswith(b"HTTP/1.1 200 ") and b"content-type: text/html" in rest), "cut"
         assert not any(answer.closes for answer in answers[:-1]), "more after the last answer"
         at_most = 1 if len(self.case.pieces) == 1 else self.case.sent.count(b"HTTP/") + 1
@@ -196,7 +196,7 @@ class Client:
 
 
 def converse(proxy: Running, cases: Iterable[Case]) -> None:
-    """Plays the clients, AT_ONCE of them at a time, and checks what each of them gets."""
+    """Runs a client for each case, AT_ONCE at a time, and checks its answers."""
     coming, present = iter(cases), dict[socket.socket, Client]()
     try:
         with selectors.DefaultSelector() as selector:
@@ -222,7 +222,7 @@ def converse(proxy: Running, cases: Iterable[Case]) -> None:
 
 
 def blaming(client: Client, act: Callable[[Client], None]) -> None:
-    """What goes wrong is told together with what was sent and got."""
+    """Calls `act`; a failure names the case, the bytes sent and the bytes received."""
     try:
         act(client)
     except (AssertionError, KeyError, ValueError) as error:
@@ -233,7 +233,7 @@ def blaming(client: Client, act: Callable[[Client], None]) -> None:
 
 
 def counting(over: threading.Event) -> Script:
-    """Counts until it is over, for the one caller it knows."""
+    """Streams numbers until `over` is set. Fails for any request but that of the counting client."""
 
     async def script(peer: Peer) -> None:
         seen = await peer.request()
@@ -251,7 +251,7 @@ def counting(over: threading.Event) -> Script:
 
 
 def listen_to_the_count(proxy: Running) -> int:
-    """Asks for the count and reads it to its end. Raises TimeoutError at a GAP; returns how far it went."""
+    """Reads the counting stream to its end and returns its length. Raises TimeoutError after a GAP without an event."""
     question = b'{"messages":[{"role":"user","content":"count"}],"stream":true}'
     with connect(proxy) as sock:
         sock.settimeout(GAP)
@@ -264,7 +264,7 @@ def listen_to_the_count(proxy: Running) -> int:
 
 @contextmanager
 def warnings_in(proxy: Running) -> Iterator[None]:
-    """What uvicorn and the event loop complain about goes to our log."""
+    """Sends the warnings of uvicorn and the event loop to our log."""
     loggers, bridge = [logging.getLogger(name) for name in ("uvicorn.error", "asyncio")], Bridge(proxy.service.logs)
     for logger in loggers:
         logger.addHandler(bridge)
@@ -283,7 +283,7 @@ SETTINGS = {"SERVER_PUBLIC_URL": "http://localhost", **dict.fromkeys(RATES, "100
 
 @contextmanager
 def beside_a_stream(loop: str) -> Iterator[Running]:
-    """A server on which another client's stream goes on undisturbed. Afterwards nothing is left."""
+    """Runs a server with a live stream of another client. Asserts that it continued, and that nothing is left."""
     over = threading.Event()
     with (
         ScriptedUpstream(counting(over)) as upstream,
@@ -313,8 +313,8 @@ def beside_a_stream(loop: str) -> Iterator[Running]:
 
 
 @both_loops
-def test_known_tricks_get_what_they_deserve(loop: str) -> None:
-    """Each gets its one answer, however the network cuts it up."""
+def test_known_tricks_get_their_answers(loop: str) -> None:
+    """Each known trick gets its one answer, however its bytes are split."""
     dice = random.Random(SEED)
     with beside_a_stream(loop) as proxy:
         for cut in (lambda sent: [sent], lambda sent: cut_up(dice, sent), lambda sent: cut_up(dice, sent, 100)):
@@ -323,8 +323,8 @@ def test_known_tricks_get_what_they_deserve(loop: str) -> None:
 
 @fault(39)
 @both_loops
-def test_malformed_requests_harm_nobody(loop: str) -> None:
-    """None is answered with a fault of ours or in words that are not ours, and none reaches the upstream."""
+def test_malformed_requests_harm_no_other_client(loop: str) -> None:
+    """No malformed request gets a 500 or a text that is not ours, and none reaches the upstream."""
     first = list(LOOPS).index(loop) * REQUESTS // 2
     with beside_a_stream(loop) as proxy:
         converse(proxy, map(case_at, range(first, first + REQUESTS // 2)))
@@ -332,7 +332,7 @@ def test_malformed_requests_harm_nobody(loop: str) -> None:
 
 @both_loops
 def test_trailers_are_no_headers(loop: str) -> None:
-    """What stands behind a body comes too late to be believed: a proxy in front has not looked at it."""
+    """Trailers are not treated as headers: a proxy in front has not checked them."""
     cases = [Case(name, [sent], answers=(f"app {status}",)) for name, (status, sent) in TRAILERS.items()]
     with beside_a_stream(loop) as proxy:
         converse(proxy, cases)
@@ -343,7 +343,7 @@ def test_trailers_are_no_headers(loop: str) -> None:
 
 @both_loops
 def test_trailers_have_a_bound(loop: str) -> None:
-    """Fields are counted wherever they stand, or a body of nothing but trailers would fill the memory."""
+    """The bound on fields covers trailers too: otherwise a body of trailers alone would fill memory."""
     with beside_a_stream(loop) as proxy:
         for trailers in (b"A: b\r\n" * 20_000, b"A: " + b"b" * 100_000 + b"\r\n"):
             sent = coded(CHUNK + b"0\r\n" + trailers + b"\r\n")
@@ -370,7 +370,7 @@ TWISTS: list[Callable[[str], str]] = [
     lambda path: path.replace("a", "%61"),
     lambda path: "/" + path,
 ]
-PARTS: dict[str, tuple[int, list[Any]]] = {  # of a request: how many of the values, from the first, are good in a chat
+PARTS: dict[str, tuple[int, list[Any]]] = {  # of a request: how many values, from the first, are valid in a chat
     "method": (1, ["POST", "GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND"]),
     "path": (2, [*ADDRESSES, "/api", "/api/check/x", "/", "/index.html", "/page.js", *PROBES]),
     "twist": (2, TWISTS),
@@ -394,7 +394,7 @@ Ask = Callable[[str, str, bytes | None, dict[str, str]], tuple[Reply, int]]
 
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
-    """Sends a request; its answer, and how often the upstream was called for it."""
+    """Sends a request; returns its answer and the number of calls at the upstream."""
     with (
         ScriptedUpstream(streaming(*GOOD)) as upstream,
         running(upstream.base_url, **SETTINGS) as proxy,
@@ -412,7 +412,7 @@ def ask() -> Iterator[Ask]:
 @tuned(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(changed=changes)
 def test_every_answer_is_one_of_the_contract(ask: Ask, changed: dict[str, Any]) -> None:
-    """Each request gets a status that the contract lists, under our headers; a good question alone gets through."""
+    """Each request gets a status that the contract lists, with our headers; only a valid chat reaches the upstream."""
     method, path, twist, body, *fields = (GOOD_PARTS | changed).values()
     headers = {name: value for name, value in zip([*PARTS][4:], fields, strict=True) if value is not None}
     reply, calls = ask(method, twist(path), body, headers)
@@ -468,7 +468,7 @@ fields = st.tuples(st.binary(max_size=8) | st.sampled_from([b"host", b"transfer-
 )
 @example(version="1.1", target=b"/", headers=[(b"host", b"a"), *[(b"transfer-encoding", b"chunked")] * 2])
 def test_no_bytes_make_the_head_rule_fail(version: str, target: bytes, headers: HeaderList) -> None:
-    """Whatever a parser might let pass is refused, or has one meaning."""
+    """The head rule refuses any bytes that a parser might accept, or gives them one meaning."""
     with suppress(InvalidRequest, HeadersTooLarge):
         check_head(version, target, headers)
         names = [name for name, _ in headers]

@@ -1,6 +1,6 @@
-"""Streams of all kinds that end in all ways, before readers of all speeds: none that broke looks as if it had ended.
+"""Streams of all kinds, endings and reading speeds: no broken stream looks complete.
 
-Each is made by its number, so that one which failed can be played again alone. CHAT_PROXY_FULL=1 plays 1,000 of them.
+The number of a stream determines it, so a failed one can be repeated alone. CHAT_PROXY_FULL=1 plays 1,000 of them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from support.harness import DONE, LOOPS, Peer, Running, ScriptedUpstream, delta,
 FULL = os.environ.get("CHAT_PROXY_FULL") == "1"
 STREAMS = 1000 if FULL else 60
 READERS = 20
-SMALL = 8192  # bytes of socket buffers, for readers that are to be waited for
-DEADLINES = {"UPSTREAM_IDLE_TIMEOUT": "0.3", "UPSTREAM_TOTAL_TIMEOUT": "0.8"}  # seconds; many streams meet one of them
+SMALL = 8192  # bytes of socket buffers, for slow readers
+DEADLINES = {"UPSTREAM_IDLE_TIMEOUT": "0.3", "UPSTREAM_TOTAL_TIMEOUT": "0.8"}  # seconds; many streams reach one of them
 OURS = b'data: {"error":{"message":"The answer '
 
 ERROR = b'data: {"error":{"message":"Overloaded"}}\n\n'
@@ -29,7 +29,7 @@ LASTS = {"done": [DONE], "reason": [finish()], "both": [finish(), DONE], "error"
 
 @dataclass(frozen=True)
 class Plan:
-    """One stream: its events, what comes behind the last of them, and how many bytes it has until it says its end."""
+    """One stream: its events, the bytes after the last one, and the number of bytes up to its end signal."""
 
     dice: random.Random
     events: list[bytes]
@@ -51,7 +51,7 @@ class Plan:
         return b"".join(self.events) + self.tail
 
     async def play(self, peer: Peer) -> None:
-        """Sends it in pieces of any size, and stops in any way."""
+        """Sends the stream in pieces of random sizes, and stops in a random way."""
         sent, start = self.sent, 0
         await peer.head()
         while start < len(sent):
@@ -63,7 +63,7 @@ class Plan:
         if how == "end":
             await peer.end()
             return
-        await asyncio.sleep(0.03)  # so that a reset does not overtake what was sent
+        await asyncio.sleep(0.03)  # so that a reset does not overtake the bytes before it
         if how == "reset":
             peer.reset()
         elif how == "cut":
@@ -71,7 +71,7 @@ class Plan:
         await peer.gone()
 
     def fault_of(self, got: bytes) -> str | None:
-        """What is wrong with a body that ended in good order."""
+        """The fault of a body that ended cleanly, or None."""
         place = got.rfind(OURS)
         if place < 0:
             if self.until_end is None:
@@ -80,7 +80,7 @@ class Plan:
             return None if is_whole else f"it ended after {len(got)} bytes of {self.until_end}"
         before = got[:place]
         ends = {0, *accumulate(map(len, self.events))}
-        ends |= {end - 1 for end in ends}  # the LF of a last CR LF, which may still have been on its way
+        ends |= {end - 1 for end in ends}  # the LF of a last CR LF may still have been on its way
         if self.sent.startswith(before) and len(before) in ends:
             return None
         is_long = before.endswith(b"\n\n") and self.sent.startswith(before[:-2])  # an event that went out early
@@ -93,7 +93,7 @@ async def upstream(peer: Peer) -> None:
 
 
 def read(proxy: Running, number: int) -> bytes:
-    """A whole response, read with one pause."""
+    """Reads a whole response, with one pause."""
     dice, data = random.Random(-number - 1), b""
     pause, after = dice.choice([0, 0.2, 1.0]), dice.choice([0, 1000, 100_000])
     with raw_chat(proxy, buffers=dice.choice([0, SMALL]), messages=[{"role": "user", "content": f"{number}"}]) as sock:
@@ -118,7 +118,7 @@ def body_of(response: bytes) -> bytes:
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_what_looks_whole_is_whole(loop: str) -> None:
-    """A response without our event is all that the upstream sent, and it said so; before ours stand whole events."""
+    """A response without our event is complete, with its end signal; one with our event has whole events before it."""
     with (
         ScriptedUpstream(upstream) as model,
         running(model.base_url, loop=loop, **DEADLINES) as proxy,

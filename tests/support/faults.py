@@ -1,7 +1,7 @@
-"""The fault table: what must survive, each fault with a number. `conftest.py` sees to it that every one has its tests.
+"""The fault table: the numbered faults that the server must survive. `conftest.py` fails if one has no test.
 
-A test bears a fault's number when it asserts, through the real server, all there is to say about that fault: what the
-client gets, what the upstream sees, how the token account is settled, how the log names it, and that nothing is left.
+A test has a fault's number when it asserts, through the real server, every effect of that fault: the client's response,
+the calls at the upstream, the settled tokens, the log line, and that nothing is left.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ FAULTS = {
 
 
 def numbered(cases: Mapping[str, Any]) -> list[Any]:
-    """The cases as parameters. A label that begins with a number names the fault: "7 cut in a chunk"."""
+    """The cases as parameters. A number at the start of a label is the fault's number: "7 cut in a chunk"."""
     parameters = []
     for label, case in cases.items():
         number, _, _ = label.partition(" ")

@@ -1,4 +1,4 @@
-"""One server and one upstream on which many faults are staged in turn: starting a server for each would take long."""
+"""One server and one upstream for many faults in turn: starting a server for each would take long."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from proxy.chat import policy
 from proxy.telemetry import logs
 from support.harness import PATIENCE, Peer, Reply, Running, Script, ScriptedUpstream, chat, running
 
-Act = Callable[[Peer], Awaitable[None]]  # what an upstream does about one request
+Act = Callable[[Peer], Awaitable[None]]  # answers one request at the upstream
 
 
 def always(act: Act) -> Script:
-    """A script that does the same about every request on a connection."""
+    """A script that calls `act` for every request on a connection."""
 
     async def script(peer: Peer) -> None:
         while not peer.writer.is_closing():
@@ -29,13 +29,13 @@ def always(act: Act) -> Script:
 
 
 def prompt_tokens(proxy: Running, **fields: Any) -> int:
-    """What the policy estimates for the prompt of harness.chat."""
+    """The policy's estimate for the prompt of harness.chat."""
     body = {"messages": [{"role": "user", "content": "hi"}], "stream": True, **fields}
     return policy.apply(json.dumps(body).encode(), proxy.settings.policy).prompt_tokens
 
 
 class Steps:
-    """A script that sends one part of its stream each time the test says so. One that does not end waits to be left."""
+    """A script that sends one part of its stream for each release of `allowed`. Without `ends` it stays open."""
 
     def __init__(self, *parts: bytes, ends: bool = True) -> None:
         self.parts = parts
@@ -56,7 +56,7 @@ class Steps:
 
 
 class Stage:
-    """The server and its upstream, which does `act` about each request."""
+    """The server and its upstream, which calls `act` for each request."""
 
     act: Act
     upstream: ScriptedUpstream
@@ -69,14 +69,14 @@ class Stage:
     @contextmanager
     def open(self) -> Iterator[Stage]:
         with (
-            patch.object(logs, "BATCH_EVERY", 0.002),  # each case waits for its line
+            patch.object(logs, "BATCH_EVERY", 0.002),  # each case waits for its log line
             ScriptedUpstream(always(lambda peer: self.act(peer))) as self.upstream,
             running(self.upstream.base_url, loop=self.loop, **self.settings) as self.proxy,
         ):
             yield self
 
     def chat(self, act: Act, **fields: Any) -> tuple[Reply, dict[str, Any], int]:
-        """The answer to a request about which the upstream does this, the log's line, and how often it was called."""
+        """Sends a request that `act` answers. Returns the reply, the log line, and the calls at the upstream."""
         self.act = act
         lines, calls = len(self.proxy.lines()), len(self.upstream.seen)
         reply = chat(self.proxy, **fields)
@@ -84,5 +84,5 @@ class Stage:
         return reply, line, len(self.upstream.seen) - calls
 
     def settled(self, before: dict[str, int]) -> dict[str, int]:
-        """What was booked since tokens_used() said `before`."""
+        """The tokens booked since tokens_used() returned `before`."""
         return {name: total - before.get(name, 0) for name, total in self.proxy.tokens_used().items()}

@@ -1,4 +1,4 @@
-"""The clients of the tests of proxy/transport: a Transport that must end empty, and ways to read a response."""
+"""The client side of the tests of proxy/transport: a Transport, and ways to read a response."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ UNTRUSTING = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # loading certifi's roots 
 
 @contextlib.asynccontextmanager
 async def transporting(**options: Any) -> AsyncIterator[Transport]:
+    """A transport; asserts that closing it leaves no socket."""
     transport = Transport(**{"ssl_context": UNTRUSTING, **options})
     try:
         yield transport
@@ -36,6 +37,7 @@ async def pull(response: httpx.Response) -> bytes:
 
 
 async def pull_to_the_fault(response: httpx.Response) -> tuple[bytes, httpx.TransportError]:
+    """The bytes before the fault, and the error."""
     seen = b""
     try:
         async for part in stream_of(response):
@@ -57,6 +59,7 @@ def stream_of(response: httpx.Response) -> ResponseStream:
 
 
 async def failure(transport: Transport, url: str, **timeout: float) -> httpx.TransportError:
+    """The error that a request raises."""
     with pytest.raises(httpx.TransportError) as caught:
         await transport.handle_async_request(post(url, b"{}", **timeout))
     return caught.value
@@ -69,6 +72,8 @@ async def async_parts() -> AsyncIterator[bytes]:
 
 
 def endless(start: bytes, more: bytes) -> Any:
+    """Answers with `start`, then sends `more` until the client closes."""
+
     async def handler(peer: Peer) -> None:
         await peer.answer(start)
         while more:

@@ -1,9 +1,9 @@
-"""Upstreams for the tests of proxy/transport.py: scripted ones on raw sockets, real ones as processes.
+"""Upstreams for the tests of proxy/transport: scripted ones on raw sockets, real ones as processes.
 
 Rules:
 1. Everything is on loopback and on a port that the kernel chose.
-2. `on_both_loops` runs a test on asyncio and on uvloop, and fails it for anything left: a task, a socket, an
-   exception that only the loop heard of.
+2. `on_both_loops` runs a test on asyncio and on uvloop, and fails it if it leaves a task, a socket or an exception
+   that only reached the loop's exception handler.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def chunk(data: bytes) -> bytes:
 
 
 def sockets() -> int:
-    """The sockets that this process holds (libuv keeps a pipe for good, so pipes say nothing)."""
+    """The number of sockets of this process (without pipes: libuv never closes one of them)."""
     count = 0
     for descriptor in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):
@@ -51,7 +51,7 @@ def sockets() -> int:
 
 def run(loop: str, main: Coroutine[Any, Any, None], *, seconds: float = 60.0) -> None:
     """Runs `main` on one of LOOPS, and asserts that it leaves nothing."""
-    from support.harness import eventually  # the servers of this file, run as a program, need nothing of it
+    from support.harness import eventually  # not needed when this file is run as a program
 
     before = sockets()
     complaints: list[dict[str, Any]] = []
@@ -66,11 +66,11 @@ def run(loop: str, main: Coroutine[Any, Any, None], *, seconds: float = 60.0) ->
     with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
         runner.run(guarded())
     assert complaints == []
-    eventually(lambda: sockets() <= before)  # what others do in this process meanwhile has an end
+    eventually(lambda: sockets() <= before)  # other threads of this process may hold sockets for a while
 
 
 def on_both_loops(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Makes a test of a coroutine function; its own parameters stay fixtures."""
+    """Turns a coroutine function into a test on both loops; its parameters stay fixtures."""
 
     def on_loop(loop: str, **fixtures: Any) -> None:
         run(loop, test(**fixtures))
@@ -87,12 +87,12 @@ def on_both_loops(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..
 async def settled(condition: Callable[[], object], seconds: float = LIVENESS) -> None:
     """Waits until `condition` holds."""
     async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110  # conditions are of the kernel's making; nobody sets an event
+        while not condition():  # noqa: ASYNC110  # the condition depends on the kernel, which sets no event
             await asyncio.sleep(0.002)
 
 
 async def ticks(count: int = 4) -> None:
-    """Lets the loop turn, so that what was written before is read on its own."""
+    """Runs the loop a few times, so that the peer reads the bytes written before in a read of their own."""
     for _ in range(count):
         await asyncio.sleep(0)
 
@@ -113,7 +113,7 @@ class Peer:
         self.writer = writer
 
     async def request(self) -> Received:
-        """The next request; IncompleteReadError when the client has gone."""
+        """The next request. Raises IncompleteReadError when the client has closed."""
         head = await self.reader.readuntil(b"\r\n\r\n")
         fields = {
             line.split(b":", 1)[0].lower(): line.split(b":", 1)[1].strip()
@@ -130,7 +130,7 @@ class Peer:
         return Received(head, body)
 
     async def send(self, *parts: bytes) -> None:
-        """Each part as a segment of its own."""
+        """Sends each part as a segment of its own."""
         for part in parts:
             if self.writer.transport.is_closing():
                 raise ConnectionResetError("the client has gone")
@@ -146,7 +146,7 @@ class Peer:
     def reset(self) -> None:
         """Ends the connection with an RST."""
         sock = self.writer.get_extra_info("socket")
-        if sock is not None:  # None once the client has gone first
+        if sock is not None:  # None if the client closed first
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.writer.transport.abort()
 
@@ -154,7 +154,7 @@ class Peer:
         self.writer.close()
 
     async def gone(self) -> None:
-        """Returns when the client has closed, in whatever way."""
+        """Returns when the client has closed or reset the connection."""
         with contextlib.suppress(ConnectionError):
             while await self.reader.read(65536):
                 pass
@@ -165,7 +165,7 @@ Handler = Callable[[Peer], Awaitable[None]]
 
 @dataclass
 class Upstream:
-    """A scripted server and what it saw."""
+    """A scripted server, its counters and the requests that it received."""
 
     url: str = ""
     port: int = 0
@@ -176,7 +176,7 @@ class Upstream:
 
 @contextlib.asynccontextmanager
 async def serving(handler: Handler, *, tls: ssl.SSLContext | None = None) -> AsyncIterator[Upstream]:
-    """A server that runs `handler` for each connection, and closes the connection after it."""
+    """Runs a server that calls `handler` for each connection, and closes the connection after it."""
     upstream = Upstream()
     handlers: set[asyncio.Task[None]] = set()
 
@@ -209,7 +209,7 @@ async def serving(handler: Handler, *, tls: ssl.SSLContext | None = None) -> Asy
 
 
 def always(*parts: bytes) -> Handler:
-    """Gives every request the same answer, on connections that are kept."""
+    """Gives every request the same answer, on connections that stay open."""
 
     async def handler(peer: Peer) -> None:
         while True:
@@ -228,7 +228,7 @@ def once(*parts: bytes) -> Handler:
 
 
 def then_silent(*parts: bytes) -> Handler:
-    """Answers, then says nothing until the client goes."""
+    """Answers one request, then sends nothing until the client closes."""
 
     async def handler(peer: Peer) -> None:
         await peer.answer(*parts)
@@ -242,7 +242,7 @@ def post(url: str, content: bytes = b"{}", **timeout: float) -> httpx.Request:
 
 
 class Recorder:
-    """A Sink that keeps what it is told, and can be waited for."""
+    """A Sink that records its calls; `finish` waits for the end."""
 
     def __init__(self) -> None:
         self.parts: list[bytes] = []
@@ -275,7 +275,7 @@ class Recorder:
 
 @dataclass
 class Certificates:
-    """A CA of our own and server contexts signed by it."""
+    """A test CA, and TLS contexts for servers with its certificates."""
 
     ca: trustme.CA = field(default_factory=trustme.CA)
 
@@ -300,7 +300,7 @@ PATHS = [*TREE, "/parts", "/none", "/unmodified", "/close", "/echo", "/repeated"
 
 
 async def asgi(scope: Any, receive: Any, send: Any) -> None:
-    """The paths as an ASGI application, for uvicorn."""
+    """Serves the paths as an ASGI application, for uvicorn."""
     assert scope["type"] == "http"
     path, body, more = scope["path"], b"", True
     while more:
@@ -391,7 +391,7 @@ def serve_standard_library() -> None:
             if self.command != "HEAD":
                 self.wfile.write(content)
 
-        do_GET = do_POST = do_HEAD = answer  # noqa: N815  # the names that http.server looks for
+        do_GET = do_POST = do_HEAD = answer  # noqa: N815  # the names that http.server calls
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Paths)
     print(server.server_address[1], flush=True)
@@ -450,7 +450,7 @@ def process(*command: str, cwd: Path | None = None) -> Iterator[subprocess.Popen
 
 @contextlib.contextmanager
 def real_server(kind: str, folder: Path, certificates: Certificates) -> Iterator[str]:
-    """The URL of a running server of this kind."""
+    """Runs a server of this kind; yields its URL."""
     if kind.startswith("nginx"):
         with serving_nginx(folder, certificates) as (plain, tls):
             yield f"http://{plain}" if kind == "nginx" else f"https://{tls}"
@@ -463,7 +463,7 @@ def real_server(kind: str, folder: Path, certificates: Certificates) -> Iterator
 
 @contextlib.contextmanager
 def serving_nginx(folder: Path, certificates: Certificates) -> Iterator[list[str]]:
-    """Where it listens: plainly, and with TLS."""
+    """Runs nginx; yields its addresses, without and with TLS."""
     tree = folder / "tree"
     tree.mkdir()
     for path, content in {**TREE, "/parts": b"".join(PARTS)}.items():

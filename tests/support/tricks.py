@@ -13,7 +13,7 @@ SEED = 20
 HOST = b"Host: localhost"
 JSON = b"Content-Type: application/json"
 CODED = b"Transfer-Encoding: chunked"
-HOPELESS = b'{"model":"none","messages":[],"forbidden":1}'  # three faults: no one flip makes it a good request
+HOPELESS = b'{"model":"none","messages":[],"forbidden":1}'  # three faults: no single flipped bit makes it valid
 LENGTH = b"Content-Length: %d" % len(HOPELESS)
 CHUNK = b"%x\r\n%b\r\n" % (len(HOPELESS), HOPELESS)
 CHUNKED = CHUNK + b"0\r\n\r\n"
@@ -40,7 +40,7 @@ def target(written: bytes) -> bytes:
 
 
 def each(build: Callable[[bytes], bytes], label: str, *written: bytes) -> dict[str, bytes]:
-    """One request for each of the variants, which `|` parts."""
+    """One request for each variant; `|` separates the variants."""
     return {f"{label} {variant!r}": build(variant) for variant in b"|".join(written).split(b"|")}
 
 
@@ -48,7 +48,7 @@ def every(build: Callable[[bytes], bytes], label: str, *codes: int) -> dict[str,
     return {f"{code:#04x} in {label}": build(bytes([code])) for code in codes}
 
 
-VALID = {  # and their answers
+VALID = {  # with their answers
     "chat": ("app 400", post(LENGTH)),
     "chat in chunks": ("app 400", coded(CHUNKED)),
     "session": ("app 200", get(start=b"GET /api/session HTTP/1.1")),
@@ -57,7 +57,7 @@ VALID = {  # and their answers
     "probe": ("server 200", get(start=b"HEAD /healthz HTTP/1.1")),
 }
 
-REFUSED = {  # by the server, with 400: none of them is a request
+REFUSED = {  # by the server, with 400: none is a valid request
     "length and coding": post(LENGTH, CODED, body=CHUNKED),
     "coding and length": post(CODED, LENGTH, body=CHUNKED),
     "coding and a length of 0": post(CODED, b"Content-Length: 0", body=CHUNKED),
@@ -157,7 +157,7 @@ TOO_LARGE = {  # 431
     "a head without end": get(b"A: " + b"b" * MAX_HEAD_BYTES)[:-4],
 }
 
-ODD = {  # but plainly one request: the app answers, with this status
+ODD = {  # but unambiguously one request: the app answers with this status
     200: {
         "empty lines first": b"\r\n\r\n" + get(),
         "the most fields": get(*[b"A: b"] * (MAX_FIELDS - 1)),
@@ -196,14 +196,14 @@ ODD = {  # but plainly one request: the app answers, with this status
     ),
 }
 
-TRAILERS = {  # that would be another answer, were they headers
+TRAILERS = {  # as headers they would change the answer
     "Host": (400, coded(CHUNK + b"0\r\nHost: evil.example\r\n\r\n")),
     "Origin": (400, coded(CHUNK + b"0\r\nOrigin: https://evil.example\r\n\r\n")),
     "Content-Type": (415, coded(CHUNK + b"0\r\n" + JSON + b"\r\n\r\n").replace(JSON, b"A: b", 1)),
     "Cookie": (400, coded(CHUNK + b"0\r\nCookie: chat=forged\r\n\r\n")),
 }
 
-UNCLEAR = {  # no answer, or one, or two: as it comes
+UNCLEAR = {  # none, one or two answers, depending on timing
     "two requests": get() + get(),
     "a request behind a chat": post(LENGTH) + get(),
     "a body longer than said": post(b"Content-Length: 5"),
@@ -219,7 +219,7 @@ UNCLEAR = {  # no answer, or one, or two: as it comes
 
 @dataclass(frozen=True)
 class Case:
-    """What one client sends and, when it is known, what it gets. A `rude` one half-closes without waiting for it."""
+    """The bytes that one client sends and, if certain, its answers. A `rude` client half-closes before them."""
 
     name: str
     pieces: list[bytes]
@@ -242,7 +242,7 @@ GOOD_ONES = [sent for _, sent in VALID.values()]
 
 
 def mutant(dice: random.Random, sent: bytes) -> bytes:
-    """One to three accidents."""
+    """Damages the request in one to three places."""
     data = bytearray(sent)
     for _ in range(dice.randint(1, 3)):
         start = dice.randrange(len(data) + 1)
@@ -272,7 +272,7 @@ def cut_up(dice: random.Random, sent: bytes, most: int = 4) -> list[bytes]:
 
 
 def case_at(number: int) -> Case:
-    """A known trick, an accident to one, or two accidents to valid requests; whole or in pieces, rude or not."""
+    """In turn a known trick, a damaged trick and two damaged valid requests; whole or in pieces, rude or not."""
     dice = random.Random(SEED * 10**9 + number)
     name, sent, answers = KNOWN[number // 4 % len(KNOWN)]
     if number % 4:

@@ -40,7 +40,7 @@ from proxy.transport.pool import Transport
 STREAMS = 20_000 if FULL else 2_000
 TLS_STREAMS = 4_000 if FULL else 400
 AT_ONCE = 60
-PAUSE = 0.02  # seconds between two words of the server, at most; an answer has six
+PAUSE = 0.02  # seconds between two parts of an answer, at most; an answer has six
 PHASES = ("connecting", "waiting", "reading", "over")
 HONEST = 100
 WHOLE = b"data: hello\n\n" * 5
@@ -52,7 +52,7 @@ def certificates() -> Certificates:
 
 
 def idle_only(transport: Transport, upstream: Upstream) -> Callable[[], bool]:
-    """No socket is held but idle ones, and the server sees just these."""
+    """Asserts that only idle sockets are held, and that the server counts the same ones."""
     return lambda: transport.open_sockets == len(transport._idle) == upstream.open
 
 
@@ -60,7 +60,7 @@ def idle_only(transport: Transport, upstream: Upstream) -> Callable[[], bool]:
 
 
 def moody() -> Handler:
-    """Answers with up to PAUSE seconds between its words, now and then not at all, with a reset or not to the end."""
+    """Pauses up to PAUSE seconds between parts; instead of a few answers it resets or closes the connection."""
     dice = random.Random(20)
 
     async def handler(peer: Peer) -> None:
@@ -164,7 +164,7 @@ async def abandoned(count: int, certificates: Certificates | None = None) -> Non
     tls = certificates.server("127.0.0.1") if certificates else None
     async with serving(moody(), tls=tls) as upstream:
         phases = await crowd(transport, upstream.url, count)
-        assert min(phases[phase] for phase in PHASES) >= count / 20, phases  # or it would mean little
+        assert min(phases[phase] for phase in PHASES) >= count / 20, phases  # or it proves little
         await settled(idle_only(transport, upstream))
         await settled(lambda: len(asyncio.all_tasks()) == 1 + upstream.open)
         await asyncio.gather(*[honest(transport, upstream.url) for _ in range(HONEST)])
@@ -176,13 +176,13 @@ async def abandoned(count: int, certificates: Certificates | None = None) -> Non
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_streams_cancelled_at_random_leave_nothing(loop: str) -> None:
-    """After 20,000 cancelled streams, 60 at a time, only idle sockets are held, no task, and 100 requests succeed."""
+    """After 20,000 cancelled streams, 60 at a time, only idle sockets and no task are left; 100 requests succeed."""
     run(loop, abandoned(STREAMS), seconds=300)
 
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_streams_cancelled_at_random_leave_nothing_under_tls(loop: str, certificates: Certificates) -> None:
-    """The same under TLS, where the handshake is a further phase to leave in."""
+    """The same holds under TLS, where a stream can also be abandoned in the handshake."""
     run(loop, abandoned(TLS_STREAMS, certificates), seconds=300)
 
 
@@ -213,7 +213,7 @@ class Stepped:
                     asyncio.get_running_loop().call_soon(task.cancel)
                 try:
                     sent = yield waiting
-                except BaseException as error:  # noqa: BLE001  # whatever it is, it is the coroutine's
+                except BaseException as error:  # noqa: BLE001  # any exception of the coroutine
                     waiting = self.coroutine.throw(error)
                 else:
                     if now and self.late:
@@ -253,7 +253,7 @@ async def streamed_body() -> AsyncIterator[bytes]:
 
 
 async def slow_reader(peer: Peer) -> None:
-    """Takes a body in its own time, so that writing has to wait."""
+    """Reads a body slowly, so that the client has to wait for its writes."""
     while True:
         await asyncio.sleep(0.005)
         await peer.answer(CHUNKED + chunk(b"ab"), chunk(b"cd"), b"0\r\n\r\n")
@@ -282,7 +282,7 @@ SCENARIOS: dict[str, tuple[Handler, bytes | Callable[[], AsyncIterator[bytes]], 
 async def test_a_request_cancelled_at_any_await_leaves_nothing(
     scenario: str, tls: bool, late: bool, certificates: Certificates
 ) -> None:
-    """Connecting, sending, waiting for the headers, reading: a cancellation there closes the socket at once."""
+    """A cancellation while connecting, sending, waiting for the headers or reading closes the socket at once."""
     handler, content, warm, least = SCENARIOS[scenario]
     context = certificates.server("127.0.0.1") if tls else None
     transport = Transport(ssl_context=certificates.client, max_idle=1 if warm else 0)
@@ -316,7 +316,7 @@ async def test_a_request_cancelled_at_any_await_leaves_nothing(
 @pytest.mark.parametrize("late", [False, True])
 @on_both_loops
 async def test_closing_the_transport_can_be_cancelled_at_any_await(late: bool) -> None:
-    """aclose has let go of every socket before its first await; no live, idle or connecting one survives it."""
+    """aclose closes every live, idle and connecting socket before its first await."""
     async with serving(always(CHUNKED)) as upstream:
 
         async def closed_at(at: int) -> bool:

@@ -49,7 +49,7 @@ def certificates() -> Certificates:
 
 @on_both_loops
 async def test_one_socket_read_is_one_call_of_the_sink() -> None:
-    """The fragments of one read are joined, and reads are not: as many calls as segments."""
+    """The sink is called once per segment: the fragments of one read are joined, reads are not."""
     go = asyncio.Event()
 
     async def handler(peer: Peer) -> None:
@@ -71,7 +71,7 @@ async def test_one_socket_read_is_one_call_of_the_sink() -> None:
 
 @on_both_loops
 async def test_what_came_with_the_headers_is_delivered_at_attach() -> None:
-    """A sink attached after the whole answer came gets it, and its end, at once."""
+    """A sink that is attached after the whole answer has arrived receives the body and its end at once."""
     async with (
         serving(always(CHUNKED + chunk(b"ab") + b"0\r\n\r\n")) as upstream,
         transporting() as transport,
@@ -85,7 +85,7 @@ async def test_what_came_with_the_headers_is_delivered_at_attach() -> None:
 
 @on_both_loops
 async def test_a_body_is_read_once() -> None:
-    """A second sink, or iterating beside a sink, is StreamConsumed."""
+    """A second sink, or iterating beside a sink, raises StreamConsumed."""
     async with serving(always(EMPTY)) as upstream, transporting() as transport:
         response = await transport.handle_async_request(post(upstream.url))
         stream_of(response).attach(Recorder())
@@ -111,8 +111,8 @@ async def test_small_writes_are_not_delayed() -> None:
 
 
 @on_both_loops
-async def test_the_caller_hears_when_the_server_may_be_at_work() -> None:
-    """extensions["sent"] is called once the whole request is on its way, and not while only connecting or sending."""
+async def test_sent_is_called_when_the_server_may_be_working() -> None:
+    """extensions["sent"] is called once, when the whole request is written, and not while connecting or sending."""
     calls: list[int] = []
 
     async def counted() -> AsyncIterator[bytes]:
@@ -158,7 +158,7 @@ BREAKS: dict[str, tuple[list[bytes], bool, bytes, type[Exception]]] = {
 @pytest.mark.parametrize("case", BREAKS)
 @on_both_loops
 async def test_a_broken_body_is_delivered_up_to_the_fault(case: str) -> None:
-    """What was whole arrives, pushed and pulled; then the error; the connection is gone."""
+    """The bytes before the fault arrive, pushed and pulled, then the error; the connection is closed."""
     parts, reset, body, kind = BREAKS[case]
 
     async def handler(peer: Peer) -> None:
@@ -180,7 +180,7 @@ async def test_a_broken_body_is_delivered_up_to_the_fault(case: str) -> None:
 
 @on_both_loops
 async def test_a_connection_that_breaks_before_the_headers() -> None:
-    """EOF before or within the headers is RemoteProtocolError, a reset is ReadError."""
+    """EOF before or within the headers raises RemoteProtocolError, a reset ReadError."""
     for said in (b"", b"HTTP/1.1 2", OK + b"A: b\r\n"):
         async with serving(once(said)) as upstream, transporting() as transport:
             assert type(await failure(transport, upstream.url)) is httpx.RemoteProtocolError
@@ -197,7 +197,7 @@ async def test_a_connection_that_breaks_before_the_headers() -> None:
 
 @on_both_loops
 async def test_a_sink_that_raises_breaks_its_connection_only() -> None:
-    """A bug in a sink ends its own stream with an error and leaves no socket."""
+    """A sink that raises ends its own stream with an error and leaves no socket."""
 
     class Buggy(Recorder):
         def data(self, data: bytes) -> None:
@@ -221,7 +221,7 @@ async def test_a_sink_that_raises_breaks_its_connection_only() -> None:
 
 @on_both_loops
 async def test_read_timeout_is_one_deadline_for_the_headers() -> None:
-    """Silence is ReadTimeout, and so are headers that trickle: a byte now and then does not buy more time."""
+    """Silence raises ReadTimeout, and so do headers that trickle: single bytes do not extend the deadline."""
 
     async def trickle(peer: Peer) -> None:
         await peer.answer(OK)
@@ -239,7 +239,7 @@ async def test_read_timeout_is_one_deadline_for_the_headers() -> None:
 
 @on_both_loops
 async def test_read_timeout_is_between_reads_of_a_pulled_body() -> None:
-    """A body may take any time as long as its parts keep coming; the first silence is ReadTimeout and closes."""
+    """A body may take any time while its parts keep coming; the first silence raises ReadTimeout and closes."""
 
     async def handler(peer: Peer) -> None:
         await peer.answer(CHUNKED)
@@ -257,7 +257,7 @@ async def test_read_timeout_is_between_reads_of_a_pulled_body() -> None:
 
 @on_both_loops
 async def test_a_pushed_body_has_no_read_timeout() -> None:
-    """In push mode the deadlines are the consumer's own."""
+    """The transport sets no read deadline for an attached sink: its consumer has its own."""
     async with serving(then_silent(CHUNKED)) as upstream, transporting() as transport:
         response = await transport.handle_async_request(post(upstream.url, read=0.05))
         recorder = Recorder()
@@ -269,7 +269,7 @@ async def test_a_pushed_body_has_no_read_timeout() -> None:
 
 @on_both_loops
 async def test_deadlines_do_not_outlive_their_wait() -> None:
-    """Each wait's timer is cancelled with it: a busy hour does not leave an hour's timers."""
+    """Each wait cancels its timer when it ends, so timers do not pile up under load."""
     loop = asyncio.get_running_loop()
     real = loop.call_later
     deadlines: list[asyncio.Handle] = []
@@ -293,7 +293,7 @@ async def test_deadlines_do_not_outlive_their_wait() -> None:
 @pytest.mark.parametrize("streamed", [False, True])
 @on_both_loops
 async def test_write_timeout(streamed: bool) -> None:
-    """A server that does not read the request is WriteTimeout."""
+    """A server that does not read the request causes a WriteTimeout."""
     release = asyncio.Event()
 
     async def deaf(peer: Peer) -> None:
@@ -319,7 +319,7 @@ async def test_write_timeout(streamed: bool) -> None:
 @pytest.mark.parametrize("streamed", [False, True])
 @on_both_loops
 async def test_an_early_refusal_is_the_answer(streamed: bool) -> None:
-    """A refusal that comes before the body was sent is returned at once; the rest is not sent, the socket not kept."""
+    """An error status before the end of the body is returned at once; the rest is not sent, the socket not reused."""
     release = asyncio.Event()
 
     async def handler(peer: Peer) -> None:
@@ -344,7 +344,7 @@ async def test_an_early_refusal_is_the_answer(streamed: bool) -> None:
 
 @on_both_loops
 async def test_an_early_success_can_be_read_while_the_body_goes_out() -> None:
-    """An answer may begin before the request was read whole; both arrive whole."""
+    """A response that begins before the server has read the whole request arrives whole, and so does the request."""
     body = b"x" * 20_000_000
     counted: list[int] = []
     read = asyncio.Event()
@@ -367,7 +367,7 @@ async def test_an_early_success_can_be_read_while_the_body_goes_out() -> None:
 
 @on_both_loops
 async def test_an_early_success_does_not_cut_a_streamed_body() -> None:
-    """A server that answers while it reads still gets the whole body."""
+    """A server that answers while it reads still receives the whole body."""
     bodies: list[bytes] = []
 
     async def handler(peer: Peer) -> None:
@@ -390,7 +390,7 @@ async def test_an_early_success_does_not_cut_a_streamed_body() -> None:
 
 @on_both_loops
 async def test_an_answer_before_the_end_of_a_slow_body_closes_the_connection() -> None:
-    """On a connection whose request was not sent whole, the server would read the next request as the body's rest."""
+    """The connection of a half-sent request is not reused: the server would read the next request as its body."""
 
     async def handler(peer: Peer) -> None:
         await peer.reader.readuntil(b"\r\n\r\n")
@@ -431,7 +431,7 @@ async def test_a_reset_within_a_slow_body_is_a_write_error() -> None:
 
 
 class Flood:
-    """Sends chunks as fast as they are taken, and counts what the kernel accepted."""
+    """Sends chunks as fast as the client reads, and counts the bytes that the kernel accepted."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -447,7 +447,7 @@ class Flood:
         await peer.gone()
 
     async def stalls(self) -> int:
-        """The number of bytes sent when no more are taken."""
+        """Waits until the kernel accepts no more; returns the number of bytes sent."""
         before = -1
         while before < self.sent:
             before = self.sent
@@ -466,7 +466,7 @@ def held(response: httpx.Response) -> int:
 @pytest.mark.parametrize("tls", [False, True])
 @on_both_loops
 async def test_a_paused_sink_pauses_the_server(tls: bool, certificates: Certificates) -> None:
-    """While paused nothing is delivered, at most one read is held, the server blocks; then all arrives."""
+    """While paused, nothing is delivered, at most one read is held and the server blocks; then all bytes arrive."""
     flood = Flood(24_000_000 // 8192 * 8192)
     context = certificates.server("127.0.0.1") if tls else None
     async with (
@@ -492,8 +492,8 @@ async def test_a_paused_sink_pauses_the_server(tls: bool, certificates: Certific
 
 
 @on_both_loops
-async def test_nobody_reading_pauses_the_server() -> None:
-    """Before a consumer comes, and between its pulls, a bounded number of bytes is held; all arrive."""
+async def test_a_body_without_a_reader_pauses_the_server() -> None:
+    """Before a consumer reads, and between its reads, a bounded number of bytes is held; all arrive."""
     flood = Flood(24_000_000 // 8192 * 8192)
     async with serving(flood) as upstream, transporting() as transport:
         response = await transport.handle_async_request(post(upstream.url))
@@ -503,12 +503,12 @@ async def test_nobody_reading_pauses_the_server() -> None:
         seen = [await anext(parts)]
         assert await flood.stalls() < flood.total
         assert held(response) <= HELD_HIGH_WATER + ONE_READ
-        seen.extend([part async for part in stream_of_again(parts)])
+        seen.extend([part async for part in rest_of(parts)])
         assert b"".join(seen) == flood.whole
         assert transport.open_sockets == 1
 
 
-async def stream_of_again(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def rest_of(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     with contextlib.suppress(StopAsyncIteration):
         while True:
             yield await anext(parts)
@@ -527,7 +527,7 @@ class Pausing(Recorder):
 @pytest.mark.parametrize("tail", [b"0\r\n\r\n", b"zz\r\n"])
 @on_both_loops
 async def test_a_pause_within_data_holds_the_end_back(tail: bytes) -> None:
-    """The end, or the fault, that came in the same read is delivered at resume and not before."""
+    """The end or the fault in the same read is delivered at resume and not before."""
     async with serving(then_silent(CHUNKED, chunk(b"ab") + tail)) as upstream, transporting() as transport:
         response = await transport.handle_async_request(post(upstream.url))
         sink = Pausing()
@@ -544,7 +544,7 @@ async def test_a_pause_within_data_holds_the_end_back(tail: bytes) -> None:
 @pytest.mark.parametrize("tls", [False, True])
 @on_both_loops
 async def test_a_close_behind_a_paused_body_is_held_back(tls: bool, certificates: Certificates) -> None:
-    """A server that closes while we are paused: what it said first still arrives, then the end."""
+    """The bytes that a server sends before it closes a paused connection still arrive, then the end."""
     closed = asyncio.Event()
 
     async def handler(peer: Peer) -> None:
@@ -573,7 +573,7 @@ async def test_a_close_behind_a_paused_body_is_held_back(tls: bool, certificates
 
 @on_both_loops
 async def test_a_read_that_was_on_its_way_is_held() -> None:
-    """Should a loop still deliver after pause_reading, the sink does not hear of it before resume."""
+    """Bytes that a loop delivers after pause_reading reach the sink at resume and not before."""
     async with serving(then_silent(CHUNKED)) as upstream, transporting() as transport:
         stream = stream_of(await transport.handle_async_request(post(upstream.url)))
         recorder = Recorder()
@@ -589,7 +589,7 @@ async def test_a_read_that_was_on_its_way_is_held() -> None:
 
 @on_both_loops
 async def test_pausing_before_attach_and_after_the_end() -> None:
-    """A pause holds for a sink that comes later; pause, resume and abort after the end do nothing."""
+    """A pause applies to a sink that is attached later; pause, resume and abort after the end do nothing."""
     async with (
         serving(always(CHUNKED + chunk(b"ab") + b"0\r\n\r\n")) as upstream,
         transporting() as transport,
@@ -609,7 +609,7 @@ async def test_pausing_before_attach_and_after_the_end() -> None:
 
 @on_both_loops
 async def test_a_connection_that_was_paused_is_fit_for_the_next_request() -> None:
-    """An answer that ends while the socket is paused leaves a connection that reads again."""
+    """A connection whose answer ended while it was paused reads again for the next request."""
     big = [
         CHUNKED + chunk(b"x" * 60_000),
         chunk(b"x" * 40_000) + b"0\r\n\r\n",
@@ -628,7 +628,7 @@ async def test_a_connection_that_was_paused_is_fit_for_the_next_request() -> Non
 @pytest.mark.parametrize("way", ["aclose", "abort", "abort within data", "cancel the pull"])
 @on_both_loops
 async def test_closing_early_closes_the_socket_at_once(way: str) -> None:
-    """However a live stream is left, the server sees it, and the sink hears nothing more."""
+    """Each way of leaving a live stream closes the socket at once, and the sink is not called again."""
     go = asyncio.Event()
 
     async def handler(peer: Peer) -> None:
@@ -672,7 +672,7 @@ async def pull_without_closing(stream: ResponseStream) -> None:
 
 @on_both_loops
 async def test_a_closed_stream_gives_nothing() -> None:
-    """Reading on after aclose is an error, not an end: what was left out must not look like the whole."""
+    """Reading after aclose raises ReadError: an incomplete body must not look complete."""
     async with serving(then_silent(CHUNKED, chunk(b"ab"))) as upstream, transporting() as transport:
         response = await transport.handle_async_request(post(upstream.url))
         await settled(lambda: held(response))
@@ -686,7 +686,7 @@ async def test_a_closed_stream_gives_nothing() -> None:
 
 @on_both_loops
 async def test_a_silent_stream_costs_little_memory() -> None:
-    """Below 8 KiB for each live stream without traffic, the request's body not among it."""
+    """A live stream without traffic holds less than 8 KiB, and no longer the request's body."""
     body = b"x" * 50_000
     with socket.create_server(("127.0.0.1", 0), backlog=300) as server:
         server.setblocking(False)
@@ -721,7 +721,7 @@ async def test_a_silent_stream_costs_little_memory() -> None:
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_finished_streams_are_freed_without_the_collector(loop: str) -> None:
-    """No cycle is left of an exchange, ended or aborted: its memory goes as soon as its last user does."""
+    """An exchange, ended or aborted, leaves no reference cycle: its memory is freed with the last reference to it."""
 
     def exchanges() -> list[object]:
         return [kept for kept in gc.get_objects() if type(kept) in (ResponseStream, framing.ResponseParser)]

@@ -1,7 +1,7 @@
 """Our transport against httpx's own: the same bytes, statuses, headers and classes of error.
 
 Over real servers, and over a corpus of odd and malformed answers, fed whole, byte by byte and split at random. Where
-ours means to differ, the row says why and what it gives instead; everywhere else httpx is the judge.
+ours differs on purpose, the row has the reason and the expected result; everywhere else httpx decides.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PADDING = b"x" * 40_000
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a caller gets of a response: the error is the class's name, and empty for an end."""
+    """The response as its caller receives it; `error` is the name of a class, or empty for a complete body."""
 
     status: int = 0
     reason: bytes = b""
@@ -261,7 +261,7 @@ def whole(answer: bytes) -> list[bytes]:
 
 
 def byte_by_byte(answer: bytes) -> list[bytes]:
-    """Of a long answer the two ends; its middle would only take time."""
+    """Splits both ends of a long answer into bytes, not its middle, which would only take time."""
     if len(answer) < 2000:
         return [answer[i : i + 1] for i in range(len(answer))]
     return [*byte_by_byte(answer[:500]), *split_at_random(answer[500:-500]), *byte_by_byte(answer[-500:])]
@@ -292,9 +292,9 @@ def certificates() -> Certificates:
 @pytest.mark.parametrize("label", CORPUS)
 @on_both_loops
 async def test_odd_and_malformed_answers(label: str, certificates: Certificates) -> None:
-    """Each gives what httpx gives, or what its row says; pushed and pulled alike, however it is cut."""
+    """Each answer gives the result of httpx or of its row, pushed as well as pulled, however it is split."""
     row = CORPUS[label]
-    ours = Transport(ssl_context=certificates.client, max_idle=0)  # junk that comes later is another test's
+    ours = Transport(ssl_context=certificates.client, max_idle=0)  # another test covers bytes that arrive later
     theirs = httpx.AsyncHTTPTransport(verify=certificates.client)
     for split in SPLITS:
         async with serving(answering(split(row.answer))) as upstream:
@@ -343,7 +343,7 @@ def exchanges(*, chunked: bool) -> list[tuple[str, str, Any]]:
 
 @on_both_loops
 async def test_real_servers(server: tuple[str, str], certificates: Certificates) -> None:
-    """Every way these servers have of framing a body gives what httpx gives, request after request."""
+    """Each framing that these servers use gives the same result as in httpx, request after request."""
     kind, url = server
     ours = Transport(ssl_context=certificates.client)
     theirs = httpx.AsyncHTTPTransport(verify=certificates.client)

@@ -44,7 +44,7 @@ def split(data: bytes, size: int) -> list[bytes]:
 
 @on_both_loops
 async def test_a_request_goes_out_as_it_was_built() -> None:
-    """Method, target with its query, headers in their order, body: in one write, so that it is one segment."""
+    """Method, target with its query, headers in their order and body go out in one write, thus in one segment."""
     seen: list[bytes] = []
 
     async def handler(peer: Peer) -> None:
@@ -67,8 +67,8 @@ class SyncParts(httpx.SyncByteStream):
 @pytest.mark.parametrize("kind", ["sync", "async"])
 @pytest.mark.parametrize("framing", ["chunked", "content-length"])
 @on_both_loops
-async def test_a_streamed_body_is_framed_as_its_headers_say(kind: str, framing: str) -> None:
-    """Parts of sync and async streams arrive as one body; an empty part does not end it."""
+async def test_a_streamed_body_is_framed_as_its_headers_declare(kind: str, framing: str) -> None:
+    """The parts of sync and async streams arrive as one body; an empty part does not end it."""
     framed = {"chunked": {"Transfer-Encoding": "chunked"}, "content-length": {"Content-Length": "6"}}
     in_async = httpx.Request("POST", "http://a", content=async_parts()).stream
     stream = SyncParts() if kind == "sync" else in_async
@@ -113,7 +113,7 @@ BAD_REQUESTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("fault", BAD_REQUESTS)
 @on_both_loops
 async def test_a_request_that_could_be_read_differently_is_not_sent(fault: str) -> None:
-    """Injection through any part of the head, and bodies that do not fit it, are LocalProtocolError."""
+    """Injection through any part of the head, and a body that does not fit its headers, raise LocalProtocolError."""
     whole: list[bytes] = []
 
     async def handler(peer: Peer) -> None:
@@ -132,7 +132,7 @@ async def test_a_request_that_could_be_read_differently_is_not_sent(fault: str) 
 
 @on_both_loops
 async def test_headers_come_as_they_were_sent() -> None:
-    """Names keep their case, repeated ones their order; values lose the whitespace around them."""
+    """Header names keep their case, repeated headers their order; values lose the whitespace around them."""
     head = b"HTTP/1.1 218 This is fine\r\nX-One:  a \t\r\nx-one: b\r\nEmpty:\r\nObs: \xe9\r\nContent-Length: 0\r\n\r\n"
     async with serving(once(*split(head, 1))) as upstream, transporting() as transport:
         response = await transport.handle_async_request(post(upstream.url))
@@ -149,7 +149,7 @@ async def test_headers_come_as_they_were_sent() -> None:
 
 @on_both_loops
 async def test_interim_responses_are_skipped_and_trailers_dropped() -> None:
-    """100 and 103 leave no trace in the response, and neither do the fields behind a chunked body."""
+    """The response shows no trace of 100 and 103, nor of the fields after a chunked body."""
     interim = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
     answer = interim + CHUNKED + chunk(b"ab") + b"0\r\nSet-Cookie: trailer\r\n\r\n"
     async with serving(once(*split(answer, 5))) as upstream, transporting() as transport:
@@ -174,7 +174,7 @@ async def test_interim_responses_are_skipped_and_trailers_dropped() -> None:
 )
 @on_both_loops
 async def test_answers_without_a_body_end_with_their_headers(method: str, answer: bytes, kept: bool) -> None:
-    """HEAD, 204 and 304 have no body, whatever their headers say; HEAD's connection is not used again."""
+    """HEAD, 204 and 304 have no body, whatever their headers declare; the connection of a HEAD is not reused."""
     async with serving(then_silent(answer)) as upstream, transporting() as transport:
         response = await transport.handle_async_request(httpx.Request(method, upstream.url))
         assert (await push(response)).body == b""
@@ -188,7 +188,7 @@ async def test_answers_without_a_body_end_with_their_headers(method: str, answer
 @pytest.mark.parametrize("size", [1 << 20, 700, 7])
 @on_both_loops
 async def test_push_and_pull_give_the_same_whole_body(framing: str, size: int) -> None:
-    """Every framing, however it is cut into segments, gives the body byte for byte, pushed as well as pulled."""
+    """Each framing, however it is cut into segments, gives the body byte for byte, pushed as well as pulled."""
     async with serving(once(*split(FRAMINGS[framing], size))) as upstream, transporting() as transport:
         pushed = await push(await transport.handle_async_request(post(upstream.url)))
         assert pushed.error is None
@@ -213,7 +213,7 @@ UNBOUNDED: dict[str, tuple[bytes, bytes]] = {
 @pytest.mark.parametrize("case", UNBOUNDED)
 @on_both_loops
 async def test_heads_are_bounded(case: str) -> None:
-    """A head that exceeds its bounds is RemoteProtocolError before it costs more than them."""
+    """A head that exceeds its bounds raises RemoteProtocolError before it costs more memory than they allow."""
     start, more = UNBOUNDED[case]
     async with serving(endless(start, more)) as upstream, transporting() as transport:
         assert type(await failure(transport, upstream.url)) is httpx.RemoteProtocolError
@@ -223,7 +223,7 @@ async def test_heads_are_bounded(case: str) -> None:
 @pytest.mark.parametrize("more", [b"x" * 999, b"A: b\r\n" * 99, b"A: " + b"x" * 900 + b"\r\n"])
 @on_both_loops
 async def test_trailers_are_bounded(more: bytes) -> None:
-    """Trailers without an end break the stream instead of filling the memory."""
+    """Trailers without an end break the stream instead of filling memory."""
     start = CHUNKED + chunk(b"ab") + b"0\r\n"
     async with serving(endless(start, more)) as upstream, transporting() as transport:
         recorder = await push(await transport.handle_async_request(post(upstream.url)))
@@ -234,7 +234,7 @@ async def test_trailers_are_bounded(more: bytes) -> None:
 
 @on_both_loops
 async def test_heads_up_to_the_bounds_pass() -> None:
-    """100 headers, and 60 KB of them, are fine; so is any number of chunk heads read on their own."""
+    """100 headers of 60 KB in all pass, and so does any number of chunk heads in reads of their own."""
     many = OK + b"".join(b"A%d: %b\r\n" % (i, b"x" * 600) for i in range(99)) + b"Content-Length: 0\r\n\r\n"
     async with serving(once(many)) as upstream, transporting() as transport:
         response = await transport.handle_async_request(post(upstream.url))

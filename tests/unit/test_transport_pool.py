@@ -43,7 +43,7 @@ def certificates() -> Certificates:
 
 @on_both_loops
 async def test_an_ordinary_client_can_use_it() -> None:
-    """httpx.AsyncClient works on it: json, streaming by lines, leaving in the middle."""
+    """httpx.AsyncClient works on the transport: JSON, streaming by lines, leaving in mid-stream."""
     lines = b"".join(chunk(b"line %d\n" % i) for i in range(3))
 
     async def handler(peer: Peer) -> None:
@@ -67,7 +67,7 @@ async def test_an_ordinary_client_can_use_it() -> None:
 
 @on_both_loops
 async def test_only_http_and_https() -> None:
-    """Any other scheme is UnsupportedProtocol."""
+    """Any other scheme raises UnsupportedProtocol."""
     async with transporting() as transport:
         with pytest.raises(httpx.UnsupportedProtocol):
             await transport.handle_async_request(httpx.Request("GET", "ftp://127.0.0.1/"))
@@ -78,7 +78,7 @@ async def test_only_http_and_https() -> None:
 
 @on_both_loops
 async def test_refused_and_unresolved() -> None:
-    """Both are ConnectError, told apart by their cause."""
+    """Both raise ConnectError; its cause tells them apart."""
     async with transporting() as transport:
         refused = await failure(transport, "http://127.0.0.1:1/")
         assert type(refused) is httpx.ConnectError
@@ -92,7 +92,7 @@ async def test_refused_and_unresolved() -> None:
 @pytest.mark.parametrize("reset", [False, True])
 @on_both_loops
 async def test_a_connection_that_is_closed_before_it_is_used(reset: bool) -> None:
-    """A server that hangs up between accepting and our first byte is a ConnectError, and not waited for."""
+    """A server that closes between accepting and our first byte causes a ConnectError at once."""
     loop = asyncio.get_running_loop()
     real = loop.create_connection
 
@@ -116,7 +116,7 @@ async def test_a_connection_that_is_closed_before_it_is_used(reset: bool) -> Non
 
 @on_both_loops
 async def test_connect_timeout_covers_tcp() -> None:
-    """A server that does not take the connection is ConnectTimeout."""
+    """A server that does not accept the connection causes a ConnectTimeout."""
     with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, contextlib.ExitStack() as fillers:
         for _ in range(4):  # Linux drops the SYN once the backlog is full
             filler = fillers.enter_context(socket.socket())
@@ -131,7 +131,7 @@ async def test_connect_timeout_covers_tcp() -> None:
 
 @on_both_loops
 async def test_connect_timeout_covers_tls(certificates: Certificates) -> None:
-    """So is one that takes it and then does not shake hands."""
+    """A server that accepts the connection and never completes the handshake causes a ConnectTimeout."""
 
     async def silent(peer: Peer) -> None:
         await peer.gone()
@@ -143,7 +143,7 @@ async def test_connect_timeout_covers_tls(certificates: Certificates) -> None:
 
 
 def test_connect_timeout_covers_the_resolver() -> None:
-    """And a name that does not resolve in time (on asyncio: uvloop resolves in C, out of a test's reach)."""
+    """A name that does not resolve in time causes a ConnectTimeout (on asyncio: a test cannot patch uvloop's)."""
 
     async def hanging(*_: Any, **__: Any) -> Any:
         await asyncio.sleep(LIVENESS)
@@ -163,7 +163,7 @@ def test_connect_timeout_covers_the_resolver() -> None:
 
 @on_both_loops
 async def test_a_finished_connection_is_used_again() -> None:
-    """Requests one after another share one socket, and it is idle before the consumer hears of the end."""
+    """Consecutive requests share one socket: it is idle before the consumer receives the end."""
     async with serving(always(CHUNKED + chunk(b"a") + b"0\r\n\r\n")) as upstream, transporting() as transport:
         for _ in range(5):
             response = await transport.handle_async_request(post(upstream.url))
@@ -174,7 +174,7 @@ async def test_a_finished_connection_is_used_again() -> None:
 
 @on_both_loops
 async def test_live_streams_do_not_share_or_wait() -> None:
-    """Each live stream has a socket of its own; there is no limit to queue for."""
+    """Each live stream has a socket of its own; no limit makes a request wait."""
     async with serving(then_silent(CHUNKED)) as upstream, transporting() as transport:
         responses = [await transport.handle_async_request(post(upstream.url)) for _ in range(150)]
         assert upstream.accepted == transport.open_sockets == 150
@@ -195,7 +195,7 @@ async def test_live_streams_do_not_share_or_wait() -> None:
 )
 @on_both_loops
 async def test_what_cannot_be_trusted_again_is_closed(answer: bytes) -> None:
-    """`close`, HTTP/1.0 and bytes behind the end: the answer stands, nothing is added to it, the connection goes."""
+    """`close`, HTTP/1.0 and bytes after the end leave the answer as it is and close the connection."""
     async with serving(then_silent(answer)) as upstream, transporting() as transport:
         recorder = await push(await transport.handle_async_request(post(upstream.url)))
         assert (recorder.body, recorder.error) == (b"ab", None)
@@ -204,7 +204,7 @@ async def test_what_cannot_be_trusted_again_is_closed(answer: bytes) -> None:
 
 @on_both_loops
 async def test_bytes_on_an_idle_connection_close_it() -> None:
-    """Bytes that no request asked for cannot become the next request's answer."""
+    """Bytes on an idle connection close it: they cannot become the next request's answer."""
 
     async def handler(peer: Peer) -> None:
         await peer.answer(EMPTY)
@@ -222,7 +222,7 @@ async def test_bytes_on_an_idle_connection_close_it() -> None:
 
 @on_both_loops
 async def test_idle_connections_are_closed_after_their_time() -> None:
-    """idle_seconds after its last answer a connection is gone, with no request to trigger that; others stay."""
+    """A connection is closed idle_seconds after its last answer, without a request that triggers it; others stay."""
     async with serving(always(EMPTY)) as upstream, transporting(idle_seconds=0.9) as transport:
         responses = [transport.handle_async_request(post(upstream.url)) for _ in range(2)]
         await asyncio.gather(*responses)
@@ -235,7 +235,7 @@ async def test_idle_connections_are_closed_after_their_time() -> None:
 
 @on_both_loops
 async def test_a_connection_past_its_idle_time_is_not_used() -> None:
-    """A loop that was blocked over the deadline does not hand out an old connection."""
+    """A loop that was blocked past the deadline does not reuse an expired connection."""
     async with serving(always(EMPTY)) as upstream, transporting(idle_seconds=0.0) as transport:
         await transport.handle_async_request(post(upstream.url))
         await transport.handle_async_request(post(upstream.url))
@@ -261,8 +261,8 @@ async def test_origins_do_not_share_connections() -> None:
 
 
 @on_both_loops
-async def test_leaving_a_finished_stream_does_not_touch_the_next_user() -> None:
-    """Once an answer is whole its connection serves the next request, whatever is done to the old stream."""
+async def test_leaving_a_finished_stream_does_not_affect_the_next_one() -> None:
+    """The connection of a complete answer serves the next request, whatever is done to the old stream."""
     go = asyncio.Event()
 
     async def handler(peer: Peer) -> None:
@@ -288,7 +288,7 @@ async def test_leaving_a_finished_stream_does_not_touch_the_next_user() -> None:
 
 @on_both_loops
 async def test_a_connection_closed_while_idle_is_replaced() -> None:
-    """The server's closing is noticed at once; the next request connects anew."""
+    """A connection that the server closes is dropped at once; the next request opens a new one."""
     async with serving(once(EMPTY)) as upstream, transporting() as transport:
         for count in (1, 2):
             await transport.handle_async_request(post(upstream.url))
@@ -297,7 +297,7 @@ async def test_a_connection_closed_while_idle_is_replaced() -> None:
 
 
 def stale(*second: bytes, reset: bool = False, delay: float = 0.0, first: bytes = EMPTY) -> Any:
-    """Answers once; breaks on the second request of a connection, after saying `second`."""
+    """Answers once; sends `second` on the second request of a connection and breaks off."""
 
     async def handler(peer: Peer) -> None:
         await peer.answer(first)
@@ -313,7 +313,7 @@ def stale(*second: bytes, reset: bool = False, delay: float = 0.0, first: bytes 
 @pytest.mark.parametrize("reset", [False, True])
 @on_both_loops
 async def test_a_stale_connection_costs_one_retry(reset: bool) -> None:
-    """A reused connection that breaks before one byte of answer is replaced by a new one, once, unseen."""
+    """A reused connection that breaks before the first byte of the answer is replaced once, invisibly to the caller."""
     async with serving(stale(reset=reset)) as upstream, transporting() as transport:
         await asyncio.gather(*[transport.handle_async_request(post(upstream.url)) for _ in range(3)])
         assert upstream.accepted == transport.open_sockets == 3
@@ -332,7 +332,7 @@ NOT_STALE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", NOT_STALE)
 @on_both_loops
 async def test_what_may_have_been_served_is_not_sent_again(case: str) -> None:
-    """Once a byte was answered, or after STALE_SECONDS, a broken connection is the caller's to judge."""
+    """A connection that breaks after the first byte of the answer, or after STALE_SECONDS, raises: no retry."""
     options = NOT_STALE[case]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(connection, "STALE_SECONDS", 0.05)
@@ -346,7 +346,7 @@ async def test_what_may_have_been_served_is_not_sent_again(case: str) -> None:
 
 @on_both_loops
 async def test_a_new_connection_and_a_streamed_body_are_not_retried() -> None:
-    """A new connection cannot be stale, and a stream cannot be sent twice."""
+    """Neither is retried: a new connection cannot be stale, and a stream cannot be sent twice."""
 
     async def hang_up(peer: Peer) -> None:
         await peer.request()
@@ -364,7 +364,7 @@ async def test_a_new_connection_and_a_streamed_body_are_not_retried() -> None:
 
 @on_both_loops
 async def test_a_timeout_on_a_reused_connection_is_not_retried() -> None:
-    """Silence is not staleness."""
+    """Silence on a reused connection raises ReadTimeout: it does not show that the connection was stale."""
     async with serving(stale(delay=5)) as upstream, transporting() as transport:
         await transport.handle_async_request(post(upstream.url))
         with pytest.raises(httpx.ReadTimeout):
@@ -405,7 +405,7 @@ async def test_closing_the_transport() -> None:
 @pytest.mark.parametrize("moment", ["before the task knows", "as the task is woken"])
 @on_both_loops
 async def test_closing_the_transport_as_a_connection_is_made(moment: str) -> None:
-    """A socket that is open but not yet handed to its request is closed too."""
+    """aclose also closes a socket that is open but not yet assigned to its request."""
     loop = asyncio.get_running_loop()
     real = loop.create_connection
     made: asyncio.Future[None] = loop.create_future()

@@ -49,7 +49,7 @@ def test_the_default_context_is_made_once() -> None:
 
 
 def test_without_a_file_the_upstream_has_the_default_context() -> None:
-    """Without `ca_file` there is no context of its own."""
+    """Without `ca_file`, None selects the default context."""
     assert tls.upstream_ssl_context("") is None
 
 
@@ -69,7 +69,7 @@ def test_a_file_adds_its_roots_to_the_others(certificates: Certificates, tmp_pat
 def test_the_system_context_trusts_what_the_system_trusts(
     certificates: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SSL_CERT_FILE counts for the system's context, and not for those of the upstream."""
+    """SSL_CERT_FILE applies to the system context and not to the default one."""
     file = tmp_path / "ca.pem"
     certificates.ca.cert_pem.write_to_path(str(file))
     monkeypatch.setenv("SSL_CERT_FILE", str(file))
@@ -96,7 +96,7 @@ def test_a_file_that_holds_no_certificate(tmp_path: Path) -> None:
 
 @on_both_loops
 async def test_tls_with_a_trusted_certificate(certificates: Certificates) -> None:
-    """The name is sent as SNI, the certificate checked, the connection used again."""
+    """The host name is sent as SNI, the certificate is verified, the connection is reused."""
     names: list[str | None] = []
     context = certificates.server("localhost")
     context.sni_callback = lambda _, name, __: names.append(name)
@@ -114,7 +114,7 @@ async def test_tls_with_a_trusted_certificate(certificates: Certificates) -> Non
 @pytest.mark.parametrize("fault", ["expired", "wrong name", "untrusted", "untrusted by certifi"])
 @on_both_loops
 async def test_tls_with_a_bad_certificate(fault: str, certificates: Certificates) -> None:
-    """Expired, for another name, or of an unknown CA: ConnectError, and its cause says so."""
+    """A certificate that is expired, for another name or of an unknown CA raises ConnectError with that cause."""
     ours = certificates if fault != "untrusted" else Certificates()
     expired = {"not_before": YESTERDAY - datetime.timedelta(days=9), "not_after": YESTERDAY}
     context = ours.server(
@@ -131,7 +131,7 @@ async def test_tls_with_a_bad_certificate(fault: str, certificates: Certificates
 
 @on_both_loops
 async def test_a_reset_in_the_handshake_is_no_tls_failure(certificates: Certificates) -> None:
-    """A connection that breaks while shaking hands may be tried again: its cause is an OSError, not an SSLError."""
+    """A connection that breaks in the handshake may be retried: the cause is an OSError, not an SSLError."""
 
     async def reset(peer: Peer) -> None:
         await peer.reader.read(1)
@@ -145,7 +145,7 @@ async def test_a_reset_in_the_handshake_is_no_tls_failure(certificates: Certific
 
 @on_both_loops
 async def test_plain_http_behind_https_is_a_tls_failure(certificates: Certificates) -> None:
-    """A server that does not speak TLS is ConnectError with an SSLError."""
+    """A server without TLS causes a ConnectError whose cause is an SSLError."""
     async with (
         serving(endless(EMPTY, b"junk")) as upstream,
         transporting(ssl_context=certificates.client) as transport,
@@ -168,9 +168,9 @@ async def test_plain_http_behind_https_is_a_tls_failure(certificates: Certificat
 @pytest.mark.parametrize("notified", [True, False])
 @on_both_loops
 async def test_tls_until_eof_needs_the_close_notify(notified: bool, certificates: Certificates) -> None:
-    """A body that ends with the connection is whole if the TLS session was ended; a bare FIN may be anybody's.
+    """A body that ends with the connection is complete if close_notify came; an attacker can forge a bare FIN.
 
-    asyncio's TLS reports both alike (uvloop's does not), so there the bare FIN passes, as it does with httpx's own.
+    asyncio's TLS reports both alike (uvloop's does not), so there a bare FIN passes, as in httpx's own transport.
     """
 
     async def handler(peer: Peer) -> None:
