@@ -607,7 +607,7 @@ def test_backoff_grows_and_stays_inside_first_byte_timeout() -> None:
         ScriptedUpstream(script) as server,
         running(server.base_url, UPSTREAM_RETRIES="10", UPSTREAM_FIRST_BYTE_TIMEOUT="2.4") as proxy,
     ):
-        proxy.service.app.upstream.random = lambda: 0.5  # pauses of 0.375, 0.75 and 1.5 s, of which the third never fits
+        proxy.service.app.upstream.random = lambda: 0.5  # pauses of 0.375, 0.75 and 1.5 s: the third never fits
         began = time.monotonic()
         assert chat(proxy).status == 502
         assert time.monotonic() - began < 4
