@@ -47,19 +47,19 @@ class ChargeKind(Enum):
     CHECK = auto()  # a request of `chat-proxy check`, from every address
 
 
-def by_session(request: Subject) -> str:
-    return request.session
+def by_session(subject: Subject) -> str:
+    return subject.session
 
 
-def by_address(request: Subject) -> str:
-    return request.address
+def by_address(subject: Subject) -> str:
+    return subject.address
 
 
 def registered(name: str, rates: tuple[Rate, ...], key_func: Callable[[Subject], str]) -> list[Limit]:
     """One configured limit as slowapi's Limit objects, a window each. `scope` is its name, `error_message` the rate."""
-    found: list[Limit] = []
+    limits: list[Limit] = []
     for rate in rates:
-        found += LimitGroup(
+        limits += LimitGroup(
             rate.text,
             key_func,
             name,
@@ -70,7 +70,7 @@ def registered(name: str, rates: tuple[Rate, ...], key_func: Callable[[Subject],
             cost=1,
             override_defaults=False,
         )
-    return found
+    return limits
 
 
 class Counted(NamedTuple):

@@ -129,15 +129,15 @@ class Tokens:
     def keys(self, subject: Subject) -> list[tuple[TokenLimit, tuple[int, str]]]:
         """The limits that count for the subject. A named user cannot evade a limit by a new session, so the address,
         which others may share, is not charged."""
-        found = []
+        charged = []
         for number, limit in enumerate(self.limits):
             if subject.is_named and limit.name == "tokens_per_address":
                 continue
             key = limit.key(subject)
             if not key:
                 raise ValueError("a limit without a key would count all clients as one")
-            found.append((limit, (number, key)))
-        return found
+            charged.append((limit, (number, key)))
+        return charged
 
     def window(self, limit: TokenLimit, key: tuple[int, str]) -> Window:
         """The current window of the key, or the one that would begin now."""

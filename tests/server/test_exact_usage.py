@@ -28,9 +28,9 @@ PLAIN = (delta("one"), delta("two"), finish())
 async def upstream(peer: Peer) -> None:
     """Answers as the last message asks; like OpenAI's, it sends its usage in an extra chunk only on request."""
     while True:
-        asked = (await peer.request()).json
-        wants = (asked.get("stream_options") or {}).get("include_usage")
-        match asked["messages"][-1]["content"]:
+        fields = (await peer.request()).json
+        wants = (fields.get("stream_options") or {}).get("include_usage")
+        match fields["messages"][-1]["content"]:
             case "extra":
                 await peer.sse(*PLAIN, *([EXTRA] if wants else []), DONE)
             case "null in each":
@@ -52,7 +52,7 @@ def exact(request: pytest.FixtureRequest) -> Iterator[tuple[Running, ScriptedUps
         yield proxy, model
 
 
-def asked(proxy: Running, what: str, **fields: Any) -> tuple[bytes, int]:
+def ask(proxy: Running, what: str, **fields: Any) -> tuple[bytes, int]:
     """The answer's bytes, and what was booked for it."""
     before, lines = proxy.tokens_used().get("tokens_per_session", 0), len(proxy.lines())
     body = chat(proxy, messages=[{"role": "user", "content": what}], **fields).body
@@ -61,33 +61,33 @@ def asked(proxy: Running, what: str, **fields: Any) -> tuple[bytes, int]:
 
 
 @pytest.mark.parametrize("what", ["extra", "null in each", "one read", "last", "never"])
-def test_the_page_sees_what_it_would_have_seen(what: str, exact: tuple[Running, ScriptedUpstream]) -> None:
+def test_exact_usage_leaves_the_stream_unchanged(what: str, exact: tuple[Running, ScriptedUpstream]) -> None:
     proxy, model = exact
     with running(model.base_url) as without:
-        plain, estimate = asked(without, what)
-    body, booked = asked(proxy, what)
+        plain, estimate = ask(without, what)
+    body, booked = ask(proxy, what)
     assert body == plain
     assert booked == (estimate if what == "never" else COST["total_tokens"])
     assert model.seen[-1].json["stream_options"] == {"include_usage": True}
     assert "stream_options" not in model.seen[-2].json
 
 
-def test_a_page_that_asks_itself_gets_it(exact: tuple[Running, ScriptedUpstream]) -> None:
+def test_a_client_that_requests_usage_receives_it(exact: tuple[Running, ScriptedUpstream]) -> None:
     proxy, _ = exact
-    body, booked = asked(proxy, "extra", stream_options={"include_usage": True})
+    body, booked = ask(proxy, "extra", stream_options={"include_usage": True})
     assert body == b"".join([*PLAIN, EXTRA, DONE])
     assert booked == COST["total_tokens"]
 
 
-def test_other_options_of_the_page_stay(exact: tuple[Running, ScriptedUpstream]) -> None:
+def test_other_stream_options_are_kept(exact: tuple[Running, ScriptedUpstream]) -> None:
     proxy, model = exact
     for options in ({"include_usage": False}, {"include_obfuscation": False}, None):
-        body, _ = asked(proxy, "extra", stream_options=options)
+        body, _ = ask(proxy, "extra", stream_options=options)
         assert body == b"".join([*PLAIN, DONE])
         assert model.seen[-1].json["stream_options"] == {**(options or {}), "include_usage": True}
 
 
-def test_answers_that_are_whole_are_not_asked_about() -> None:
+def test_whole_answers_request_no_usage() -> None:
     rules = from_variables(
         {
             "CHAT_PROXY_UPSTREAM_BASE_URL": "http://127.0.0.1/v1",
@@ -96,15 +96,15 @@ def test_answers_that_are_whole_are_not_asked_about() -> None:
         }
     ).policy
     body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}).encode()
-    order = policy.apply(body, rules, exact_usage=True)
-    assert (order.body, order.usage_for_us) == (body, False)
+    prepared = policy.apply(body, rules, exact_usage=True)
+    assert (prepared.body, prepared.usage_for_us) == (body, False)
 
 
 STREAM = b"".join([*PLAIN, b": comment\n\n", EXTRA, LAST, DONE])
 
 
 @given(st.sets(st.integers(1, len(STREAM) - 1), max_size=8))
-def test_it_is_withheld_wherever_the_reads_cut_it(places: set[int]) -> None:
+def test_usage_is_withheld_wherever_the_reads_are_cut(places: set[int]) -> None:
     ends = [0, *sorted(places), len(STREAM)]
     events = Events(KEY.encode(), withhold_usage=True)
     passed = b"".join(events.feed(STREAM[start:end]) for start, end in pairwise(ends))
@@ -122,7 +122,7 @@ def test_it_is_withheld_wherever_the_reads_cut_it(places: set[int]) -> None:
         b'data: {"choices":[],"usage":{"prompt_tokens":"x"}}\n\n',
     ],
 )
-def test_what_we_asked_for_is_withheld_whether_it_can_be_believed_or_not(chunk: bytes) -> None:
+def test_invalid_usage_is_withheld_too(chunk: bytes) -> None:
     assert Events(KEY.encode(), withhold_usage=True).feed(chunk) == b""
     assert Events(KEY.encode()).feed(chunk) == chunk
 

@@ -44,7 +44,7 @@ from support.harness import (
     streaming,
     unmeasured,
 )
-from support.history import STORE, Grant, Violation, apart, fixed, moving, together
+from support.history import STORE, Grant, Violation, fixed, moving, simultaneous, split_at_resets
 from support.redis_server import Redis
 
 from proxy.chat.policy import apply
@@ -52,7 +52,7 @@ from proxy.errors import TokensExhausted, TooMany, TooManyStreams
 from proxy.limits.limiter import Limiter, Permit
 from proxy.limits.requests import ChargeKind
 from proxy.limits.status import Subject
-from proxy.limits.store import redis as shared
+from proxy.limits.store import redis as store_module
 from proxy.settings import from_variables
 from server.test_store import leases, used
 from server.test_workers import HELD, START, WIDE, ends, lines
@@ -61,7 +61,7 @@ HITS = 1_000_000 if FULL else 100_000
 ROUND = 7_500  # hits between the first fault and the last
 TESTS = Path(__file__).parents[1]
 PROCESSES = 8
-UNHEARD = "unheard"
+UNANSWERED = "unanswered"
 FROZEN_AT_MOST = 20.0  # seconds
 PAUSE = 0.03  # seconds between two hits of a task, of which each process has eight
 GRAIN = 0.0015  # seconds: Redis counts in milliseconds
@@ -95,12 +95,12 @@ PLANTED: dict[str, tuple[Check, list[Grant], list[float]]] = {
     "fixed: late, but surely within": (fixed, [at(0, late=0.3), at(0.1, late=0.3), at(0.2, late=0.3)], [0]),
     "fixed: surely within the second": (fixed, [at(0), at(1.0, late=0.1), at(1.3), at(1.8)], [1.0]),
     "together: one after the other": (
-        lambda grants, limit, _: together(grants, limit),
+        lambda grants, limit, _: simultaneous(grants, limit),
         [at(0, until=1), at(0, until=2), at(1, until=3), at(2, until=4)],
         [],
     ),
     "together: three": (
-        lambda grants, limit, _: together(grants, limit),
+        lambda grants, limit, _: simultaneous(grants, limit),
         [at(0, until=1), at(0, until=2), at(0.5, late=0.4, until=3)],
         [0.9],
     ),
@@ -112,9 +112,9 @@ def test_the_checker_finds_what_was_planted(case: str) -> None:
     """Two a second are allowed; of each history it names the windows with more, and no others."""
     check, grants, expected = PLANTED[case]
     random.shuffle(grants)
-    found = check(grants, 2, 1.0)
-    assert sorted({violation.began for violation in found}) == expected
-    assert all(violation.granted > 2 for violation in found)
+    violations = check(grants, 2, 1.0)
+    assert sorted({violation.began for violation in violations}) == expected
+    assert all(violation.granted > 2 for violation in violations)
 
 
 times = st.lists(st.tuples(st.integers(0, 200), st.integers(1, 3), st.integers(0, 15)), min_size=1, max_size=60)
@@ -155,10 +155,10 @@ def test_the_checker_is_right_about_fixed_windows(walk: list[tuple[int, int, int
 def test_a_reset_begins_a_new_history() -> None:
     """What surely was booked before or after it is there; what may have been on either side, is worth nothing."""
     grants = [at(0), at(0.9, late=0.05), at(0.9, late=0.2), at(1.05), at(1.05, late=0.3), at(1.2), at(3)]
-    parts = apart(grants, [(1.0, 1.1), (2.0, 2.0)])
+    parts = split_at_resets(grants, [(1.0, 1.1), (2.0, 2.0)])
     assert [[grant.asked for grant in part if grant.amount] for part in parts] == [[0, 0.9], [1.2], [3]]
     assert [[grant.asked for grant in part if not grant.amount] for part in parts] == [[0.9, 1.05, 1.05]] * 2 + [[]]
-    assert apart(grants, []) == [grants]
+    assert split_at_resets(grants, []) == [grants]
 
 
 # ---- many processes on one store, and what is done to them ----------------------------------------------------------
@@ -173,8 +173,8 @@ SETTINGS = {
     "LIMITS_TOKENS_TOTAL": "2000/second",
 }
 LIMITS: list[tuple[str, str, Callable[..., list[Violation]], int]] = [
-    ("ask", "session", moving, 5),
-    ("ask", "address", moving, 12),
+    ("charge", "session", moving, 5),
+    ("charge", "address", moving, 12),
     ("hold", "session", fixed, 400),
     ("hold", "address", fixed, 1200),
     ("hold", "all", fixed, 2000),
@@ -189,7 +189,7 @@ class Histories:
     """
 
     grants: dict[tuple[str, str], list[Grant]] = field(default_factory=dict)
-    kept: list[Grant] = field(default_factory=list)
+    renewed: list[Grant] = field(default_factory=list)
     refused: int = 0
     unavailable: int = 0
     merges: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
@@ -199,71 +199,71 @@ class Histories:
     def read(self, name: str, path: Path) -> None:
         asked: dict[str, list[str]] = {}
         for line in path.read_text().splitlines():
-            what, *words = line.split(" ")
-            if what in ("ask", "hold"):
-                self.granted(what, words)
-            elif what == "asks":
-                asked[words[3]] = words
-            elif what == "told":
-                del asked[words[0]]
-            elif what == "kept":
-                by = UNHEARD if words[1] == words[2] else name
-                self.kept.append(Grant(words[0], 0, float(words[1]), float(words[2]), by))
-            elif what == "found":
-                self.merges.setdefault(name, []).append((float(words[0]), float(words[0])))
+            what, *fields = line.split(" ")
+            if what in ("charge", "hold"):
+                self.granted(what, fields)
+            elif what == "pending":
+                asked[fields[3]] = fields
+            elif what == "resolved":
+                del asked[fields[0]]
+            elif what == "renewed":
+                by = UNANSWERED if fields[1] == fields[2] else name
+                self.renewed.append(Grant(fields[0], 0, float(fields[1]), float(fields[2]), by))
+            elif what == "restored":
+                self.merges.setdefault(name, []).append((float(fields[0]), float(fields[0])))
             elif what == "end":
-                self.held_at_the_end.append(int(words[0]))
+                self.held_at_the_end.append(int(fields[0]))
             elif what == "bug":
                 self.bugs.append(line)
             else:
-                self.refused += what == "no"
-                self.unavailable += what == "out"
+                self.refused += what == "refused"
+                self.unavailable += what == "unavailable"
         for session, address, when, _ in asked.values():
-            self.granted("unheard", [session, address, "0", when, when, name, "0"])
+            self.granted("unanswered", [session, address, "0", when, when, name, "0"])
 
-    def granted(self, what: str, words: list[str]) -> None:
-        session, address, amount, asked, answered, by, until = words
-        for whose, key in (("session", session), ("address", address), ("all", "all")):
+    def granted(self, what: str, fields: list[str]) -> None:
+        session, address, amount, asked, answered, by, until = fields
+        for owner, key in (("session", session), ("address", address), ("all", "all")):
             grant = Grant(key, int(amount), float(asked), float(answered), by, float(until))
-            self.grants.setdefault((what, whose), []).append(grant)
+            self.grants.setdefault((what, owner), []).append(grant)
 
     def count(self, by: str | None = None) -> int:
-        return sum(by in (None, grant.by) for what in ("ask", "hold") for grant in self.grants[what, "session"])
+        return sum(by in (None, grant.by) for what in ("charge", "hold") for grant in self.grants[what, "session"])
 
-    def by(self, what: str, whose: str, name: str) -> list[Grant]:
-        return [grant for grant in self.grants[what, whose] if grant.by == name]
+    def granted_by(self, what: str, owner: str, name: str) -> list[Grant]:
+        return [grant for grant in self.grants[what, owner] if grant.by == name]
 
-    def unheard(self, whose: str, name: str) -> list[Grant]:
+    def unanswered(self, owner: str, name: str) -> list[Grant]:
         """By one process, or what any process has asked the store; without an amount."""
-        grants = self.grants.get(("unheard", whose), [])
-        kept = [grant for grant in self.kept if name == STORE and whose_key(grant.key) == whose]
-        return kept + [replace(grant, by=UNHEARD) for grant in grants if name in (STORE, grant.by)]
+        grants = self.grants.get(("unanswered", owner), [])
+        renewed = [grant for grant in self.renewed if name == STORE and owner_of(grant.key) == owner]
+        return renewed + [replace(grant, by=UNANSWERED) for grant in grants if name in (STORE, grant.by)]
 
     def violations(self, resets: list[tuple[float, float]]) -> list[tuple[str, Violation]]:
         """Of what the store granted between two resets; and of what each process granted alone: requests in any window
         whatever, tokens between two merges, for it then tells the store and begins anew.
         """
-        names = {grant.by for grant in self.grants["ask", "session"] + self.grants["hold", "session"]}
-        found = []
+        names = {grant.by for grant in self.grants["charge", "session"] + self.grants["hold", "session"]}
+        violations = []
         for name in names:
-            for what, whose, check, limit in LIMITS:
+            for what, owner, check, limit in LIMITS:
                 begins_anew = resets if name == STORE else self.merges.get(name, []) if what == "hold" else []
-                granted = self.by(what, whose, name) + (self.unheard(whose, name) if what == "hold" else [])
-                for part in apart(granted, begins_anew):
-                    found += [(name, one) for one in check([widened(grant) for grant in part], limit, 1.0, GRAIN)]
-            for whose, limit in STREAMS.items():
-                for part in apart(self.by("hold", whose, name), resets if name == STORE else []):
-                    found += [(name, one) for one in together([stream(grant) for grant in part], limit)]
-        return found
+                granted = self.granted_by(what, owner, name) + (self.unanswered(owner, name) if what == "hold" else [])
+                for part in split_at_resets(granted, begins_anew):
+                    violations += [(name, one) for one in check([widened(grant) for grant in part], limit, 1.0, GRAIN)]
+            for owner, limit in STREAMS.items():
+                for part in split_at_resets(self.granted_by("hold", owner, name), resets if name == STORE else []):
+                    violations += [(name, one) for one in simultaneous([stream(grant) for grant in part], limit)]
+        return violations
 
 
-def whose_key(key: str) -> str:
+def owner_of(key: str) -> str:
     return "all" if key == "all" else {"s": "session", "a": "address"}[key[0]]
 
 
 def widened(grant: Grant) -> Grant:
     """What was asked of a frozen store may have begun a window when it was thawed."""
-    return replace(grant, answered=grant.asked + FROZEN_AT_MOST) if grant.by == UNHEARD else grant
+    return replace(grant, answered=grant.asked + FROZEN_AT_MOST) if grant.by == UNANSWERED else grant
 
 
 def stream(grant: Grant) -> Grant:
@@ -313,37 +313,39 @@ class Crowd:
         with suppress(ProcessLookupError):
             os.kill(self.pids[name], signal.SIGKILL)
 
-    def done(self) -> int:
+    def hits_done(self) -> int:
         """Hits so far; a few other lines do not matter."""
         for name, reader in self.readers.items():
             written = reader.read()
-            self.lines[name] += sum(written.count(word) for word in (b"ask ", b"hold ", b"no\n", b"out\n"))
+            self.lines[name] += sum(
+                written.count(word) for word in (b"charge ", b"hold ", b"refused\n", b"unavailable\n")
+            )
             if b"end " in written:
                 self.ended.add(name)
         return self.lines.total()
 
     def until(self, share: float) -> None:
-        eventually(lambda: self.done() >= share * self.hits, PATIENCE + self.hits / 100)
+        eventually(lambda: self.hits_done() >= share * self.hits, PATIENCE + self.hits / 100)
 
     def replace(self, number: int) -> None:
         """SIGKILL, in the midst of what it does."""
         before = [name for name in self.pids if name.startswith(f"process-{number}")]
         self.kill(before[-1])
-        self.done()
+        self.hits_done()
         left = self.hits // PROCESSES - sum(self.lines[name] for name in before)
         self.start(f"process-{number}.{len(before)}", max(0, left))
 
     def histories(self) -> Histories:
         """When all have ended."""
-        eventually(lambda: self.done() and len(self.ended) == len(self.pids), PATIENCE + self.hits / 100)
-        found = Histories()
+        eventually(lambda: self.hits_done() and len(self.ended) == len(self.pids), PATIENCE + self.hits / 100)
+        histories = Histories()
         for name in self.pids:
-            found.read(name, self.folder / name)
-        return found
+            histories.read(name, self.folder / name)
+        return histories
 
 
 @contextmanager
-def between(moments: list[tuple[float, float]]) -> Iterator[None]:
+def record_interval(moments: list[tuple[float, float]]) -> Iterator[None]:
     began = time.monotonic()
     yield
     moments.append((began, time.monotonic()))
@@ -369,7 +371,7 @@ def test_the_limits_hold_on_a_store_through_its_faults(policy: str, store: Redis
     with Crowd(tmp_path, hits, **limits) as crowd:
         for number in range(rounds):
             crowd.until((number + 0.1) / rounds)
-            with between(emptied), store.client() as client:
+            with record_interval(emptied), store.client() as client:
                 client.flushall()
             crowd.until((number + 0.25) / rounds)
             store.freeze()
@@ -378,7 +380,7 @@ def test_the_limits_hold_on_a_store_through_its_faults(policy: str, store: Redis
             crowd.until((number + 0.6) / rounds)
             crowd.replace(number % PROCESSES)
             crowd.until((number + 0.75) / rounds)
-            with between(emptied):
+            with record_interval(emptied):
                 store.stop()
                 time.sleep(0.2)
                 store.start()
@@ -404,45 +406,45 @@ def test_the_limits_hold_on_a_store_through_its_faults(policy: str, store: Redis
 
 def test_the_limits_hold_in_memory() -> None:
     """Every grant at an exact time, of a clock that the test moves in steps which floats hold exactly."""
-    histories = asyncio.run(remembered(HITS))
+    histories = asyncio.run(run_in_memory(HITS))
     assert histories.violations([]) == []
     assert histories.held_at_the_end == [0]
     assert min(histories.refused, histories.count()) > HITS // 10
 
 
-async def remembered(hits: int) -> Histories:
-    now, found = 0.0, Histories()
+async def run_in_memory(hits: int) -> Histories:
+    now, histories = 0.0, Histories()
     live: list[tuple[float, float, Permit, list[str]]] = []  # by their ends, those of one moment in any order
     variables = {"UPSTREAM_BASE_URL": "http://127.0.0.1/v1", "UPSTREAM_API_KEY": "k" * 30, "POLICY_MODELS": "m"}
     chosen = from_variables({f"CHAT_PROXY_{name}": value for name, value in {**variables, **SETTINGS}.items()})
-    limits = Limiter(chosen.limits, 1000, lambda: now, lambda lost: None, lambda bug: None)
+    limits = Limiter(chosen.limits, 1000, lambda: now, lambda reason: None, lambda bug: None)
     for _ in range(hits):
         now += random.choice((0, 0, 0, 1, 1, 2)) / 64
         while live and live[0][0] < now:
-            _, _, hold, words = heappop(live)
-            async with hold:
-                hold.settle(int(words[2]))
-            found.granted("hold", words)
+            _, _, permit, fields = heappop(live)
+            async with permit:
+                permit.settle(int(fields[2]))
+            histories.granted("hold", fields)
         number = random.randrange(8)
         subject = Subject(f"s{number}", f"a{number % 2}")
         try:
             if random.random() < 0.6:
                 await limits.charge(ChargeKind.QUESTION, subject)
-                found.granted("ask", [*subject[:2], "1", str(now), str(now), "memory", "0"])
+                histories.granted("charge", [*subject[:2], "1", str(now), str(now), "memory", "0"])
             else:
                 amount, until = random.randint(50, 150), now + random.choice((1, 2, 3, 5, 100)) / 64
-                hold = await limits.hold(subject, amount)
+                permit = await limits.hold(subject, amount)
                 used = amount if number % 2 else random.randint(0, amount)
-                words = [*subject[:2], str(used), str(now), str(now), "memory", str(until)]
-                heappush(live, (until, random.random(), hold, words))
+                fields = [*subject[:2], str(used), str(now), str(now), "memory", str(until)]
+                heappush(live, (until, random.random(), permit, fields))
         except (TooMany, TokensExhausted, TooManyStreams):
-            found.refused += 1
-    for _, _, hold, words in live:
-        async with hold:
-            hold.settle(int(words[2]))
-        found.granted("hold", words)
-    found.held_at_the_end.append(limits.leases.live + len(limits.leases.held))
-    return found
+            histories.refused += 1
+    for _, _, permit, fields in live:
+        async with permit:
+            permit.settle(int(fields[2]))
+        histories.granted("hold", fields)
+    histories.held_at_the_end.append(limits.leases.live + len(limits.leases.held))
+    return histories
 
 
 # ---- over HTTP, through two workers ---------------------------------------------------------------------------------
@@ -454,7 +456,7 @@ PATIENT = "from proxy.limits.store import redis\nredis.DEADLINE = 1.0\n"  # a wo
 
 
 @dataclass
-class Asked:
+class SentRequest:
     """One request over HTTP: its time, its subject, and the status and code of its answer; 0 without one."""
 
     visitor: str
@@ -478,24 +480,24 @@ def tokens_held() -> int:
     return order.prompt_tokens + order.output_tokens
 
 
-def counting(used: int) -> Script:
+def answering(used: int) -> Script:
     """Answers, and counts so many tokens."""
     usage = b'data: {"choices":[],"usage":{"prompt_tokens":%d,"completion_tokens":10}}\n\n' % (used - 10)
     return streaming(delta("one"), finish(), usage, DONE)
 
 
-class Visitors:
+class Clients:
     """They ask all the time, on connections that are kept, and note what they were answered."""
 
     def __init__(self, process: Process, hits: int) -> None:
         self.process = process
         self.turns = iter(range(hits))
-        self.asked: list[Asked] = []
+        self.asked: list[SentRequest] = []
 
-    def ask_on(self) -> None:
+    def run(self) -> None:
         connection = self.process.connect()
         for number in self.turns:
-            one = Asked(f"198.51.100.{number % VISITORS}", time.monotonic())
+            one = SentRequest(f"198.51.100.{number % VISITORS}", time.monotonic())
             self.asked.append(one)
             headers = {"content-type": "application/json", "x-forwarded-for": one.visitor}
             try:
@@ -524,15 +526,15 @@ def test_the_limits_hold_over_http(store: Redis, tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", "-c", PATIENT + START.format(held=HELD, loop="uvloop")]
     settings = {**WIDE, **limits, "SERVER_WORKERS": "2", "LIMITS_STORE": store.url}
     with (
-        ScriptedUpstream(counting(held)) as upstream,
+        ScriptedUpstream(answering(held)) as upstream,
         serving(tmp_path, upstream.base_url, stdout=None, command=command, **settings) as process,
         ThreadPoolExecutor(8) as threads,
     ):
-        visitors = Visitors(process, hits)
-        asking = [threads.submit(visitors.ask_on) for _ in range(8)]
-        eventually(lambda: len(visitors.asked) > 0.3 * hits, PATIENCE + hits / 10)
+        clients = Clients(process, hits)
+        asking = [threads.submit(clients.run) for _ in range(8)]
+        eventually(lambda: len(clients.asked) > 0.3 * hits, PATIENCE + hits / 10)
         os.kill(min(process.children()), signal.SIGKILL)
-        eventually(lambda: len(visitors.asked) > 0.7 * hits, PATIENCE + hits / 10)
+        eventually(lambda: len(clients.asked) > 0.7 * hits, PATIENCE + hits / 10)
         frozen_at = time.monotonic()
         was_lost = bool(lines(process, "limits_unavailable"))  # by a machine too busy to answer for a second
         store.freeze()
@@ -543,13 +545,13 @@ def test_the_limits_hold_over_http(store: Redis, tmp_path: Path) -> None:
         with store.client() as client:
             eventually(lambda: not leases(client))
         ends(process)
-    before = [one for one in visitors.asked if one.asked < frozen_at]
-    for asked, servers in ((before, 3 if was_lost else 1), (visitors.asked, 3)):
+    before = [one for one in clients.asked if one.asked < frozen_at]
+    for asked, servers in ((before, 3 if was_lost else 1), (clients.asked, 3)):
         requests = [one.grant(1) for one in asked if one.status == 200 or one.code == "tokens_exhausted"]
         answers = [one.grant(held) for one in asked if one.status in (0, 200)]
         assert moving(requests, servers * REQUESTS_A_SECOND, 1.0, GRAIN) == []
         assert fixed(answers, servers * ANSWERS_A_SECOND * held, 1.0, GRAIN) == []
-    codes = Counter((one.status, one.code) for one in visitors.asked)
+    codes = Counter((one.status, one.code) for one in clients.asked)
     assert set(codes) <= {(200, ""), (429, "rate_limited"), (429, "tokens_exhausted"), (0, "")}
     assert min(codes[200, ""], codes[429, "rate_limited"]) > hits // 20
     assert codes[0, ""] <= 8
@@ -559,7 +561,7 @@ def test_a_burst_never_overdraws_tokens_over_http(store: Redis, monkeypatch: pyt
     """Of 200 at once as many are let in as can be paid for at their worst. What the upstream counts beyond that is
     booked, too: the account is overdrawn by that much at the most, and nobody else is let in.
     """
-    monkeypatch.setattr(shared, "DEADLINE", PATIENCE)  # the store lives, and is not to be taken for gone
+    monkeypatch.setattr(store_module, "DEADLINE", PATIENCE)  # the store lives, and is not to be taken for gone
     held, beyond, may_pay = tokens_held(), 7, 10
     go_on = threading.Event()
 

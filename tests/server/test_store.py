@@ -44,26 +44,26 @@ from support.harness import (
 from support.redis_server import Redis
 from support.stage import always
 
-from proxy.accounts.revocation import redis as bulletin
+from proxy.accounts.revocation import redis as revocations_module
 from proxy.accounts.revocation.file import ControlFile
 from proxy.accounts.revocation.redis import MOST_SENT, PAGE, RedisRevocations, RevokedId
 from proxy.accounts.revocation.watcher import CHECK_EVERY, RevocationWatcher
 from proxy.errors import Busy, TokensExhausted, TooMany
-from proxy.limits import limiter as door
+from proxy.limits import limiter as limiter_module
 from proxy.limits.limiter import Limiter, Permit
 from proxy.limits.requests import ChargeKind
 from proxy.limits.status import Subject
-from proxy.limits.store import redis as shared
+from proxy.limits.store import redis as store_module
 from proxy.limits.store.redis import Charge, RedisStore, open_store
 from proxy.limits.streams import Lease
 from proxy.settings import from_variables
 from proxy.telemetry.logs import Logs
 
 both_loops = pytest.mark.parametrize("loop", LOOPS)
-DEADLINE = shared.DEADLINE  # the product's own
+DEADLINE = store_module.DEADLINE  # the product's own
 numbers = itertools.count(1)
 
-NOTHING = cast(ChargeKind, "a kind without windows")  # so that statuses are those of tokens only
+NO_REQUESTS = cast(ChargeKind, "a kind without windows")  # so that statuses are those of tokens only
 
 
 class Link(ScriptedUpstream):
@@ -107,7 +107,9 @@ def new_address() -> dict[str, str]:
 
 
 @contextmanager
-def two(store: Redis, loop: str = "uvloop", script: Any = None, **more: str) -> Iterator[tuple[Running, Running]]:
+def two_servers(
+    store: Redis, loop: str = "uvloop", script: Any = None, **more: str
+) -> Iterator[tuple[Running, Running]]:
     """Two servers that share a store."""
     with ScriptedUpstream(script or streaming(*GOOD)) as upstream:
         given = {"LIMITS_STORE": store.url, "SESSION_SECRET": "s" * 40, **more}
@@ -128,29 +130,29 @@ def used(proxy: Running, address: dict[str, str]) -> dict[str, int]:
 
 
 @both_loops
-def test_requests_are_counted_once_for_all(loop: str, store: Redis) -> None:
-    with two(store, loop, LIMITS_PER_SESSION="5/hour") as servers:
-        here = new_address()
-        statuses = [chat(proxy, headers=here).status for proxy in (*servers, *servers, *servers, *servers)]
+def test_requests_are_counted_across_servers(loop: str, store: Redis) -> None:
+    with two_servers(store, loop, LIMITS_PER_SESSION="5/hour") as servers:
+        address = new_address()
+        statuses = [chat(proxy, headers=address).status for proxy in (*servers, *servers, *servers, *servers)]
         assert statuses == [200] * 5 + [429] * 3
-        refusal = chat(servers[1], headers=here)
+        refusal = chat(servers[1], headers=address)
         assert refusal.error["code"] == "rate_limited"
         assert 3500 < int(refusal.headers["retry-after"]) <= 3600
         assert "r=0;t=" in refusal.headers["ratelimit"]
-        assert used(servers[0], here)["per_session 5/hour"] == 5
+        assert used(servers[0], address)["per_session 5/hour"] == 5
         assert chat(servers[0], headers=new_address()).status == 200
 
 
 @both_loops
 def test_all_windows_of_a_request_are_charged_or_none(loop: str, store: Redis) -> None:
-    with two(store, loop, LIMITS_PER_SESSION="2/hour", LIMITS_PER_ADDRESS="100/hour") as servers:
-        here = new_address()
-        assert [chat(proxy, headers=here).status for proxy in (*servers, *servers)] == [200, 200, 429, 429]
-        assert used(servers[0], here)["per_address 100/hour"] == 2
+    with two_servers(store, loop, LIMITS_PER_SESSION="2/hour", LIMITS_PER_ADDRESS="100/hour") as servers:
+        address = new_address()
+        assert [chat(proxy, headers=address).status for proxy in (*servers, *servers)] == [200, 200, 429, 429]
+        assert used(servers[0], address)["per_address 100/hour"] == 2
 
 
 @both_loops
-def test_tokens_are_held_and_settled_for_all(loop: str, store: Redis) -> None:
+def test_tokens_are_held_and_settled_across_servers(loop: str, store: Redis) -> None:
     """What an answer may cost is held while it is written, on both servers, and what it did cost is booked."""
     go_on = threading.Event()
 
@@ -165,7 +167,9 @@ def test_tokens_are_held_and_settled_for_all(loop: str, store: Redis) -> None:
                 await peer.chunk(part)
             await peer.end()
 
-    with two(store, loop, script, LIMITS_TOKENS_PER_SESSION="150/hour", POLICY_MAX_OUTPUT_TOKENS="100") as servers:
+    with two_servers(
+        store, loop, script, LIMITS_TOKENS_PER_SESSION="150/hour", POLICY_MAX_OUTPUT_TOKENS="100"
+    ) as servers:
         one, other = servers
         sock = raw_chat(one)
         read_until(sock, b"one")
@@ -180,14 +184,14 @@ def test_tokens_are_held_and_settled_for_all(loop: str, store: Redis) -> None:
 
 
 @both_loops
-def test_live_streams_are_counted_for_all(loop: str, store: Redis) -> None:
+def test_live_streams_are_counted_across_servers(loop: str, store: Redis) -> None:
     async def script(peer: Peer) -> None:
         await peer.request()
         await peer.head()
         await peer.chunk(delta("one"))
         await peer.gone()
 
-    with two(store, loop, script, LIMITS_STREAMS_PER_SESSION="2") as (one, other):
+    with two_servers(store, loop, script, LIMITS_STREAMS_PER_SESSION="2") as (one, other):
         socks = [raw_chat(one), raw_chat(other)]
         for sock in socks:
             read_until(sock, b"one")
@@ -203,15 +207,15 @@ def test_live_streams_are_counted_for_all(loop: str, store: Redis) -> None:
 
 def leases(client: redis.Redis) -> list[Any]:
     """Every lease that is held, and every reservation."""
-    found: list[Any] = []
+    held: list[Any] = []
     for pattern in ("*:streams_*", "*:h"):
         for key in client.scan_iter(match=pattern):
-            found += client.zrange(key, 0, -1)
-    return found
+            held += client.zrange(key, 0, -1)
+    return held
 
 
 def test_names_do_not_reach_the_store(store: Redis) -> None:
-    with two(store) as servers:
+    with two_servers(store) as servers:
         chat(servers[0], headers={"x-forwarded-for": "203.0.113.77"})
         with store.client() as client:
             keys = client.keys()
@@ -221,7 +225,7 @@ def test_names_do_not_reach_the_store(store: Redis) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["redis", "unix", "password"])
-def test_urls(scheme: str, store: Redis) -> None:
+def test_store_urls(scheme: str, store: Redis) -> None:
     """A Unix socket, a password and a number of a database are passed on."""
     url = store.url
     if scheme == "unix":
@@ -240,13 +244,15 @@ def test_urls(scheme: str, store: Redis) -> None:
 # ---- one truth about logouts ----------------------------------------------------------------------------------------
 
 
-def asked(proxy: Running, cookie: str) -> tuple[int, str | None]:
+def status_and_code(proxy: Running, cookie: str) -> tuple[int, str | None]:
     reply = chat(proxy, headers={"cookie": cookie})
     return reply.status, None if reply.status == 200 else reply.error["code"]
 
 
 @contextmanager
-def two_of_one_name(store: Redis, loop: str, folder: Path, **more: str) -> Iterator[tuple[Running, Running]]:
+def two_servers_with_control_files(
+    store: Redis, loop: str, folder: Path, **more: str
+) -> Iterator[tuple[Running, Running]]:
     """Two servers with one session secret, whose control files are not the same."""
     given = {"LIMITS_STORE": store.url, "SESSION_SECRET": "s" * 40, **more}
     with (
@@ -258,41 +264,41 @@ def two_of_one_name(store: Redis, loop: str, folder: Path, **more: str) -> Itera
 
 
 @both_loops
-def test_a_logout_is_known_to_all(loop: str, store: Redis, tmp_path: Path) -> None:
+def test_a_logout_reaches_all_servers(loop: str, store: Redis, tmp_path: Path) -> None:
     """A copy of the cookie is revoked on every server; one that starts later learns of it before its first request."""
-    with two_of_one_name(store, loop, tmp_path) as (one, other):
+    with two_servers_with_control_files(store, loop, tmp_path) as (one, other):
         cookie = chat(one, headers={"sec-fetch-site": "same-origin"}).cookie
-        assert asked(other, cookie) == (200, None)
+        assert status_and_code(other, cookie) == (200, None)
         assert send(one, "DELETE", "/api/session", None, {"cookie": cookie}).status == 200
-        assert asked(one, cookie) == (401, "session_required")
-        eventually(lambda: asked(other, cookie) == (401, "session_required"))
-    with two_of_one_name(store, loop, tmp_path) as (one, other):
-        assert asked(other, cookie) == (401, "session_required")
+        assert status_and_code(one, cookie) == (401, "session_required")
+        eventually(lambda: status_and_code(other, cookie) == (401, "session_required"))
+    with two_servers_with_control_files(store, loop, tmp_path) as (one, other):
+        assert status_and_code(other, cookie) == (401, "session_required")
 
 
 @both_loops
-def test_a_logout_while_the_store_is_gone_is_heard_later(
+def test_a_logout_during_an_outage_arrives_after_it(
     loop: str, store: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared, "DEADLINE", DEADLINE)
-    with two_of_one_name(store, loop, tmp_path) as (one, other):
+    monkeypatch.setattr(store_module, "DEADLINE", DEADLINE)
+    with two_servers_with_control_files(store, loop, tmp_path) as (one, other):
         cookie = chat(one, headers={"sec-fetch-site": "same-origin"}).cookie
         store.freeze()
         assert send(one, "DELETE", "/api/session", None, {"cookie": cookie}).status == 200
-        assert asked(other, cookie) == (200, None)
+        assert status_and_code(other, cookie) == (200, None)
         eventually(lambda: one.lines("limits_unavailable"))
         store.thaw()
-        eventually(lambda: asked(other, cookie) == (401, "session_required"), 30.0)
+        eventually(lambda: status_and_code(other, cookie) == (401, "session_required"), 30.0)
 
 
-def test_revoking_by_hand_is_known_to_all(store: Redis, tmp_path: Path) -> None:
-    with two_of_one_name(store, "uvloop", tmp_path) as servers:
+def test_a_revocation_by_command_reaches_all_servers(store: Redis, tmp_path: Path) -> None:
+    with two_servers_with_control_files(store, "uvloop", tmp_path) as servers:
         cookies = [chat(proxy, headers={"sec-fetch-site": "same-origin"}).cookie for proxy in servers]
         assert revoke("--all", store=store, control=tmp_path / "elsewhere").returncode == 0
         for proxy, cookie in zip(servers, cookies, strict=True):
-            eventually(lambda proxy=proxy, cookie=cookie: asked(proxy, cookie)[0] == 401)  # type: ignore[misc]
+            eventually(lambda proxy=proxy, cookie=cookie: status_and_code(proxy, cookie)[0] == 401)  # type: ignore[misc]
         fresh = chat(servers[0], headers={"sec-fetch-site": "same-origin"}).cookie
-        assert asked(servers[1], fresh) == (200, None)
+        assert status_and_code(servers[1], fresh) == (200, None)
         store.stop()
         done = revoke("--all", store=store, control=tmp_path / "elsewhere")
         assert (done.returncode, "does not answer" in done.stderr) == (2, True)
@@ -302,7 +308,7 @@ def test_revoking_by_hand_is_known_to_all(store: Redis, tmp_path: Path) -> None:
 def test_a_store_that_does_not_answer_delays_no_control_file(
     store: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bulletin, "DEADLINE", 600.0)
+    monkeypatch.setattr(revocations_module, "DEADLINE", 600.0)
     control = tmp_path / "control"
     with ScriptedUpstream(streaming(*GOOD)) as upstream:
         given = {"LIMITS_STORE": store.url, "SESSION_CONTROL_FILE": str(control)}
@@ -310,10 +316,10 @@ def test_a_store_that_does_not_answer_delays_no_control_file(
             cookie = chat(proxy, headers={"sec-fetch-site": "same-origin"}).cookie
             store.freeze()
             time.sleep(CHECK_EVERY + 0.1)  # it is being asked by now, and its client gives up after 5 s
-            ControlFile(str(control)).change(lambda decree: decree.revoking_all(time.time()))
+            ControlFile(str(control)).change(lambda rules: rules.revoking_all(time.time()))
             eventually(lambda: proxy.lines("revoked"), 10 * CHECK_EVERY)
             store.thaw()
-            assert asked(proxy, cookie) == (401, "session_required")
+            assert status_and_code(proxy, cookie) == (401, "session_required")
 
 
 def revoke(*arguments: str, store: Redis, control: Path) -> subprocess.CompletedProcess[str]:
@@ -327,73 +333,73 @@ def revoke(*arguments: str, store: Redis, control: Path) -> subprocess.Completed
 @fault(34)
 @both_loops
 @pytest.mark.parametrize("how", ["killed", "frozen"])
-def test_counting_alone_until_it_is_back(how: str, loop: str, store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_counting_during_an_outage(how: str, loop: str, store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row 34, `local`: all are served, at once; one line says so; what they used is booked when the store is back."""
     if how == "frozen":
-        monkeypatch.setattr(shared, "DEADLINE", DEADLINE)
-    with two(store, loop, LIMITS_PER_SESSION="1000/hour") as (proxy, _):
-        here = new_address()
-        assert chat(proxy, headers=here).status == 200
+        monkeypatch.setattr(store_module, "DEADLINE", DEADLINE)
+    with two_servers(store, loop, LIMITS_PER_SESSION="1000/hour") as (proxy, _):
+        address = new_address()
+        assert chat(proxy, headers=address).status == 200
         before = proxy.line()["tokens"]
-        eventually(lambda: used(proxy, here)["tokens_per_session 1000000000/day"] == before)  # and no longer held
-        lose(store, how)
+        eventually(lambda: used(proxy, address)["tokens_per_session 1000000000/day"] == before)  # and no longer held
+        take_down(store, how)
         for _ in range(3):
             began = time.monotonic()
-            assert chat(proxy, headers=here).status == 200
+            assert chat(proxy, headers=address).status == 200
             assert time.monotonic() - began < 3.0
         (line,) = eventually(lambda: proxy.lines("limits_unavailable"))
         assert line["policy"] == "local"
         assert b"chat_proxy_limit_store_up 0.0" in proxy.service.app.metrics.exposition()
         assert send(proxy, "GET", "/readyz").status == 200
-        find(store, how)
+        bring_back(store, how)
         eventually(lambda: proxy.lines("limits_available"), 20.0)
         eventually(lambda: b"chat_proxy_limit_store_up 1.0" in proxy.service.app.metrics.exposition())
         expected = 3 * before if how == "killed" else 4 * before  # one that was killed has forgotten the first
-        eventually(lambda: used(proxy, here)["tokens_per_session 1000000000/day"] == expected)
+        eventually(lambda: used(proxy, address)["tokens_per_session 1000000000/day"] == expected)
 
 
 @fault(34)
 @both_loops
-def test_refusing_until_it_is_back(loop: str, store: Redis) -> None:
+def test_refusing_during_an_outage(loop: str, store: Redis) -> None:
     """Row 34, `refuse`: 503 with a Retry-After, until the store is back."""
-    with two(store, loop, LIMITS_WHEN_STORE_FAILS="refuse") as (proxy, _):
+    with two_servers(store, loop, LIMITS_WHEN_STORE_FAILS="refuse") as (proxy, _):
         visitor = {"cookie": send(proxy, "GET", "/api/session").cookie}
         assert send(proxy, "GET", "/api/session", headers=visitor).json["limits"]
-        lose(store, "killed")
+        take_down(store, "killed")
         reply = chat(proxy)
         assert (reply.status, reply.error["code"]) == (503, "limits_unavailable")
         assert int(reply.headers["retry-after"]) >= 1
         assert send(proxy, "GET", "/api/session", headers=visitor).json["limits"] == []  # nobody knows what is left
-        find(store, "killed")
+        bring_back(store, "killed")
         eventually(lambda: chat(proxy).status == 200, 20.0)
 
 
-def lose(store: Redis, how: str) -> None:
+def take_down(store: Redis, how: str) -> None:
     (store.stop if how == "killed" else store.freeze)()
 
 
-def find(store: Redis, how: str) -> None:
+def bring_back(store: Redis, how: str) -> None:
     (store.start if how == "killed" else store.thaw)()
 
 
 def test_a_full_store_still_counts(store: Redis) -> None:
     """It refuses what is new; not our scripts, which say that they may (allow-oom)."""
-    with two(store, LIMITS_PER_SESSION="2/hour") as servers:
+    with two_servers(store, LIMITS_PER_SESSION="2/hour") as servers:
         with store.client() as client:
             client.config_set("maxmemory", "1")
-        here = new_address()
-        assert [chat(proxy, headers=here).status for proxy in (*servers, *servers)] == [200, 200, 429, 429]
+        address = new_address()
+        assert [chat(proxy, headers=address).status for proxy in (*servers, *servers)] == [200, 200, 429, 429]
         assert servers[0].lines("limits_unavailable") == []
 
 
 @pytest.mark.parametrize("policy", ["local", "refuse"])
 @pytest.mark.parametrize("how", ["killed", "frozen", "slow", "restarted", "full"])
-def test_nobody_waits_for_a_store_in_trouble(
+def test_no_request_waits_for_a_failing_store(
     how: str, policy: str, store: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Many at once are answered as the policy says, none with a 500 or late; the events of a live answer pass on."""
     with (
-        ScriptedUpstream(always(talk)) as upstream,
+        ScriptedUpstream(always(answer_briefly_or_live)) as upstream,
         Link(store) as link,
         running(upstream.base_url, LIMITS_STORE=link.url, LIMITS_WHEN_STORE_FAILS=policy) as proxy,
         ThreadPoolExecutor(17) as threads,
@@ -403,12 +409,12 @@ def test_nobody_waits_for_a_store_in_trouble(
             read_until(sock, b"data: ")
             live = threads.submit(lateness, sock)
             if how != "full":
-                monkeypatch.setattr(shared, "DEADLINE", DEADLINE)
-            trouble(how, store, link)
+                monkeypatch.setattr(store_module, "DEADLINE", DEADLINE)
+            disturb(how, store, link)
             burst = list(threads.map(lambda _: timed(proxy), range(32)))
             late = live.result(PATIENCE)
         link.delay = 0.0
-        find(store, how if how in ("killed", "frozen") else "")
+        bring_back(store, how if how in ("killed", "frozen") else "")
         expected = {"local": {200}, "refuse": {503}}[policy]
         if how == "full":
             expected = {200}
@@ -425,7 +431,7 @@ def test_nobody_waits_for_a_store_in_trouble(
 
 @fault(26)
 @both_loops
-def test_who_leaves_while_the_store_is_asked_causes_no_call(loop: str, store: Redis) -> None:
+def test_a_client_that_leaves_during_a_store_call_causes_no_upstream_call(loop: str, store: Redis) -> None:
     """A store that takes its time: whoever left meanwhile, or found the drain over, is not answered by the upstream,
     though a connection to it stands ready; and gets back what was held."""
     with (
@@ -453,7 +459,7 @@ def test_who_leaves_while_the_store_is_asked_causes_no_call(loop: str, store: Re
         assert len(upstream.seen) == calls
 
 
-async def talk(peer: Peer) -> None:
+async def answer_briefly_or_live(peer: Peer) -> None:
     """An answer; to a question with `live`, one that sends the time for a second."""
     assert peer.seen is not None
     await peer.head()
@@ -481,7 +487,7 @@ def timed(proxy: Running) -> tuple[int, float]:
     return chat(proxy).status, time.monotonic() - began
 
 
-def trouble(how: str, store: Redis, link: Link) -> None:
+def disturb(how: str, store: Redis, link: Link) -> None:
     if how == "slow":
         link.delay = 0.4
     elif how == "full":
@@ -491,21 +497,21 @@ def trouble(how: str, store: Redis, link: Link) -> None:
         store.stop()
         store.start()
     else:
-        lose(store, how)
+        take_down(store, how)
 
 
-def test_a_store_far_away_is_found_again(store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_opens_a_connection_for_each_call(store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """A question is in time there, though opening a connection for it is not: a probe opens one for each call."""
-    monkeypatch.setattr(shared, "DEADLINE", 0.5)
+    monkeypatch.setattr(store_module, "DEADLINE", 0.5)
 
     async def story(url: str) -> None:
-        async with allowance(store, LIMITS_STORE=url) as limits:
+        async with limiter_on(store, LIMITS_STORE=url) as limits:
             assert limits.store is not None
             link.delay = 0.15
             limits.store.lose("test")
             for _ in range(5):  # a busy machine may be late, too
                 await is_up(limits, True)
-                await asyncio.gather(*(limits.statuses(NOTHING, ME) for _ in range(shared.AT_ONCE)))
+                await asyncio.gather(*(limits.statuses(NO_REQUESTS, ME) for _ in range(store_module.AT_ONCE)))
                 if limits.is_up:
                     return
             pytest.fail("lost each time")
@@ -514,25 +520,25 @@ def test_a_store_far_away_is_found_again(store: Redis, monkeypatch: pytest.Monke
         asyncio.run(story(link.url))
 
 
-def test_connections_are_there_before_anybody_asks(store: Redis) -> None:
+def test_connections_are_open_before_the_first_request(store: Redis) -> None:
     """A new server has its connections open before the first requests, which would otherwise be too late."""
 
     async def story(link: Link) -> None:
-        async with allowance(store, LIMITS_STORE=link.url) as limits:
+        async with limiter_on(store, LIMITS_STORE=link.url) as limits:
             await limits.start()
             opened = link.connections
-            await asyncio.gather(*(limits.charge(ChargeKind.QUESTION, ME) for _ in range(shared.AT_ONCE)))
+            await asyncio.gather(*(limits.charge(ChargeKind.QUESTION, ME) for _ in range(store_module.AT_ONCE)))
             assert link.connections == opened
 
     with Link(store) as link:
         asyncio.run(story(link))
 
 
-def test_another_server_takes_over(store: Redis, tmp_path: Path) -> None:
+def test_a_failover_drops_the_old_connections(store: Redis, tmp_path: Path) -> None:
     """The former master refuses writes and keeps its connections open: they are not used again."""
 
     async def story(url: str) -> None:
-        async with allowance(store, LIMITS_STORE=url) as limits:
+        async with limiter_on(store, LIMITS_STORE=url) as limits:
             await asyncio.gather(*(limits.charge(ChargeKind.QUESTION, ME) for _ in range(8)))
             with store.client() as client:
                 client.replicaof("127.0.0.1", free_port())
@@ -552,7 +558,7 @@ def test_another_server_takes_over(store: Redis, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("garbage", [b":x\r\n", b"*x\r\n", b"%1\r\n*0\r\n:1\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
-def test_what_speaks_another_language_is_no_store(garbage: bytes, store: Redis) -> None:
+def test_invalid_replies_mark_the_store_as_unavailable(garbage: bytes, store: Redis) -> None:
     """Whatever the client library does with it: no request gets a 500."""
 
     class Garbled(Link):
@@ -576,35 +582,35 @@ def test_what_speaks_another_language_is_no_store(garbage: bytes, store: Redis) 
         assert proxy.lines("bug") == []
 
 
-def test_a_full_store_still_hears_of_logouts(store: Redis, tmp_path: Path) -> None:
-    with two_of_one_name(store, "uvloop", tmp_path) as servers, store.client() as client:
+def test_a_full_store_still_receives_logouts(store: Redis, tmp_path: Path) -> None:
+    with two_servers_with_control_files(store, "uvloop", tmp_path) as servers, store.client() as client:
         cookies = [chat(proxy, headers={"sec-fetch-site": "same-origin"}).cookie for proxy in servers]
         client.config_set("maxmemory", "1")
         assert send(servers[0], "DELETE", "/api/session", None, {"cookie": cookies[0]}).status == 200
-        eventually(lambda: asked(servers[1], cookies[0]) == (401, "session_required"))
+        eventually(lambda: status_and_code(servers[1], cookies[0]) == (401, "session_required"))
         assert revoke("--all", store=store, control=tmp_path / "elsewhere").returncode == 0
-        eventually(lambda: asked(servers[0], cookies[1])[0] == 401)
+        eventually(lambda: status_and_code(servers[0], cookies[1])[0] == 401)
 
 
 @fault(34)
 @both_loops
-def test_a_store_that_forgets(loop: str, store: Redis) -> None:
+def test_a_flushed_store_counts_from_zero(loop: str, store: Redis) -> None:
     """Flushed, it counts from zero; no request fails, and live answers take their places again."""
-    with two(store, loop, LIMITS_PER_SESSION="1/hour") as (proxy, _):
-        here = new_address()
-        assert [chat(proxy, headers=here).status for _ in range(2)] == [200, 429]
+    with two_servers(store, loop, LIMITS_PER_SESSION="1/hour") as (proxy, _):
+        address = new_address()
+        assert [chat(proxy, headers=address).status for _ in range(2)] == [200, 429]
         with store.client() as client:
             client.flushall()
             client.script_flush()
-        assert [chat(proxy, headers=here).status for _ in range(2)] == [200, 429]
+        assert [chat(proxy, headers=address).status for _ in range(2)] == [200, 429]
 
 
 @pytest.mark.quiet
 @both_loops
-def test_no_live_stream_waits_for_it(loop: str, store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_live_stream_waits_for_the_store(loop: str, store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """An event passes at once, whether the store answers or not; and what its stream held is told it afterwards."""
-    monkeypatch.setattr(shared, "DEADLINE", DEADLINE)
-    monkeypatch.setattr(door, "RENEW_EVERY", 0.05)
+    monkeypatch.setattr(store_module, "DEADLINE", DEADLINE)
+    monkeypatch.setattr(limiter_module, "RENEW_EVERY", 0.05)
 
     async def script(peer: Peer) -> None:
         await peer.request()
@@ -616,7 +622,7 @@ def test_no_live_stream_waits_for_it(loop: str, store: Redis, monkeypatch: pytes
             await peer.chunk(part)
         await peer.end()
 
-    with two(store, loop, script) as (proxy, _), raw_chat(proxy) as sock:
+    with two_servers(store, loop, script) as (proxy, _), raw_chat(proxy) as sock:
         read_until(sock, b"data: ")
         store.freeze()
         late = lateness(sock)
@@ -628,18 +634,18 @@ def test_no_live_stream_waits_for_it(loop: str, store: Redis, monkeypatch: pytes
 
 
 @both_loops
-def test_a_busy_machine_does_not_make_anybody_wait_longer(loop: str, store: Redis) -> None:
+def test_a_busy_machine_does_not_extend_the_deadline(loop: str, store: Redis) -> None:
     """When the deadline comes in the same moment as the question has gone out, it counts all the same."""
 
     async def story() -> float:
-        counter = open_store(store.url, time.monotonic, lambda lost: None)
-        claim = Charge("moving", "per_session", "s", 1, 9, 9)
-        while await counter.take([claim]) is None:  # noqa: ASYNC110  # a busy machine may take a few
+        counter = open_store(store.url, time.monotonic, lambda reason: None)
+        charge = Charge("moving", "per_session", "s", 1, 9, 9)
+        while await counter.take([charge]) is None:  # noqa: ASYNC110  # a busy machine may take a few
             await asyncio.sleep(0.1)
         store.freeze()
-        asking = asyncio.create_task(counter.take([claim]))
+        asking = asyncio.create_task(counter.take([charge]))
         await asyncio.sleep(0)  # it is on its way to the socket
-        time.sleep(shared.DEADLINE + 0.1)  # noqa: ASYNC251  # others have the CPU
+        time.sleep(store_module.DEADLINE + 0.1)  # noqa: ASYNC251  # others have the CPU
         began = time.monotonic()
         assert await asking is None
         took = time.monotonic() - began
@@ -650,38 +656,38 @@ def test_a_busy_machine_does_not_make_anybody_wait_longer(loop: str, store: Redi
         assert runner.run(story()) < 1.5
 
 
-def test_what_a_dead_worker_held_is_free_again(store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared, "HELD_SECONDS", 3)
+def test_the_holds_of_a_dead_worker_expire(store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "HELD_SECONDS", 3)
 
-    async def die_and_look() -> None:
-        async with allowance(store, LIMITS_STREAMS_PER_SESSION="1", LIMITS_TOKENS_PER_SESSION="100/hour") as dead:
+    async def story() -> None:
+        async with limiter_on(store, LIMITS_STREAMS_PER_SESSION="1", LIMITS_TOKENS_PER_SESSION="100/hour") as dead:
             await dead.hold(Subject("s", "a"), 90)  # never left
-        async with allowance(store, LIMITS_STREAMS_PER_SESSION="1", LIMITS_TOKENS_PER_SESSION="100/hour") as alive:
+        async with limiter_on(store, LIMITS_STREAMS_PER_SESSION="1", LIMITS_TOKENS_PER_SESSION="100/hour") as alive:
             with pytest.raises(TokensExhausted):
                 await alive.hold(Subject("s", "a"), 90)
             await asyncio.sleep(3.1)
-            async with await alive.hold(Subject("s", "a"), 90) as hold:
-                hold.settle(5)
-            found = await alive.statuses(NOTHING, Subject("s", "a"))
-            assert [(s.name, s.limit - s.remaining) for s in found if s.name == "tokens_per_session"] == [
+            async with await alive.hold(Subject("s", "a"), 90) as permit:
+                permit.settle(5)
+            statuses = await alive.statuses(NO_REQUESTS, Subject("s", "a"))
+            assert [(s.name, s.limit - s.remaining) for s in statuses if s.name == "tokens_per_session"] == [
                 ("tokens_per_session", 5)
             ]
 
-    asyncio.run(die_and_look())
+    asyncio.run(story())
 
 
-def test_a_dead_worker_pays_what_it_had_spent(store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_spent_tokens_of_a_dead_worker_are_charged(store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its prompts at once, what was answered since with the renewal. One that was only late pays what it says then,
     once, whatever was booked for it meanwhile."""
-    monkeypatch.setattr(shared, "HELD_SECONDS", 1)
+    monkeypatch.setattr(store_module, "HELD_SECONDS", 1)
     given = {"LIMITS_TOKENS_PER_SESSION": "1000/hour", "LIMITS_TOKENS_PER_ADDRESS": ""}
 
     async def used(limits: Limiter) -> int:
-        found = await limits.statuses(NOTHING, ME)
-        return next(each.limit - each.remaining for each in found if each.name == "tokens_per_session")
+        statuses = await limits.statuses(NO_REQUESTS, ME)
+        return next(each.limit - each.remaining for each in statuses if each.name == "tokens_per_session")
 
-    async def die_and_look() -> None:
-        async with allowance(store, **given) as dead, allowance(store, **given) as alive:
+    async def story() -> None:
+        async with limiter_on(store, **given) as dead, limiter_on(store, **given) as alive:
             spent = 10
             silent = await dead.hold(ME, 100, lambda: 7)
             await dead.hold(ME, 100, lambda: spent)
@@ -700,10 +706,10 @@ def test_a_dead_worker_pays_what_it_had_spent(store: Redis, monkeypatch: pytest.
                 late.settle(40)
             assert await used(alive) == 7 + 25 + 40
 
-    asyncio.run(die_and_look())
+    asyncio.run(story())
 
 
-class allowance:  # noqa: N801  # used as a context
+class limiter_on:  # noqa: N801  # used as a context
     """An Allowance without a server."""
 
     def __init__(self, store: Redis, **limits: str) -> None:
@@ -719,29 +725,29 @@ class allowance:  # noqa: N801  # used as a context
 
     async def __aenter__(self) -> Limiter:
         self.bugs: list[BaseException] = []
-        self.allowance = Limiter(self.limits, 1000, time.monotonic, lambda lost: None, self.bugs.append)
-        return self.allowance
+        self.limiter = Limiter(self.limits, 1000, time.monotonic, lambda reason: None, self.bugs.append)
+        return self.limiter
 
     async def __aexit__(self, *exception: object) -> None:
-        await self.allowance.aclose()
+        await self.limiter.aclose()
         assert self.bugs == []
 
 
 # ---- the scripts themselves -----------------------------------------------------------------------------------------
 
 
-def test_no_window_ever_holds_too_much(store: Redis) -> None:
+def test_no_window_exceeds_its_limit(store: Redis) -> None:
     """Many at once on one counter: however they meet, no window of its length holds more than the limit."""
     limit, seconds, hits = 40, 1, 20000 if FULL else 4000
     granted: list[tuple[float, float]] = []
 
     async def hit(counter: RedisStore, count: int) -> None:
-        claim = Charge("moving", "per_session", "s", 1, limit, seconds)
+        charge = Charge("moving", "per_session", "s", 1, limit, seconds)
         for _ in range(count):
             asked = time.monotonic()
-            taken = await counter.take([claim])
-            assert taken is not None
-            if taken.booked:
+            result = await counter.take([charge])
+            assert result is not None
+            if result.booked:
                 granted.append((asked, time.monotonic()))
             await asyncio.sleep(random.random() * 0.02)
 
@@ -762,16 +768,18 @@ def test_a_burst_never_overdraws(store: Redis) -> None:
     """200 at once hold no more than there is; afterwards exactly what was used is booked."""
 
     async def burst() -> tuple[int, int]:
-        async with allowance(store, LIMITS_TOKENS_PER_SESSION="1000/hour", LIMITS_STREAMS_PER_SESSION="1000") as limits:
+        async with limiter_on(
+            store, LIMITS_TOKENS_PER_SESSION="1000/hour", LIMITS_STREAMS_PER_SESSION="1000"
+        ) as limits:
             asked = (limits.hold(Subject("s", "a"), 90) for _ in range(200))
             answers = await asyncio.gather(*asked, return_exceptions=True)
             admitted = [answer for answer in answers if isinstance(answer, Permit)]
             assert sum(isinstance(answer, TokensExhausted) for answer in answers) == 200 - len(admitted)
-            for hold in admitted:
-                async with hold:
-                    hold.settle(7)
-            found = await limits.statuses(NOTHING, Subject("s", "a"))
-            return len(admitted), next(s.limit - s.remaining for s in found if s.name == "tokens_per_session")
+            for permit in admitted:
+                async with permit:
+                    permit.settle(7)
+            statuses = await limits.statuses(NO_REQUESTS, Subject("s", "a"))
+            return len(admitted), next(s.limit - s.remaining for s in statuses if s.name == "tokens_per_session")
 
     admitted, booked = asyncio.run(burst())
     assert (admitted, booked) == (11, 77)
@@ -782,19 +790,19 @@ def test_a_burst_never_overdraws(store: Redis) -> None:
 # ---- what a change of the settings may not do to the account ---------------------------------------------------------
 
 
-def test_another_limit_forgets_nothing(store: Redis) -> None:
+def test_a_changed_limit_keeps_the_count(store: Redis) -> None:
     """Two servers with limits of their own, as while one setting is rolled out: what was used on one is used on the
     other; and whoever is told there to wait is let in after that, though more was let in than the limit there."""
 
     async def story() -> None:
         many = {"LIMITS_PER_SESSION": "6/minute", "LIMITS_TOKENS_TOTAL": "9000/hour"}
         few = {"LIMITS_PER_SESSION": "2/minute", "LIMITS_TOKENS_TOTAL": "5000/hour"}
-        async with allowance(store, **many) as loose, allowance(store, **few) as strict:
+        async with limiter_on(store, **many) as loose, limiter_on(store, **few) as strict:
             for _ in range(4):
                 await loose.charge(ChargeKind.QUESTION, ME)
                 await asyncio.sleep(0.05)  # or all leave at one time
-            async with await loose.hold(ME, 4000) as hold:
-                hold.settle(4000)
+            async with await loose.hold(ME, 4000) as permit:
+                permit.settle(4000)
             with pytest.raises(TooMany) as refused:
                 await strict.charge(ChargeKind.QUESTION, ME)
             with pytest.raises(TokensExhausted):
@@ -814,13 +822,12 @@ def test_another_limit_forgets_nothing(store: Redis) -> None:
 # ---- what an outage may not do to the account -----------------------------------------------------------------------
 
 ME = Subject("s", "a")
-PURSE = "tokens_per_session"
 
 
 async def booked(limits: Limiter) -> int:
     """What the limits say is used of the session's tokens, held ones included."""
-    found = await limits.statuses(NOTHING, ME)
-    return next(standing.limit - standing.remaining for standing in found if standing.name == PURSE)
+    statuses = await limits.statuses(NO_REQUESTS, ME)
+    return next(each.limit - each.remaining for each in statuses if each.name == "tokens_per_session")
 
 
 async def is_up(limits: Limiter, wanted: bool) -> None:
@@ -830,13 +837,13 @@ async def is_up(limits: Limiter, wanted: bool) -> None:
         await asyncio.sleep(0.01)
 
 
-async def lost(store: Redis, limits: Limiter) -> None:
+async def lose_store(store: Redis, limits: Limiter) -> None:
     store.stop()
-    await limits.statuses(NOTHING, ME)
+    await limits.statuses(NO_REQUESTS, ME)
     await is_up(limits, False)
 
 
-async def found(store: Redis, limits: Limiter) -> None:
+async def restore_store(store: Redis, limits: Limiter) -> None:
     await asyncio.to_thread(store.start)
     await is_up(limits, True)
     await asyncio.sleep(0.1)  # it hears what it missed
@@ -846,21 +853,21 @@ def test_an_answer_that_outlives_an_outage(store: Redis) -> None:
     """Begun before, within and after it, ended before, within and after it: each is booked once, by what it used."""
 
     async def story() -> None:
-        async with allowance(store, LIMITS_TOKENS_PER_SESSION="10000/hour", LIMITS_STREAMS_PER_SESSION="9") as limits:
+        async with limiter_on(store, LIMITS_TOKENS_PER_SESSION="10000/hour", LIMITS_STREAMS_PER_SESSION="9") as limits:
             before = [await limits.hold(ME, 1000) for _ in range(2)]
             assert await booked(limits) == 2000
-            await lost(store, limits)
+            await lose_store(store, limits)
             within = [await limits.hold(ME, 1000) for _ in range(2)]
-            for hold in (before[0], within[0]):
-                async with hold:
-                    hold.settle(70)
-            await found(store, limits)
+            for permit in (before[0], within[0]):
+                async with permit:
+                    permit.settle(70)
+            await restore_store(store, limits)
             assert (
                 await booked(limits) == 2 * 70 + 2 * 1000
             )  # what goes on is held again, in a store that had forgotten
-            for hold in (before[1], within[1]):
-                async with hold:
-                    hold.settle(7)
+            for permit in (before[1], within[1]):
+                async with permit:
+                    permit.settle(7)
             assert await booked(limits) == 2 * 70 + 2 * 7
             with store.client() as client:
                 assert leases(client) == []
@@ -868,21 +875,21 @@ def test_an_answer_that_outlives_an_outage(store: Redis) -> None:
     asyncio.run(story())
 
 
-def test_what_was_booked_unheard_is_given_back(store: Redis) -> None:
+def test_a_charge_whose_answer_was_lost_is_released(store: Redis) -> None:
     """A frozen store has the question in its socket, and books it when it is thawed. By then it was counted here, or
     refused: what the store holds for it is nobody's, and free as soon as it is found."""
 
     async def story(**limits: str) -> None:
-        async with allowance(store, LIMITS_TOKENS_PER_SESSION="10000/hour", **limits) as limits_:
+        async with limiter_on(store, LIMITS_TOKENS_PER_SESSION="10000/hour", **limits) as limits_:
             assert await booked(limits_) == 0
             store.freeze()
             answers = [limits_.hold(ME, 1000) for _ in range(3)]
             answered = await asyncio.gather(*answers, return_exceptions=True)
             used = 0
-            for hold in answered:
-                if isinstance(hold, Permit):
-                    async with hold:
-                        hold.settle(7)
+            for permit in answered:
+                if isinstance(permit, Permit):
+                    async with permit:
+                        permit.settle(7)
                         used += 7
             assert used == 0 if limits else used == 21
             store.thaw()
@@ -898,7 +905,7 @@ def test_what_was_booked_unheard_is_given_back(store: Redis) -> None:
     asyncio.run(story(LIMITS_WHEN_STORE_FAILS="refuse"))
 
 
-def test_a_clock_that_goes_back_locks_nobody_out(store: Redis) -> None:
+def test_a_clock_that_goes_back_locks_no_client_out(store: Redis) -> None:
     """The store's went back by an hour: what it holds seems to be of later than now. Nobody waits that hour for it, and
     nobody is given a window."""
     given = {
@@ -908,10 +915,10 @@ def test_a_clock_that_goes_back_locks_nobody_out(store: Redis) -> None:
     }
 
     async def story() -> None:
-        async with allowance(store, **given) as limits:
+        async with limiter_on(store, **given) as limits:
             await limits.charge(ChargeKind.QUESTION, ME)
-            async with await limits.hold(ME, 90) as hold:
-                hold.settle(90)
+            async with await limits.hold(ME, 90) as permit:
+                permit.settle(90)
             with store.client() as client:
                 for key in client.keys("*:per_session:*"):
                     client.zadd(
@@ -929,14 +936,14 @@ def test_a_clock_that_goes_back_locks_nobody_out(store: Redis) -> None:
     asyncio.run(story())
 
 
-def test_a_question_that_comes_after_its_end_books_nothing(store: Redis) -> None:
+def test_a_charge_that_arrives_after_its_settling_books_nothing(store: Redis) -> None:
     """It was lost on its way and sent again by the kernel, while its holder was counted here, and ended."""
 
     async def story() -> None:
-        async with allowance(store, LIMITS_TOKENS_PER_SESSION="10000/hour") as limits:
+        async with limiter_on(store, LIMITS_TOKENS_PER_SESSION="10000/hour") as limits:
             assert limits.store is not None
             charges = [*limits.tokens.charges(ME, 1000), *limits.leases.charges(ME)]
-            assert await limits.store.add([(claim, 0) for claim in charges], "holder")
+            assert await limits.store.add([(charge, 0) for charge in charges], "holder")
             await limits.store.take(charges, "holder", 300)
             with store.client() as client:
                 assert leases(client) == []
@@ -945,17 +952,17 @@ def test_a_question_that_comes_after_its_end_books_nothing(store: Redis) -> None
     asyncio.run(story())
 
 
-def test_what_was_booked_for_nobody_is_given_back(store: Redis) -> None:
+def test_a_charge_without_a_local_place_is_released(store: Redis) -> None:
     """The store has booked what this process then has no place for, and is lost before it hears of that."""
 
     async def story() -> None:
-        async with allowance(store, LIMITS_TOKENS_PER_SESSION="10000/hour") as limits:
+        async with limiter_on(store, LIMITS_TOKENS_PER_SESSION="10000/hour") as limits:
             assert limits.store is not None
-            shared_, limits.leases.max_streams = limits.store, 0
+            store_, limits.leases.max_streams = limits.store, 0
             acquire = limits.leases.acquire
 
             def lost_meanwhile(subject: Subject) -> Lease:
-                shared_.lose("test")
+                store_.lose("test")
                 return acquire(subject)
 
             with pytest.MonkeyPatch.context() as patch:
@@ -974,20 +981,20 @@ def test_many_answers_are_renewed_in_time_on_a_slow_store(store: Redis) -> None:
     """A thousand, one by one over a way of 30 ms, would take as long as they last unrenewed."""
 
     async def story(url: str) -> float:
-        async with allowance(
+        async with limiter_on(
             store,
             LIMITS_STORE=url,
             LIMITS_TOKENS_PER_SESSION="1000000/hour",
             LIMITS_STREAMS_PER_SESSION="1000",
         ) as limits:
-            holds = await asyncio.gather(*(limits.hold(ME, 10) for _ in range(100)))
+            permits = await asyncio.gather(*(limits.hold(ME, 10) for _ in range(100)))
             began = time.monotonic()
             link.delay = 0.03
             await limits.renew_all()
             took = time.monotonic() - began
             link.delay = 0.0
-            for hold in holds:
-                async with hold:
+            for permit in permits:
+                async with permit:
                     pass
             assert limits.is_up
             return took
@@ -1000,17 +1007,17 @@ def test_a_window_that_ends_while_an_answer_is_written(store: Redis) -> None:
     """Its tokens no longer count; the next window begins with neither a debt nor a credit."""
 
     async def story() -> None:
-        async with allowance(store, LIMITS_TOKENS_PER_SESSION="1000/2 second") as limits:
+        async with limiter_on(store, LIMITS_TOKENS_PER_SESSION="1000/2 second") as limits:
             early = await limits.hold(ME, 900)
             await asyncio.sleep(2.1)
-            async with await limits.hold(ME, 10) as hold:
-                hold.settle(10)
+            async with await limits.hold(ME, 10) as permit:
+                permit.settle(10)
             async with early:
                 early.settle(3)
             assert 10 <= await booked(limits) <= 13
-            await lost(store, limits)
+            await lose_store(store, limits)
             late = await limits.hold(ME, 900)
-            await found(store, limits)
+            await restore_store(store, limits)
             await asyncio.sleep(2.1)
             async with late:
                 late.settle(3)
@@ -1019,20 +1026,20 @@ def test_a_window_that_ends_while_an_answer_is_written(store: Redis) -> None:
     asyncio.run(story())
 
 
-def test_a_store_that_goes_again_before_it_has_heard(store: Redis) -> None:
+def test_a_second_outage_during_a_merge_loses_nothing(store: Redis) -> None:
     """What could not be told is told the next time, and once."""
 
     async def story() -> None:
-        async with allowance(store, LIMITS_TOKENS_PER_SESSION="10000/hour") as limits:
-            await lost(store, limits)
-            async with await limits.hold(ME, 1000) as hold:
-                hold.settle(50)
+        async with limiter_on(store, LIMITS_TOKENS_PER_SESSION="10000/hour") as limits:
+            await lose_store(store, limits)
+            async with await limits.hold(ME, 1000) as permit:
+                permit.settle(50)
             limits.unsettled["again"] = limits.tokens.used()
             limits.tokens.forget()
             assert limits.store is not None
             await limits.merge()  # it is still gone: nothing may be forgotten
             assert len(limits.unsettled) == 1
-            await found(store, limits)
+            await restore_store(store, limits)
             assert await booked(limits) == 50
             limits.unsettled["again"] = [(limits.tokens.charges(ME, 0)[0], 50)]  # its answer had been lost
             await limits.merge()
@@ -1041,33 +1048,33 @@ def test_a_store_that_goes_again_before_it_has_heard(store: Redis) -> None:
     asyncio.run(story())
 
 
-def test_who_ends_tells_what_was_used(store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closing_server_sends_what_was_used(store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when the store has just come back, and no probe has seen that yet."""
-    monkeypatch.setattr(shared, "FIRST_PROBE", 600.0)
+    monkeypatch.setattr(store_module, "FIRST_PROBE", 600.0)
 
     async def story() -> None:
-        async with allowance(store, LIMITS_TOKENS_PER_SESSION="10000/hour") as limits:
-            await lost(store, limits)
-            async with await limits.hold(ME, 1000) as hold:
-                hold.settle(50)
+        async with limiter_on(store, LIMITS_TOKENS_PER_SESSION="10000/hour") as limits:
+            await lose_store(store, limits)
+            async with await limits.hold(ME, 1000) as permit:
+                permit.settle(50)
             await asyncio.to_thread(store.start)
-        async with allowance(store, LIMITS_TOKENS_PER_SESSION="10000/hour") as limits:
+        async with limiter_on(store, LIMITS_TOKENS_PER_SESSION="10000/hour") as limits:
             assert await booked(limits) == 50
 
     asyncio.run(story())
 
 
-def test_what_many_have_used_is_told_in_parts(store: Redis) -> None:
+def test_a_large_merge_is_sent_in_parts(store: Redis) -> None:
     """What thousands have used while it was gone is no single question: that would hold the store up for all servers,
     and be over its own deadline each time."""
     many = 1000
 
     async def story() -> None:
-        async with allowance(store, LIMITS_TOKENS_TOTAL="1000000/day") as limits:
-            await lost(store, limits)
+        async with limiter_on(store, LIMITS_TOKENS_TOTAL="1000000/day") as limits:
+            await lose_store(store, limits)
             for number in range(many):
-                async with await limits.hold(Subject(f"s{number}", f"a{number}"), 10) as hold:
-                    hold.settle(7)
+                async with await limits.hold(Subject(f"s{number}", f"a{number}"), 10) as permit:
+                    permit.settle(7)
             await asyncio.to_thread(store.start)
             with store.client() as client:
                 client.config_set("slowlog-log-slower-than", 0)
@@ -1076,8 +1083,8 @@ def test_what_many_have_used_is_told_in_parts(store: Redis) -> None:
                 await asyncio.to_thread(eventually, lambda: not limits.unsettled)
                 longest = max(length_of(entry["command"]) for entry in client.slowlog_get(100000))
                 assert longest < 1000
-            found = await limits.statuses(NOTHING, Subject("s5", "a5"))
-            assert {each.limit - each.remaining for each in found} == {7}
+            statuses = await limits.statuses(NO_REQUESTS, Subject("s5", "a5"))
+            assert {each.limit - each.remaining for each in statuses} == {7}
 
     asyncio.run(story())
 
@@ -1088,14 +1095,12 @@ def length_of(command: bytes) -> int:
     return len(command.split()) + (int(more[1]) if more else 0)
 
 
-def test_what_begins_while_the_store_goes_again_is_told_the_next_time(
-    store: Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_permit_of_a_failed_merge_is_sent_with_the_next(store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """As what it has used, not as what it may have cost at its worst."""
 
     async def story() -> None:
-        async with allowance(store, LIMITS_TOKENS_PER_SESSION="10000/hour") as limits:
-            await lost(store, limits)
+        async with limiter_on(store, LIMITS_TOKENS_PER_SESSION="10000/hour") as limits:
+            await lose_store(store, limits)
             begun: list[Permit] = []
 
             async def gone_again() -> None:
@@ -1104,26 +1109,26 @@ def test_what_begins_while_the_store_goes_again_is_told_the_next_time(
             with monkeypatch.context() as patch:
                 patch.setattr(limits, "renew_all", gone_again)
                 await limits.merge()
-            async with begun[0] as hold:
-                hold.settle(7)
-            await found(store, limits)
+            async with begun[0] as permit:
+                permit.settle(7)
+            await restore_store(store, limits)
             assert await booked(limits) == 7
 
     asyncio.run(story())
 
 
-def test_a_renewal_does_not_bring_back_what_has_ended(store: Redis) -> None:
+def test_a_renewal_does_not_revive_an_ended_permit(store: Redis) -> None:
     async def story() -> None:
-        async with allowance(
+        async with limiter_on(
             store, LIMITS_STREAMS_PER_SESSION="1000", LIMITS_TOKENS_PER_SESSION="1000000/hour"
         ) as limits:
-            holds = [await limits.hold(ME, 10) for _ in range(100)]
+            permits = [await limits.hold(ME, 10) for _ in range(100)]
 
-            async def end(hold: Permit) -> None:
-                async with hold:
-                    hold.settle(1)
+            async def end(permit: Permit) -> None:
+                async with permit:
+                    permit.settle(1)
 
-            await asyncio.gather(limits.renew_all(), *(end(hold) for hold in holds), limits.renew_all())
+            await asyncio.gather(limits.renew_all(), *(end(permit) for permit in permits), limits.renew_all())
             assert await booked(limits) == 100
             with store.client() as client:
                 assert leases(client) == []
@@ -1131,28 +1136,28 @@ def test_a_renewal_does_not_bring_back_what_has_ended(store: Redis) -> None:
     asyncio.run(story())
 
 
-def test_flapping_gives_nothing_away(store: Redis) -> None:
+def test_repeated_outages_grant_nothing_extra(store: Redis) -> None:
     """Requests that were counted alone stay counted for the next outage."""
 
     async def story() -> list[str]:
-        async with allowance(store, LIMITS_PER_SESSION="3/hour", LIMITS_PER_ADDRESS="") as limits:
+        async with limiter_on(store, LIMITS_PER_SESSION="3/hour", LIMITS_PER_ADDRESS="") as limits:
             answers = []
             for _ in range(3):
-                await lost(store, limits)
+                await lose_store(store, limits)
                 for _ in range(2):
                     try:
                         await limits.charge(ChargeKind.QUESTION, ME)
                         answers.append("granted")
                     except TooMany:
                         answers.append("refused")
-                await found(store, limits)
+                await restore_store(store, limits)
             return answers
 
     assert asyncio.run(story()).count("granted") == 3
 
 
-def test_a_notice_of_another_version_harms_nobody(store: Redis, tmp_path: Path) -> None:
-    with two_of_one_name(store, "uvloop", tmp_path) as (one, other):
+def test_an_entry_of_another_version_harms_no_client(store: Redis, tmp_path: Path) -> None:
+    with two_servers_with_control_files(store, "uvloop", tmp_path) as (one, other):
         cookie = chat(one, headers={"sec-fetch-site": "same-origin"}).cookie
         with store.client() as client:
             client.zadd("{chat-proxy}:revoked", {"{}": time.time() * 1000, "[1,2]": time.time() * 1000})
@@ -1160,47 +1165,47 @@ def test_a_notice_of_another_version_harms_nobody(store: Redis, tmp_path: Path) 
             time.sleep(1.0)
             client.set("{chat-proxy}:decree", b"no decree")
         assert send(one, "DELETE", "/api/session", None, {"cookie": cookie}).status == 200
-        eventually(lambda: asked(other, cookie) == (401, "session_required"))
+        eventually(lambda: status_and_code(other, cookie) == (401, "session_required"))
         assert one.lines("bug") == other.lines("bug") == []
 
 
-def test_all_that_was_revoked_is_reported_at_the_end(store: Redis) -> None:
+def test_all_revocations_are_sent_at_shutdown(store: Redis) -> None:
     """Also more than one call sends; a store that is gone is not waited for."""
 
     async def story() -> None:
-        async with allowance(store) as limits:
+        async with limiter_on(store) as limits:
             assert limits.store is not None
-            board = RedisRevocations(limits.store, 3600)
+            revocations = RedisRevocations(limits.store, 3600)
             many = 2 * MOST_SENT + 1
             for number in range(many):
-                board.post(RevokedId(f"id{number}", 1, 2))
-            await board.send_rest()
-            assert not board.unsent
+                revocations.post(RevokedId(f"id{number}", 1, 2))
+            await revocations.send_rest()
+            assert not revocations.unsent
             with store.client() as client:
                 assert client.zcard("{chat-proxy}:revoked") == many
             store.stop()
-            board.post(RevokedId("late", 1, 2))
-            await board.send_rest()
-            assert len(board.unsent) == 1
+            revocations.post(RevokedId("late", 1, 2))
+            await revocations.send_rest()
+            assert len(revocations.unsent) == 1
 
     asyncio.run(story())
 
 
 @pytest.mark.parametrize("apart", [1, 0])
-def test_whoever_begins_hears_of_all_logouts_at_once(apart: int, store: Redis, tmp_path: Path) -> None:
+def test_a_new_worker_reads_all_logouts_at_once(apart: int, store: Redis, tmp_path: Path) -> None:
     """A worker that replaces another knows every logout of the days before, not a thousand with each look; also
     those that many servers have posted in the same millisecond, like all that waited for a store that was frozen."""
     now = int(time.time())
     with store.client() as client:
-        notices = {
+        entries = {
             f'["id{number}",{now},{now + 60}]': now * 1000 - 5000 + number * apart for number in range(2 * PAGE + 1)
         }
-        client.zadd("{chat-proxy}:revoked", notices)
+        client.zadd("{chat-proxy}:revoked", entries)
 
     async def story() -> None:
         given = {**settings_for("http://127.0.0.1:1"), "SESSION_CONTROL_FILE": str(tmp_path / "none")}
         configured = from_variables({f"CHAT_PROXY_{name}": value for name, value in given.items()})
-        async with allowance(store) as limits:
+        async with limiter_on(store) as limits:
             revoked = RevocationWatcher(configured.session, limits.store, Logs(configured.log), time.time)
             assert revoked.redis is not None
             async with asyncio.timeout(PATIENCE):
@@ -1210,9 +1215,9 @@ def test_whoever_begins_hears_of_all_logouts_at_once(apart: int, store: Redis, t
     asyncio.run(story())
 
 
-def test_programs_of_an_address_post_no_notices(store: Redis, tmp_path: Path) -> None:
+def test_sessions_of_programs_post_no_revocations(store: Redis, tmp_path: Path) -> None:
     """The session that they share could be ended again and again, by any of them, and all servers would be told."""
-    with two_of_one_name(store, "uvloop", tmp_path) as (one, _), store.client() as client:
+    with two_servers_with_control_files(store, "uvloop", tmp_path) as (one, _), store.client() as client:
         for _ in range(5):
             cookie = chat(one).cookie
             assert send(one, "DELETE", "/api/session", None, {"cookie": cookie}).status == 200

@@ -44,11 +44,11 @@ class Violation:
     limit: int
 
 
-def by_key(grants: Iterable[Grant]) -> dict[str, list[Grant]]:
-    found: defaultdict[str, list[Grant]] = defaultdict(list)
+def grants_by_key(grants: Iterable[Grant]) -> dict[str, list[Grant]]:
+    grouped: defaultdict[str, list[Grant]] = defaultdict(list)
     for grant in grants:
-        found[grant.key].append(grant)
-    return found
+        grouped[grant.key].append(grant)
+    return grouped
 
 
 class Total:
@@ -70,15 +70,15 @@ def moving(grants: Iterable[Grant], limit: int, seconds: float, grain: float = 0
     In a window from a to b lies for certain what was answered before b and asked from a on: at least what was answered
     before b, less what was asked before a.
     """
-    found = []
-    for key, theirs in by_key(grants).items():
-        asked = Total((grant.asked, grant.amount) for grant in theirs)
-        answered = Total((grant.answered, grant.amount) for grant in theirs)
+    violations = []
+    for key, of_key in grants_by_key(grants).items():
+        asked = Total((grant.asked, grant.amount) for grant in of_key)
+        answered = Total((grant.answered, grant.amount) for grant in of_key)
         for began in dict.fromkeys(asked.times):
             granted = answered.before(began + seconds - grain) - asked.before(began)
             if granted > limit:
-                found.append(Violation(key, began, granted, limit))
-    return found
+                violations.append(Violation(key, began, granted, limit))
+    return violations
 
 
 def fixed(grants: Iterable[Grant], limit: int, seconds: float, grain: float = 0.0) -> list[Violation]:
@@ -88,45 +88,45 @@ def fixed(grants: Iterable[Grant], limit: int, seconds: float, grain: float = 0.
     the latest when the first that is surely not of the one before was answered. What is worth nothing may have begun
     one, or not.
     """
-    found = []
-    for key, theirs in by_key(grants).items():
-        asked = sorted((grant.asked, grant.answered, grant.amount) for grant in theirs)
-        answered = sorted((grant.answered, grant.asked) for grant in theirs)
-        soonest = least_from([answer if amount else inf for _, answer, amount in asked])
-        first_asked = least_from([question for _, question in answered])
+    violations = []
+    for key, of_key in grants_by_key(grants).items():
+        asked = sorted((grant.asked, grant.answered, grant.amount) for grant in of_key)
+        answered = sorted((grant.answered, grant.asked) for grant in of_key)
+        soonest = suffix_minima([answered_at if amount else inf for _, answered_at, amount in asked])
+        first_asked = suffix_minima([asked_at for _, asked_at in answered])
         number, ended = 0, -inf
         while number < len(asked):  # from this one on none is of the window before
             first = max(ended, first_asked[bisect_left(answered, (ended,))])
             last = soonest[number]
             ended = first + seconds - grain
             beyond = bisect_left(asked, (ended,))
-            granted = sum(amount for _, answer, amount in asked[number:beyond] if answer < ended)
+            granted = sum(amount for _, answered_at, amount in asked[number:beyond] if answered_at < ended)
             if granted > limit:
-                found.append(Violation(key, first, granted, limit))
+                violations.append(Violation(key, first, granted, limit))
             number = bisect_left(asked, (last + seconds,))
-    return found
+    return violations
 
 
-def least_from(values: list[float]) -> list[float]:
+def suffix_minima(values: list[float]) -> list[float]:
     """For each place the least value from there on."""
     return list(accumulate(reversed(values), min))[::-1]
 
 
-def together(grants: Iterable[Grant], limit: int) -> list[Violation]:
+def simultaneous(grants: Iterable[Grant], limit: int) -> list[Violation]:
     """Where more than the limit was held at one time: from the answer until it was about to be given back."""
-    found = []
-    for key, theirs in by_key(grants).items():
-        steps = [(grant.answered, grant.amount) for grant in theirs if grant.until > grant.answered]
-        steps += [(grant.until, -grant.amount) for grant in theirs if grant.until > grant.answered]
+    violations = []
+    for key, of_key in grants_by_key(grants).items():
+        steps = [(grant.answered, grant.amount) for grant in of_key if grant.until > grant.answered]
+        steps += [(grant.until, -grant.amount) for grant in of_key if grant.until > grant.answered]
         held = 0
         for time, amount in sorted(steps):  # of one time, what is given back first
             held += amount
             if held > limit and amount > 0:
-                found.append(Violation(key, time, held, limit))
-    return found
+                violations.append(Violation(key, time, held, limit))
+    return violations
 
 
-def apart(grants: Iterable[Grant], resets: Iterable[tuple[float, float]]) -> list[list[Grant]]:
+def split_at_resets(grants: Iterable[Grant], resets: Iterable[tuple[float, float]]) -> list[list[Grant]]:
     """The histories between the resets, each of which happened between two times. A grant that may have been booked on
     either side of one is worth nothing on both: there it may have begun a window, no more is known.
     """

@@ -33,11 +33,11 @@ from typing import Any
 import uvloop
 
 from proxy.errors import LimitsUnavailable, TokensExhausted, TooMany, TooManyStreams
-from proxy.limits import limiter as door
+from proxy.limits import limiter as limiter_module
 from proxy.limits.limiter import Limiter
 from proxy.limits.requests import ChargeKind
 from proxy.limits.status import Subject
-from proxy.limits.store import redis as shared
+from proxy.limits.store import redis as store_module
 from proxy.limits.store.redis import Charge, ChargeResult
 from proxy.settings import from_variables
 from support.history import STORE
@@ -47,9 +47,9 @@ NEW_KEYS_EVERY = 5.0  # seconds: in a long history nobody could tell any more wh
 HOLD_SECONDS = 0.02  # in the middle; a few last as long as LONG_HOLD
 LONG_HOLD = 1.5
 AMOUNTS = (50, 150)  # tokens of one answer
-BOOKED, REFUSED, UNHEARD, UNASKED = "booked", "refused", "unheard", "unasked"
-store_said: ContextVar[str] = ContextVar("store_said", default=UNASKED)
-alone_since: ContextVar[float] = ContextVar("alone_since")  # nothing comes between that and its own decision
+BOOKED, REFUSED, UNANSWERED, NOT_ASKED = "booked", "refused", "unanswered", "not asked"
+store_answer: ContextVar[str] = ContextVar("store_answer", default=NOT_ASKED)
+local_since: ContextVar[float] = ContextVar("local_since")  # nothing comes between that and its own decision
 
 
 @dataclass
@@ -74,116 +74,116 @@ class History:
         self.file = Path(plan.path).open("ab", buffering=0)  # noqa: SIM115  # as long as the process
         needed = {"UPSTREAM_BASE_URL": "http://127.0.0.1/v1", "UPSTREAM_API_KEY": "k" * 30, "POLICY_MODELS": "m"}
         chosen = from_variables({f"CHAT_PROXY_{name}": value for name, value in {**needed, **plan.limits}.items()})
-        self.allowance = Limiter(chosen.limits, 1000, time.monotonic, lambda lost: None, self.fail)
+        self.limiter = Limiter(chosen.limits, 1000, time.monotonic, lambda reason: None, self.record_bug)
         self.left = plan.hits
-        self.questions = count()
-        if self.allowance.store is not None:
-            self.listen_to(self.allowance.store)
+        self.call_numbers = count()
+        if self.limiter.store is not None:
+            self.record_calls(self.limiter.store)
 
-    def fail(self, error: BaseException) -> None:
+    def record_bug(self, error: BaseException) -> None:
         self.write("bug", repr(error))
 
-    def write(self, *words: object) -> None:
-        self.file.write(" ".join(map(str, words)).encode() + b"\n")
+    def write(self, *fields: object) -> None:
+        self.file.write(" ".join(map(str, fields)).encode() + b"\n")
 
-    def listen_to(self, store: Any) -> None:
+    def record_calls(self, store: Any) -> None:
         """The store's answer shows which of the two decided; the merge, that it forgets its own token windows."""
         real_take, real_keep, real_merge = store.take, store.keep, store.on_found
 
         async def take(charges: list[Charge], holder: str = "", spent: int = 0) -> ChargeResult | None:
             was_up = store.is_up
-            taken: ChargeResult | None = await real_take(charges, holder, spent)
-            alone_since.set(time.monotonic())
-            if taken is None:
-                store_said.set(UNHEARD if was_up else UNASKED)
+            result: ChargeResult | None = await real_take(charges, holder, spent)
+            local_since.set(time.monotonic())
+            if result is None:
+                store_answer.set(UNANSWERED if was_up else NOT_ASKED)
             else:
-                store_said.set(BOOKED if taken.booked else REFUSED)
-            return taken
+                store_answer.set(BOOKED if result.booked else REFUSED)
+            return result
 
         async def keep(what: str, used: Iterable[tuple[Charge, int]], holder: str) -> bool:
             amounts = list(used)
             began = time.monotonic()
-            kept: bool = await real_keep(what, amounts, holder)
-            ended = time.monotonic() if kept else began
-            for claim, _ in amounts:
-                if claim.kind == "fixed" and what != "settle":
-                    self.write("kept", claim.subject, began, ended)
-            return kept
+            is_received: bool = await real_keep(what, amounts, holder)
+            ended = time.monotonic() if is_received else began
+            for charge, _ in amounts:
+                if charge.kind == "fixed" and what != "settle":
+                    self.write("renewed", charge.subject, began, ended)
+            return is_received
 
         async def merge() -> None:
-            self.write("found", time.monotonic())  # its windows are forgotten at once
+            self.write("restored", time.monotonic())  # its windows are forgotten at once
             await real_merge()
 
         store.take, store.keep, store.on_found = take, keep, merge
 
     async def run(self) -> None:
-        await self.allowance.start()
-        await asyncio.gather(*(self.hit_on() for _ in range(self.plan.tasks)))
-        while not self.allowance.is_up or self.allowance.unsettled:  # noqa: ASYNC110  # there is no event for it
+        await self.limiter.start()
+        await asyncio.gather(*(self.run_task() for _ in range(self.plan.tasks)))
+        while not self.limiter.is_up or self.limiter.unsettled:  # noqa: ASYNC110  # there is no event for it
             await asyncio.sleep(0.01)
-        held = self.allowance.leases
-        self.write("end", held.live + len(held.held) + len(self.allowance.permits))
-        await self.allowance.aclose()
+        leases = self.limiter.leases
+        self.write("end", leases.live + len(leases.held) + len(self.limiter.permits))
+        await self.limiter.aclose()
 
     def turns(self) -> Iterator[int]:
         while self.left:
             self.left -= 1
             yield self.left
 
-    async def hit_on(self) -> None:
+    async def run_task(self) -> None:
         for _ in self.turns():
             number = random.randrange(SESSIONS)
             epoch = int(time.monotonic() / NEW_KEYS_EVERY)
             subject = Subject(f"s{number}.{epoch}", f"a{number % ADDRESSES}.{epoch}")
             try:
-                await (self.ask(subject) if random.random() < 0.6 else self.hold(subject, number))
+                await (self.charge(subject) if random.random() < 0.6 else self.hold(subject, number))
             except (TooMany, TokensExhausted, TooManyStreams):
-                self.write("no")
+                self.write("refused")
             except LimitsUnavailable:
-                self.write("out")
+                self.write("unavailable")
             await asyncio.sleep(random.random() * 2 * self.plan.pause)
 
     @property
     def by(self) -> str:
         """The process that has just granted something."""
-        return STORE if store_said.get() == BOOKED else self.plan.name
+        return STORE if store_answer.get() == BOOKED else self.plan.name
 
-    async def ask(self, subject: Subject) -> None:
+    async def charge(self, subject: Subject) -> None:
         asked = time.monotonic()
-        await self.allowance.charge(ChargeKind.QUESTION, subject)
+        await self.limiter.charge(ChargeKind.QUESTION, subject)
         answered, by = time.monotonic(), self.by
-        self.write("ask", *subject[:2], 1, asked if by == STORE else alone_since.get(), answered, by, 0)
+        self.write("charge", *subject[:2], 1, asked if by == STORE else local_since.get(), answered, by, 0)
 
     async def hold(self, subject: Subject, number: int) -> None:
         """Every second session uses all that it has held, the others any part of it."""
         amount = random.randint(*AMOUNTS)
         asked = time.monotonic()
-        question = next(self.questions)
-        self.write("asks", *subject[:2], asked, question)
+        call_number = next(self.call_numbers)
+        self.write("pending", *subject[:2], asked, call_number)
         try:
-            held = await self.allowance.hold(subject, amount)
+            permit = await self.limiter.hold(subject, amount)
         except (TokensExhausted, TooManyStreams, LimitsUnavailable):
-            if store_said.get() in (REFUSED, UNASKED):
-                self.write("told", question)
+            if store_answer.get() in (REFUSED, NOT_ASKED):
+                self.write("resolved", call_number)
             raise
-        async with held as hold:
+        async with permit:
             answered, by = time.monotonic(), self.by
             if by != STORE:
-                asked = alone_since.get()
+                asked = local_since.get()
             is_long = random.random() < 0.02
             await asyncio.sleep(LONG_HOLD if is_long else random.random() * 2 * HOLD_SECONDS)
             used = amount if number % 2 else random.randint(0, amount)
-            hold.settle(used)
+            permit.settle(used)
             until = time.monotonic()
         self.write("hold", *subject[:2], used, asked, answered, by, until)
-        if store_said.get() != UNHEARD:
-            self.write("told", question)
+        if store_answer.get() != UNANSWERED:
+            self.write("resolved", call_number)
 
 
 def work(plan: Plan) -> None:
     random.seed()
-    shared.DEADLINE = plan.deadline
-    vars(door)["RENEW_EVERY"] = plan.renew_every
+    store_module.DEADLINE = plan.deadline
+    vars(limiter_module)["RENEW_EVERY"] = plan.renew_every
     uvloop.run(History(plan).run())
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from proxy.limits.store import redis as shared
+from proxy.limits.store import redis as store_module
 from support.harness import PATIENCE, STARTING, eventually, free_port
 
 
@@ -55,15 +55,15 @@ class Redis:
 @pytest.fixture(scope="module")
 def redis_folder() -> Iterator[Path]:
     """Its path is short, as that of a Unix socket has to be."""
-    made = Path(tempfile.mkdtemp(prefix="chat-proxy-"))
-    yield made
-    shutil.rmtree(made)
+    path = Path(tempfile.mkdtemp(prefix="chat-proxy-"))
+    yield path
+    shutil.rmtree(path)
 
 
 @pytest.fixture
 def store(redis_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Redis]:
     """A store that counts as gone when it is, and not when this machine is busy."""
-    monkeypatch.setattr(shared, "DEADLINE", PATIENCE)
+    monkeypatch.setattr(store_module, "DEADLINE", PATIENCE)
     server = Redis(redis_folder)
     yield server
     server.stop()

@@ -67,7 +67,7 @@ def allowed(limits: RequestLimits, subject: Subject, kind: ChargeKind = ChargeKi
     return True
 
 
-def wait_told(refusal: Refusal) -> float:
+def wait_of(refusal: Refusal) -> float:
     assert refusal.retry_after is not None
     return refusal.retry_after
 
@@ -93,11 +93,11 @@ def windows_limited(clock: Clock) -> RequestLimits:
 class Model:
     """Moving windows by their definition: every accepted request, ever, with its subject."""
 
-    let_through: list[tuple[float, Subject]] = field(default_factory=list)
+    accepted: list[tuple[float, Subject]] = field(default_factory=list)
 
     def counted(self, name: str, subject: Subject, seconds: int, now: float) -> int:
-        whose = 0 if name == "per_session" else 1
-        return sum(1 for at, who in self.let_through if at > now - seconds and who[whose] == subject[whose])
+        owner = 0 if name == "per_session" else 1
+        return sum(1 for at, charged in self.accepted if at > now - seconds and charged[owner] == subject[owner])
 
     def remaining(self, subject: Subject, now: float) -> list[int]:
         return [
@@ -115,13 +115,13 @@ def test_windows_match_the_definition(walk: list[tuple[int, Subject]]) -> None:
     for ticks, subject in walk:
         clock.now += ticks * TICK
         room = model.remaining(subject, clock.now)
-        assert [standing.remaining for standing in limits.statuses(ChargeKind.QUESTION, subject)] == room
+        assert [status.remaining for status in limits.statuses(ChargeKind.QUESTION, subject)] == room
         passes = allowed(limits, subject)
         assert passes == all(room)
         if passes:
-            model.let_through.append((clock.now, subject))
+            model.accepted.append((clock.now, subject))
             room = [left - 1 for left in room]
-        assert [standing.remaining for standing in limits.statuses(ChargeKind.QUESTION, subject)] == room
+        assert [status.remaining for status in limits.statuses(ChargeKind.QUESTION, subject)] == room
 
 
 @given(steps)
@@ -158,7 +158,7 @@ def test_retry_after_is_true_of_requests(walk: list[tuple[int, Subject]]) -> Non
         try:
             limits.charge(ChargeKind.QUESTION, subject)
         except TooMany as refusal:
-            wait = wait_told(refusal)
+            wait = wait_of(refusal)
             assert 0 < wait <= 3
             clock.now += wait - TICK
             assert not allowed(limits, subject)
@@ -174,10 +174,10 @@ def test_a_refused_request_costs_nothing() -> None:
     for _ in range(2):
         clock.now += 1
         assert allowed(limits, ANN)
-    assert [standing.remaining for standing in limits.statuses(ChargeKind.QUESTION, ANN)] == [0, 0, 1]
+    assert [status.remaining for status in limits.statuses(ChargeKind.QUESTION, ANN)] == [0, 0, 1]
     clock.now += 1
     assert not allowed(limits, ANN)
-    assert [standing.remaining for standing in limits.statuses(ChargeKind.QUESTION, ANN)] == [1, 0, 1]
+    assert [status.remaining for status in limits.statuses(ChargeKind.QUESTION, ANN)] == [1, 0, 1]
 
 
 def test_sessions_share_their_address() -> None:
@@ -188,7 +188,7 @@ def test_sessions_share_their_address() -> None:
     assert allowed(limits, BEN)
 
 
-def test_a_session_takes_its_count_along() -> None:
+def test_a_session_keeps_its_count_when_its_address_changes() -> None:
     """A session that changes its address is still the same session."""
     limits = counting(Clock(), "2/minute", "3/minute")
     assert allowed(limits, ANN)
@@ -197,7 +197,7 @@ def test_a_session_takes_its_count_along() -> None:
     assert not allowed(limits, ANN)
 
 
-def test_what_is_limited_is_limited_apart() -> None:
+def test_each_kind_has_windows_of_its_own() -> None:
     """Questions, new sessions and refusals have windows of their own, also at the same rate and address."""
     limits = counting(Clock(), per_address="1/minute", new_sessions="1/minute", refusals="1/minute")
     for event in (ChargeKind.QUESTION, ChargeKind.NEW_SESSION, ChargeKind.REFUSAL):
@@ -206,7 +206,7 @@ def test_what_is_limited_is_limited_apart() -> None:
         assert allowed(limits, BEN, event)
 
 
-def test_no_limit_is_no_limit() -> None:
+def test_an_empty_setting_limits_nothing() -> None:
     """An empty setting limits nothing, shows nothing, and keeps nothing."""
     limits = counting(Clock())
     assert [limits.charge(ChargeKind.QUESTION, ANN) for _ in range(10_000)][-1] == []
@@ -214,29 +214,29 @@ def test_no_limit_is_no_limit() -> None:
     assert limits.windows.entries == {}
 
 
-def test_refusals_name_what_was_refused() -> None:
+def test_refusals_name_the_full_windows() -> None:
     """Too many questions and too many sessions are told apart; the longest wait is told, and full windows shown."""
     clock = Clock()
     limits = counting(clock, "1/second;2/minute;9/hour", new_sessions="1/hour")
     limits.charge(ChargeKind.QUESTION, ANN)
     clock.now += 10
     limits.charge(ChargeKind.QUESTION, ANN)
-    with pytest.raises(TooMany) as asked:
+    with pytest.raises(TooMany) as questions:
         limits.charge(ChargeKind.QUESTION, ANN)
-    assert (asked.value.code, asked.value.retry_after) == ("rate_limited", 50)
-    assert dict(asked.value.headers()) == {
+    assert (questions.value.code, questions.value.retry_after) == ("rate_limited", 50)
+    assert dict(questions.value.headers()) == {
         b"retry-after": b"50",
         b"retry-after-ms": b"50000",
         b"ratelimit-policy": b'"per_session 1/second";q=1;w=1, "per_session 2/minute";q=2;w=60',
         b"ratelimit": b'"per_session 1/second";r=0;t=1, "per_session 2/minute";r=0;t=50',
     }
     limits.charge(ChargeKind.NEW_SESSION, ANN)
-    with pytest.raises(TooManySessions) as minted:
+    with pytest.raises(TooManySessions) as sessions:
         limits.charge(ChargeKind.NEW_SESSION, ANN)
-    assert (minted.value.code, minted.value.retry_after) == ("too_many_sessions", 3600)
+    assert (sessions.value.code, sessions.value.retry_after) == ("too_many_sessions", 3600)
 
 
-def test_standings_tell_when_the_next_place_frees() -> None:
+def test_statuses_give_when_the_next_place_frees() -> None:
     """A standing names the limit, what is left after this request, and when the oldest entry leaves the window."""
     clock = Clock()
     limits = counting(clock, "3/minute", "5/2 hours")
@@ -275,7 +275,7 @@ def entered(windows: MovingWindows, key: str, limit: int, expiry: int) -> bool:
     return True
 
 
-def test_dead_keys_do_not_gather() -> None:
+def test_dead_keys_do_not_accumulate() -> None:
     """While 100,000 callers come and go, no more is kept than twice what counts, and a fixed rest."""
     clock, live = Clock(), 1000
     limits = counting(clock, "5/second")
@@ -334,7 +334,9 @@ def test_limits_are_registered_with_slowapi() -> None:
 
 
 @pytest.mark.parametrize("place", [".env", "environment"])
-def test_nothing_outside_opens_the_gates(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_outside_the_settings_switches_limits_off(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither an `.env` in the current folder nor RATELIMIT_* variables switch limits off, on or elsewhere."""
     strays = {
         "RATELIMIT_ENABLED": "false",
@@ -432,7 +434,7 @@ def test_a_refused_lease_holds_nothing() -> None:
 
 
 @pytest.mark.parametrize("left_by", [ValueError(), Busy(), KeyboardInterrupt(), GeneratorExit(), None])
-def test_a_lease_is_given_back_on_any_exit(left_by: BaseException | None) -> None:
+def test_a_lease_is_released_on_any_exit(left_by: BaseException | None) -> None:
     """However a stream ends, its place is free."""
     held = leases(max_streams=1)
     with suppress(BaseException), held.acquire(ANN):
@@ -442,7 +444,7 @@ def test_a_lease_is_given_back_on_any_exit(left_by: BaseException | None) -> Non
     assert_none_held(held)
 
 
-def test_session_and_address_of_one_name_are_two() -> None:
+def test_equal_sessions_and_addresses_are_counted_separately() -> None:
     """An id that reads like an address does not count as that address."""
     held = leases(per_session=1, per_address=2)
     with held.acquire(Subject("same", "same")), held.acquire(Subject("other", "same")):
@@ -451,7 +453,7 @@ def test_session_and_address_of_one_name_are_two() -> None:
     assert_none_held(held)
 
 
-def test_refused_streams_say_which_limit() -> None:
+def test_refused_streams_name_the_limit() -> None:
     """The refusal's headers name the limit that was reached, and no window: the end of an answer is unknown."""
     held = leases(per_session=1, per_address=1)
     with held.acquire(ANN):
@@ -491,28 +493,28 @@ def test_leases_never_exceed_any_limit(walk: list[tuple[bool, Subject]]) -> None
 # ---- tokens --------------------------------------------------------------------------------------------------------
 
 
-def purse(clock: Clock, per_session: str = "", per_address: str = "", total: str = "") -> Tokens:
+def counting_tokens(clock: Clock, per_session: str = "", per_address: str = "", total: str = "") -> Tokens:
     return Tokens(limited(tokens_per_session=per_session, tokens_per_address=per_address, tokens_total=total), clock)
 
 
-def reserve(purse: Tokens, subject: Subject, amount: int) -> Reservation:
+def reserve(token_limits: Tokens, subject: Subject, amount: int) -> Reservation:
     """In every window, or in none."""
-    return purse.reserve(purse.check(subject, amount), amount)
+    return token_limits.reserve(token_limits.check(subject, amount), amount)
 
 
-def left(purse: Tokens, subject: Subject = ANN) -> list[int]:
-    return [standing.remaining for standing in purse.statuses(subject)]
+def left(token_limits: Tokens, subject: Subject = ANN) -> list[int]:
+    return [status.remaining for status in token_limits.statuses(subject)]
 
 
-def exhausted(purse: Tokens, subject: Subject, amount: int) -> TokensExhausted:
+def exhausted(token_limits: Tokens, subject: Subject, amount: int) -> TokensExhausted:
     with pytest.raises(TokensExhausted) as raised:
-        reserve(purse, subject, amount)
+        reserve(token_limits, subject, amount)
     return raised.value
 
 
-def test_what_was_used_takes_the_place_of_what_was_held() -> None:
+def test_settling_replaces_the_held_tokens_by_the_used() -> None:
     """A reservation holds its worst case; settled, the account carries what was used, once and for all."""
-    tokens = purse(Clock(), "1000/day")
+    tokens = counting_tokens(Clock(), "1000/day")
     with reserve(tokens, ANN, 400) as reservation:
         assert left(tokens) == [600]
         reservation.settle(150)
@@ -523,9 +525,9 @@ def test_what_was_used_takes_the_place_of_what_was_held() -> None:
 
 
 @pytest.mark.parametrize("left_by", [None, ValueError(), KeyboardInterrupt(), GeneratorExit()])
-def test_unsettled_is_given_back(left_by: BaseException | None) -> None:
+def test_an_unsettled_reservation_is_released(left_by: BaseException | None) -> None:
     """An answer that ends without settling, in whichever way, has used nothing."""
-    tokens = purse(Clock(), "1000/day", "2000/day", "3000/day")
+    tokens = counting_tokens(Clock(), "1000/day", "2000/day", "3000/day")
     with suppress(BaseException), reserve(tokens, ANN, 400):
         assert left(tokens) == [600, 1600]
         if left_by is not None:
@@ -536,7 +538,7 @@ def test_unsettled_is_given_back(left_by: BaseException | None) -> None:
 
 def test_more_used_than_held_is_booked() -> None:
     """An upstream that counts more than we held for is believed: the account goes to zero, and stays refused."""
-    tokens = purse(Clock(), "1000/day")
+    tokens = counting_tokens(Clock(), "1000/day")
     reserve(tokens, ANN, 100).settle(1500)
     assert left(tokens) == [0]
     exhausted(tokens, ANN, 1)
@@ -544,7 +546,7 @@ def test_more_used_than_held_is_booked() -> None:
 
 def test_a_burst_never_overdraws() -> None:
     """Of 1,000 parallel requests as many are let in as the allowance can pay for in the worst case."""
-    tokens = purse(Clock(), "10000/day", "", "12000/day")
+    tokens = counting_tokens(Clock(), "10000/day", "", "12000/day")
     held: list[Reservation] = []
     for _ in range(1000):
         with suppress(TokensExhausted):
@@ -560,7 +562,7 @@ def test_a_burst_never_overdraws() -> None:
 
 def test_the_last_token_can_be_spent() -> None:
     """A request that costs exactly what is left is let in; one token more is not."""
-    tokens = purse(Clock(), "1000/day")
+    tokens = counting_tokens(Clock(), "1000/day")
     reserve(tokens, ANN, 400).settle(400)
     exhausted(tokens, ANN, 601)
     reserve(tokens, ANN, 600).settle(600)
@@ -570,7 +572,7 @@ def test_the_last_token_can_be_spent() -> None:
 
 def test_all_windows_or_none() -> None:
     """What one account refuses is held in no other."""
-    tokens = purse(Clock(), "1000/minute;1500/day", "5000/day", "9000/day")
+    tokens = counting_tokens(Clock(), "1000/minute;1500/day", "5000/day", "9000/day")
     exhausted(tokens, ANN, 1001)
     assert tokens.windows == {}
     reserve(tokens, ANN, 900).settle(900)
@@ -578,9 +580,9 @@ def test_all_windows_or_none() -> None:
     assert left(tokens) == [100, 600, 4100]
 
 
-def test_tokens_are_told_apart() -> None:
+def test_tokens_are_counted_by_session_address_and_server() -> None:
     """Sessions, addresses and the whole server have accounts of their own; what one session used, another keeps."""
-    tokens = purse(Clock(), "100/day", "150/day", "200/day")
+    tokens = counting_tokens(Clock(), "100/day", "150/day", "200/day")
     reserve(tokens, ANN, 100).settle(100)
     assert left(tokens, ANN) == [0, 50]
     assert left(tokens, ANNS_GUEST) == [100, 50]
@@ -593,20 +595,20 @@ def test_tokens_are_told_apart() -> None:
     assert dict(refusal.headers())[b"ratelimit"] == b'"tokens_total 200/day";r=0;t=86400'
 
 
-def test_the_whole_servers_account_is_not_shown() -> None:
+def test_the_total_of_the_server_is_not_shown() -> None:
     """What the server has left in all is not the page's business."""
-    tokens = purse(Clock(), "100/day", "", "200/day")
-    assert [standing.name for standing in tokens.statuses(ANN)] == ["tokens_per_session"]
+    tokens = counting_tokens(Clock(), "100/day", "", "200/day")
+    assert [status.name for status in tokens.statuses(ANN)] == ["tokens_per_session"]
 
 
 def test_the_window_begins_with_its_first_token() -> None:
     """A fixed window runs from the first reservation; at its end, to the tick, the whole allowance is back."""
     clock = Clock()
-    tokens = purse(clock, "100/minute")
+    tokens = counting_tokens(clock, "100/minute")
     clock.now += 1000
     reserve(tokens, ANN, 100).settle(100)
     clock.now += 60 - TICK
-    assert wait_told(exhausted(tokens, ANN, 1)) == TICK
+    assert wait_of(exhausted(tokens, ANN, 1)) == TICK
     clock.now += TICK
     assert left(tokens) == [100]
     reserve(tokens, ANN, 100).settle(100)
@@ -618,7 +620,7 @@ def test_the_window_begins_with_its_first_token() -> None:
 def test_settling_after_the_rollover_leaves_the_new_window_alone(used: int) -> None:
     """An answer that began in a window that has ended neither costs nor gives anything in the next."""
     clock = Clock()
-    tokens = purse(clock, "100/minute")
+    tokens = counting_tokens(clock, "100/minute")
     long_one = reserve(tokens, ANN, 100)
     clock.now += 60
     reserve(tokens, ANN, 30).settle(30)
@@ -630,17 +632,17 @@ def test_settling_after_the_rollover_leaves_the_new_window_alone(used: int) -> N
 def test_a_rollover_of_one_window_leaves_the_others() -> None:
     """When the minute ends, the day goes on."""
     clock = Clock()
-    tokens = purse(clock, "100/minute;150/day")
+    tokens = counting_tokens(clock, "100/minute;150/day")
     first = reserve(tokens, ANN, 100)
     clock.now += 60
     assert left(tokens) == [100, 50]
     first.settle(80)
     assert left(tokens) == [100, 70]
-    assert wait_told(exhausted(tokens, ANN, 71)) == 86400 - 60
+    assert wait_of(exhausted(tokens, ANN, 71)) == 86400 - 60
 
 
 @dataclass
-class Account:
+class ModelWindow:
     """One window of the model: when it ends, and what each reservation costs in it."""
 
     ends: float
@@ -666,50 +668,50 @@ def test_tokens_match_the_definition(
 ) -> None:
     """A reservation passes exactly when every window has room for it; the refusal's wait is true to the tick."""
     clock = Clock()
-    tokens = purse(clock, "100/2 seconds;300/10 seconds", "150/2 seconds", "400/10 seconds")
-    accounts: dict[tuple[int, str], Account] = {}
-    open_ones: list[tuple[int, int, Reservation, list[Account]]] = []
+    tokens = counting_tokens(clock, "100/2 seconds;300/10 seconds", "150/2 seconds", "400/10 seconds")
+    model_windows: dict[tuple[int, str], ModelWindow] = {}
+    unsettled: list[tuple[int, int, Reservation, list[ModelWindow]]] = []
 
-    def accounts_of(subject: Subject) -> list[Account]:
+    def windows_of(subject: Subject) -> list[ModelWindow]:
         keys = {"session": subject.session, "address": subject.address, "total": ""}
-        found = []
-        for number, (whose, _, seconds) in enumerate(TOKEN_LIMITS):
-            account = accounts.get((number, keys[whose]))
-            if account is None or account.ends <= clock.now:
-                account = accounts[(number, keys[whose])] = Account(clock.now + seconds)
-            found.append(account)
-        return found
+        windows = []
+        for number, (owner, _, seconds) in enumerate(TOKEN_LIMITS):
+            model_window = model_windows.get((number, keys[owner]))
+            if model_window is None or model_window.ends <= clock.now:
+                model_window = model_windows[(number, keys[owner])] = ModelWindow(clock.now + seconds)
+            windows.append(model_window)
+        return windows
 
     for step, (ticks, subject, amount, settled) in enumerate(walk):
         clock.now += ticks * TICK
         if settled is not None:
-            if open_ones:
-                number, held, reservation, touched = open_ones.pop(settled[0] % len(open_ones))
+            if unsettled:
+                number, held, reservation, touched = unsettled.pop(settled[0] % len(unsettled))
                 used = held * settled[1] // 100
                 reservation.settle(used)
-                for account in touched:
-                    account.costs[number] = used
+                for model_window in touched:
+                    model_window.costs[number] = used
             continue
-        theirs = accounts_of(subject)
+        charged = windows_of(subject)
         full = [
-            account.ends - clock.now
-            for account, (_, limit, _) in zip(theirs, TOKEN_LIMITS, strict=True)
-            if sum(account.costs.values()) + amount > limit
+            model_window.ends - clock.now
+            for model_window, (_, limit, _) in zip(charged, TOKEN_LIMITS, strict=True)
+            if sum(model_window.costs.values()) + amount > limit
         ]
         if full:
-            assert wait_told(exhausted(tokens, subject, amount)) == max(full)
-            for account in theirs:
-                if not account.costs:
-                    account.ends = clock.now  # no token was counted in it: it has not begun
+            assert wait_of(exhausted(tokens, subject, amount)) == max(full)
+            for model_window in charged:
+                if not model_window.costs:
+                    model_window.ends = clock.now  # no token was counted in it: it has not begun
             continue
-        open_ones.append((step, amount, reserve(tokens, subject, amount), theirs))
-        for account in theirs:
-            account.costs[step] = amount
+        unsettled.append((step, amount, reserve(tokens, subject, amount), charged))
+        for model_window in charged:
+            model_window.costs[step] = amount
     shown = left(tokens)
     assert shown == [
-        limit - sum(account.costs.values())
-        for account, (whose, limit, _) in zip(accounts_of(ANN), TOKEN_LIMITS, strict=True)
-        if whose != "total"
+        limit - sum(model_window.costs.values())
+        for model_window, (owner, limit, _) in zip(windows_of(ANN), TOKEN_LIMITS, strict=True)
+        if owner != "total"
     ]
 
 
@@ -717,13 +719,13 @@ def test_tokens_match_the_definition(
 def test_retry_after_is_true_of_tokens(walk: list[tuple[int, Subject, int, tuple[int, int] | None]]) -> None:
     """A client that waits as long as the refusal announces is accepted; a tick less is not enough."""
     clock = Clock()
-    tokens = purse(clock, "100/2 seconds;300/10 seconds", "150/2 seconds", "400/10 seconds")
+    tokens = counting_tokens(clock, "100/2 seconds;300/10 seconds", "150/2 seconds", "400/10 seconds")
     for ticks, subject, amount, _ in walk:
         clock.now += ticks * TICK
         try:
             reserve(tokens, subject, amount)
         except TokensExhausted as refusal:
-            wait = wait_told(refusal)
+            wait = wait_of(refusal)
             assert 0 < wait <= 10
             clock.now += wait - TICK
             exhausted(tokens, subject, amount)
@@ -731,13 +733,13 @@ def test_retry_after_is_true_of_tokens(walk: list[tuple[int, Subject, int, tuple
             reserve(tokens, subject, amount)
 
 
-def test_refused_tokens_say_which_limit() -> None:
+def test_refused_tokens_name_the_limits() -> None:
     """The refusal names every account that is too short, with what is left in it, and the longest wait."""
     clock = Clock()
-    purses = purse(clock, "100/minute;1000/day", "150/hour")
-    reserve(purses, ANN, 90).settle(90)
+    token_limits = counting_tokens(clock, "100/minute;1000/day", "150/hour")
+    reserve(token_limits, ANN, 90).settle(90)
     clock.now += 0.5
-    refusal = exhausted(purses, ANN, 61)
+    refusal = exhausted(token_limits, ANN, 61)
     assert (refusal.status, refusal.code) == (429, "tokens_exhausted")
     headers = dict(refusal.headers())
     assert headers[b"retry-after"] == b"3600"
@@ -752,43 +754,43 @@ def test_refused_tokens_say_which_limit() -> None:
 @pytest.mark.parametrize("subject", [Subject("", "203.0.113.1"), Subject("ann", "")])
 def test_tokens_refuse_an_empty_key(subject: Subject) -> None:
     """A subject without a key is a bug, and charges no account."""
-    purses = purse(Clock(), "100/day", "100/day")
-    for attempt in (lambda: reserve(purses, subject, 1), lambda: purses.statuses(subject)):
+    token_limits = counting_tokens(Clock(), "100/day", "100/day")
+    for attempt in (lambda: reserve(token_limits, subject, 1), lambda: token_limits.statuses(subject)):
         with pytest.raises(ValueError, match="without a key"):
             attempt()
-    assert purses.windows == {}
+    assert token_limits.windows == {}
 
 
-def test_dead_windows_do_not_gather() -> None:
+def test_dead_windows_do_not_accumulate() -> None:
     """While 100,000 callers come and go, no more windows are kept than twice what runs, and a fixed rest."""
     clock, live, largest = Clock(), 1000, 0
-    purses = purse(clock, "100/second")
+    token_limits = counting_tokens(clock, "100/second")
     for number in range(MANY):
         clock.now += 1 / live
-        reserve(purses, Subject(f"session {number}", "203.0.113.1"), 10).settle(5)
-        largest = max(largest, len(purses.windows))
+        reserve(token_limits, Subject(f"session {number}", "203.0.113.1"), 10).settle(5)
+        largest = max(largest, len(token_limits.windows))
     assert largest <= 2 * (live + 1) + tokens.SWEEP_AFTER
 
 
-def test_looking_costs_no_memory() -> None:
+def test_reading_a_status_costs_no_memory() -> None:
     """Reading what is left, or a refusal, opens no window."""
-    purses = purse(Clock(), "100/day")
+    token_limits = counting_tokens(Clock(), "100/day")
     for number in range(100):
-        purses.statuses(Subject(f"session {number}", "203.0.113.1"))
-        exhausted(purses, Subject(f"session {number}", "203.0.113.1"), 101)
-    assert purses.windows == {}
+        token_limits.statuses(Subject(f"session {number}", "203.0.113.1"))
+        exhausted(token_limits, Subject(f"session {number}", "203.0.113.1"), 101)
+    assert token_limits.windows == {}
 
 
-def test_a_sweep_spares_windows_with_live_answers() -> None:
+def test_a_sweep_keeps_windows_with_live_answers() -> None:
     """When windows are swept, those that run keep what is held in them."""
     clock = Clock()
-    purses = purse(clock, "100/hour")
-    reservation = reserve(purses, ANN, 60)
+    token_limits = counting_tokens(clock, "100/hour")
+    reservation = reserve(token_limits, ANN, 60)
     for number in range(2 * tokens.SWEEP_AFTER + 10):
-        reserve(purses, Subject(f"session {number}", "203.0.113.1"), 1).settle(1)
-    assert left(purses) == [40]
+        reserve(token_limits, Subject(f"session {number}", "203.0.113.1"), 1).settle(1)
+    assert left(token_limits) == [40]
     reservation.settle(10)
-    assert left(purses) == [90]
+    assert left(token_limits) == [90]
 
 
 # ---- headers -------------------------------------------------------------------------------------------------------
@@ -838,27 +840,27 @@ def test_limit_headers(statuses: list[LimitStatus], headers: list[tuple[bytes, b
     assert limit_headers(statuses) == headers
 
 
-def every_configured() -> Iterator[LimitStatus]:
+def every_configured_status() -> Iterator[LimitStatus]:
     clock = Clock()
     everything = "1/second;2 per minute;3/5 minutes;4 per 1 day;5/month"
     yield from counting(clock, everything, everything).statuses(ChargeKind.QUESTION, ANN)
-    yield from purse(clock, everything, everything).statuses(ANN)
+    yield from counting_tokens(clock, everything, everything).statuses(ANN)
 
 
 def test_labels_are_structured_field_strings() -> None:
     """However a rate was written, its label is a string that RFC 8941 can parse, and unique within its limit."""
-    labels = [f"{standing.name} {standing.text}" for standing in every_configured()]
+    labels = [f"{status.name} {status.text}" for status in every_configured_status()]
     assert len(labels) == len(set(labels)) == 20
     item = r'"[A-Za-z0-9_ /]+";q=\d+;w=\d+'
-    value = dict(limit_headers(list(every_configured())))[b"ratelimit-policy"].decode()
+    value = dict(limit_headers(list(every_configured_status())))[b"ratelimit-policy"].decode()
     assert re.fullmatch(rf"{item}(, {item})*", value)
 
 
 def test_a_rate_has_one_name() -> None:
     """Requests and tokens name the same rate the same way, in the short form."""
     names = defaultdict(set)
-    for standing in every_configured():
-        names[standing.window].add(standing.text)
+    for status in every_configured_status():
+        names[status.window].add(status.text)
     assert dict(names) == {
         1: {"1/second"},
         60: {"2/minute"},
@@ -870,8 +872,8 @@ def test_a_rate_has_one_name() -> None:
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
-CALLERS = 1_000_000 if FULL else 100_000
-CROWD = """
+CLIENTS = 1_000_000 if FULL else 100_000
+MANY_CLIENTS = """
 import sys
 from proxy.limits.status import Subject
 from proxy.limits.requests import RequestLimits, ChargeKind
@@ -899,12 +901,12 @@ print(len(requests.windows.entries) + len(tokens.windows))
 """
 
 
-def test_a_crowd_fits_into_memory() -> None:
+def test_many_clients_fit_into_memory() -> None:
     """So many sessions and networks hold less than 128 MB, and are forgotten when their windows are over."""
-    command = [sys.executable, "-c", CROWD, str(CALLERS)]
+    command = [sys.executable, "-c", MANY_CLIENTS, str(CLIENTS)]
     done = subprocess.run(command, env=unmeasured(), capture_output=True, text=True, check=True)
-    taken, left = map(int, done.stdout.split())
-    assert taken < 128 << 20
+    size, left = map(int, done.stdout.split())
+    assert size < 128 << 20
     assert left == 0
 
 
@@ -912,13 +914,13 @@ def test_the_oldest_are_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(requests, "MOST_KEYS", 1000)
     monkeypatch.setattr(tokens, "MOST_WINDOWS", 1000)
     clock = Clock()
-    limits, purses = counting(clock, "1/day"), purse(clock, "200000/day", "1000000/day", "10000/day")
+    limits, token_limits = counting(clock, "1/day"), counting_tokens(clock, "200000/day", "1000000/day", "10000/day")
     for number in range(10_000):
         limits.charge(ChargeKind.QUESTION, Subject(str(number), str(number)))
-        reserve(purses, Subject(str(number), str(number)), 1).settle(1)
+        reserve(token_limits, Subject(str(number), str(number)), 1).settle(1)
     assert len(limits.windows.entries) <= 1000
-    assert len(purses.windows) <= 1000
+    assert len(token_limits.windows) <= 1000
     with pytest.raises(TooMany):
         limits.charge(ChargeKind.QUESTION, Subject("9999", "9999"))
-    assert purses.statuses(Subject("9999", "9999"))[0].remaining == 199_999
-    exhausted(purses, Subject("another", "another"), 1)  # what all have used together is never forgotten
+    assert token_limits.statuses(Subject("9999", "9999"))[0].remaining == 199_999
+    exhausted(token_limits, Subject("another", "another"), 1)  # what all have used together is never forgotten
