@@ -1,10 +1,10 @@
-"""What limits on a shared store cost: chat-proxy with memory:// and with redis://, side by side, in one run.
+"""Measures the cost of limits on a shared store: chat-proxy with memory:// and with redis://, in one run.
 
     python tests/bench/store.py [--seconds 3] [--rounds 3]
 
-Answers of one event (load.py), first by the one server, then by the other, round by round; the median of the rounds.
-The servers have one CPU, the load another and the store, where there are no more, shares that of the load. Exit code 1
-when a byte was changed or an answer cut.
+Each round measures answers of one event (load.py) from one server, then from the other; the result is the median of
+the rounds. The servers have one CPU, the load and the store another. Exit code 1 when a byte was changed or an
+answer was cut.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from support.redis_server import Redis
 
 from bench.compare import STREAMS, Target, cell, chat_proxy, cpus, faults_of, measure
 
-CALLS = 3  # of one request: may it, may it hold tokens and a stream, and what it has used
+CALLS = 3  # per request: the charge, the hold of tokens and a stream, and their settling
 
 
 @contextlib.contextmanager
 def a_store() -> Iterator[redis.Redis]:
-    """A Redis of our own, that keeps nothing."""
+    """A Redis server of the benchmark, without persistence."""
     with tempfile.TemporaryDirectory() as folder:
         server = Redis(Path(folder))
         try:
@@ -44,13 +44,13 @@ def a_store() -> Iterator[redis.Redis]:
 
 
 def calls(client: redis.Redis) -> int:
-    """Scripts that the store has run so far."""
+    """The number of scripts that the store has run."""
     counted: Any = client.info("commandstats")
     return int(counted.get("cmdstat_evalsha", {"calls": 0})["calls"])
 
 
 def measured_on(client: redis.Redis, target: Target, seconds: float) -> dict[str, Any]:
-    """One round with the store. One in which it was taken for gone, as on a busy machine, says nothing."""
+    """One round with the store. A round in which a busy machine marked the store as unavailable counts as a fault."""
     before = calls(client)
     result = measure(target, "requests", STREAMS["requests"], seconds, 1)
     if result.get("requests"):

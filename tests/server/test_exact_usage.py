@@ -1,4 +1,4 @@
-"""limits.exact_usage: the upstream is asked what a stream has cost, and the page sees the stream it would have seen."""
+"""limits.exact_usage: the upstream is asked for the cost of a stream; the client gets the same stream as without it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PLAIN = (delta("one"), delta("two"), finish())
 
 
 async def upstream(peer: Peer) -> None:
-    """Answers as the last message asks; like OpenAI's, it sends its usage in an extra chunk only on request."""
+    """Answers as the last message asks. Like OpenAI, it sends its usage in an extra chunk only on request."""
     while True:
         fields = (await peer.request()).json
         wants = (fields.get("stream_options") or {}).get("include_usage")
@@ -53,7 +53,7 @@ def exact(request: pytest.FixtureRequest) -> Iterator[tuple[Running, ScriptedUps
 
 
 def ask(proxy: Running, what: str, **fields: Any) -> tuple[bytes, int]:
-    """The answer's bytes, and what was booked for it."""
+    """Sends a request; returns the answer's bytes and the tokens booked for it."""
     before, lines = proxy.tokens_used().get("tokens_per_session", 0), len(proxy.lines())
     body = chat(proxy, messages=[{"role": "user", "content": what}], **fields).body
     proxy.line(lines + 1)
@@ -62,6 +62,7 @@ def ask(proxy: Running, what: str, **fields: Any) -> tuple[bytes, int]:
 
 @pytest.mark.parametrize("what", ["extra", "null in each", "one read", "last", "never"])
 def test_exact_usage_leaves_the_stream_unchanged(what: str, exact: tuple[Running, ScriptedUpstream]) -> None:
+    """The client gets the same stream as without exact_usage, and the upstream's count is booked if it sends one."""
     proxy, model = exact
     with running(model.base_url) as without:
         plain, estimate = ask(without, what)
@@ -73,6 +74,7 @@ def test_exact_usage_leaves_the_stream_unchanged(what: str, exact: tuple[Running
 
 
 def test_a_client_that_requests_usage_receives_it(exact: tuple[Running, ScriptedUpstream]) -> None:
+    """A client that sets include_usage itself receives the chunk with the usage."""
     proxy, _ = exact
     body, booked = ask(proxy, "extra", stream_options={"include_usage": True})
     assert body == b"".join([*PLAIN, EXTRA, DONE])
@@ -80,6 +82,7 @@ def test_a_client_that_requests_usage_receives_it(exact: tuple[Running, Scripted
 
 
 def test_other_stream_options_are_kept(exact: tuple[Running, ScriptedUpstream]) -> None:
+    """include_usage is added to the client's own stream_options, which are otherwise unchanged."""
     proxy, model = exact
     for options in ({"include_usage": False}, {"include_obfuscation": False}, None):
         body, _ = ask(proxy, "extra", stream_options=options)
@@ -88,6 +91,7 @@ def test_other_stream_options_are_kept(exact: tuple[Running, ScriptedUpstream]) 
 
 
 def test_whole_answers_request_no_usage() -> None:
+    """The body of a request without streaming is passed on unchanged: its answer contains the usage anyway."""
     rules = from_variables(
         {
             "CHAT_PROXY_UPSTREAM_BASE_URL": "http://127.0.0.1/v1",
@@ -105,6 +109,7 @@ STREAM = b"".join([*PLAIN, b": comment\n\n", EXTRA, LAST, DONE])
 
 @given(st.sets(st.integers(1, len(STREAM) - 1), max_size=8))
 def test_usage_is_withheld_wherever_the_reads_are_cut(places: set[int]) -> None:
+    """The chunk with the usage is withheld and counted, wherever the reads split the stream."""
     ends = [0, *sorted(places), len(STREAM)]
     events = Events(KEY.encode(), withhold_usage=True)
     passed = b"".join(events.feed(STREAM[start:end]) for start, end in pairwise(ends))
@@ -123,6 +128,7 @@ def test_usage_is_withheld_wherever_the_reads_are_cut(places: set[int]) -> None:
     ],
 )
 def test_invalid_usage_is_withheld_too(chunk: bytes) -> None:
+    """A chunk without choices is withheld even if its usage is invalid, and passed on without exact_usage."""
     assert Events(KEY.encode(), withhold_usage=True).feed(chunk) == b""
     assert Events(KEY.encode()).feed(chunk) == chunk
 
@@ -136,5 +142,6 @@ def test_invalid_usage_is_withheld_too(chunk: bytes) -> None:
     ],
 )
 def test_nothing_else_is_withheld(chunk: bytes) -> None:
+    """A chunk with choices, with an error or without usage is passed on."""
     assert Events(KEY.encode(), withhold_usage=True).feed(chunk) == chunk
     assert Events(KEY.encode()).feed(EXTRA) == EXTRA

@@ -1,7 +1,7 @@
-"""The limits hold: a checker over histories of what was granted, in memory and on a real Redis, through its faults.
+"""The limits hold in histories of grants: in memory, and on a real Redis with faults.
 
-The checker is history.py, and the processes that make the histories are history_hits.py. CHAT_PROXY_FULL=1 makes a
-million hits, and a hundredth of that over HTTP; by default a tenth of each.
+history.py is the checker; the processes of history_hits.py make the histories. CHAT_PROXY_FULL=1 makes a million hits,
+and a hundredth of that over HTTP; the default is a tenth of each.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ PLANTED: dict[str, tuple[Check, list[Grant], list[float]]] = {
 
 @pytest.mark.parametrize("case", PLANTED)
 def test_the_checker_finds_what_was_planted(case: str) -> None:
-    """Two a second are allowed; of each history it names the windows with more, and no others."""
+    """With a limit of two a second, the checker reports the windows with more, and no others."""
     check, grants, expected = PLANTED[case]
     random.shuffle(grants)
     violations = check(grants, 2, 1.0)
@@ -122,7 +122,7 @@ times = st.lists(st.tuples(st.integers(0, 200), st.integers(1, 3), st.integers(0
 
 @given(times)
 def test_the_checker_is_right_about_moving_windows(walk: list[tuple[int, int, int]]) -> None:
-    """With exact times it says what the definition says; the less exact, the less it says, never anything else."""
+    """With exact times the checker agrees with the definition; with inexact times it reports no false violation."""
     exact = [at(tick / 64, amount) for tick, amount, _ in walk]
     too_many = {
         start.asked
@@ -137,6 +137,7 @@ def test_the_checker_is_right_about_moving_windows(walk: list[tuple[int, int, in
 
 @given(times)
 def test_the_checker_is_right_about_fixed_windows(walk: list[tuple[int, int, int]]) -> None:
+    """The same for fixed windows."""
     exact = [at(tick / 64, amount) for tick, amount, _ in sorted(walk)]
     too_many, ends, total = set(), 0.0, 0
     began = 0.0
@@ -153,7 +154,7 @@ def test_the_checker_is_right_about_fixed_windows(walk: list[tuple[int, int, int
 
 
 def test_a_reset_begins_a_new_history() -> None:
-    """What surely was booked before or after it is there; what may have been on either side, is worth nothing."""
+    """A grant certainly before or after a reset counts there; one that may be on either side has amount 0 on both."""
     grants = [at(0), at(0.9, late=0.05), at(0.9, late=0.2), at(1.05), at(1.05, late=0.3), at(1.2), at(3)]
     parts = split_at_resets(grants, [(1.0, 1.1), (2.0, 2.0)])
     assert [[grant.asked for grant in part if grant.amount] for part in parts] == [[0, 0.9], [1.2], [3]]
@@ -161,7 +162,7 @@ def test_a_reset_begins_a_new_history() -> None:
     assert split_at_resets(grants, []) == [grants]
 
 
-# ---- many processes on one store, and what is done to them ----------------------------------------------------------
+# ---- many processes on one store, with faults -------------------------------------------------------------------
 
 SETTINGS = {
     "LIMITS_PER_SESSION": "5/second",
@@ -184,8 +185,8 @@ STREAMS = {"session": 2, "address": 5}
 
 @dataclass
 class Histories:
-    """What some processes wrote: who was granted what, by kind and by whose account it is. Of kind "unheard" is what
-    may have been granted without being written down: to a process that was killed, or that did not wait for the store.
+    """The records of several processes: grants by kind and owner. The kind "unanswered" holds grants that may have been
+    booked without a record: for a process that was killed, or for a call that timed out.
     """
 
     grants: dict[tuple[str, str], list[Grant]] = field(default_factory=dict)
@@ -234,14 +235,14 @@ class Histories:
         return [grant for grant in self.grants[what, owner] if grant.by == name]
 
     def unanswered(self, owner: str, name: str) -> list[Grant]:
-        """By one process, or what any process has asked the store; without an amount."""
+        """The unrecorded grants of one process, or of all processes for the store; their amounts are 0."""
         grants = self.grants.get(("unanswered", owner), [])
         renewed = [grant for grant in self.renewed if name == STORE and owner_of(grant.key) == owner]
         return renewed + [replace(grant, by=UNANSWERED) for grant in grants if name in (STORE, grant.by)]
 
     def violations(self, resets: list[tuple[float, float]]) -> list[tuple[str, Violation]]:
-        """Of what the store granted between two resets; and of what each process granted alone: requests in any window
-        whatever, tokens between two merges, for it then tells the store and begins anew.
+        """The violations by the store between two resets, and by the local counters of each process: of requests in any
+        window, of tokens between two merges, since a merge moves them to the store and resets the local counters.
         """
         names = {grant.by for grant in self.grants["charge", "session"] + self.grants["hold", "session"]}
         violations = []
@@ -262,7 +263,7 @@ def owner_of(key: str) -> str:
 
 
 def widened(grant: Grant) -> Grant:
-    """What was asked of a frozen store may have begun a window when it was thawed."""
+    """A call to a frozen store may have begun a window when the store was thawed."""
     return replace(grant, answered=grant.asked + FROZEN_AT_MOST) if grant.by == UNANSWERED else grant
 
 
@@ -271,7 +272,7 @@ def stream(grant: Grant) -> Grant:
 
 
 class Crowd:
-    """Processes that hit one store. Each writes a file of its name; a killed one is replaced."""
+    """Processes that use one store. Each writes a file of its name; a killed one is replaced."""
 
     def __init__(self, folder: Path, hits: int, **limits: str) -> None:
         self.folder = folder
@@ -314,7 +315,7 @@ class Crowd:
             os.kill(self.pids[name], signal.SIGKILL)
 
     def hits_done(self) -> int:
-        """Hits so far; a few other lines do not matter."""
+        """The number of hits so far."""
         for name, reader in self.readers.items():
             written = reader.read()
             self.lines[name] += sum(
@@ -328,7 +329,7 @@ class Crowd:
         eventually(lambda: self.hits_done() >= share * self.hits, PATIENCE + self.hits / 100)
 
     def replace(self, number: int) -> None:
-        """SIGKILL, in the midst of what it does."""
+        """Kills a process with SIGKILL during its work, and starts another one for the rest."""
         before = [name for name in self.pids if name.startswith(f"process-{number}")]
         self.kill(before[-1])
         self.hits_done()
@@ -336,7 +337,7 @@ class Crowd:
         self.start(f"process-{number}.{len(before)}", max(0, left))
 
     def histories(self) -> Histories:
-        """When all have ended."""
+        """The records of all processes, once they have ended."""
         eventually(lambda: self.hits_done() and len(self.ended) == len(self.pids), PATIENCE + self.hits / 100)
         histories = Histories()
         for name in self.pids:
@@ -360,9 +361,9 @@ def store(tmp_path: Path) -> Iterator[Redis]:
 
 @pytest.mark.parametrize("policy", ["local", "refuse"])
 def test_the_limits_hold_on_a_store_through_its_faults(policy: str, store: Redis, tmp_path: Path) -> None:
-    """Eight processes, one of which is killed, and a store that is emptied, frozen and restarted. The store never
-    grants more than the limits; with `local` each process alone grants no more than they say once more for each outage;
-    with `refuse`, nothing. Afterwards nothing is held.
+    """With killed processes and a store that is emptied, frozen and restarted, the store never grants more than the
+    limits. In each outage the local counters of a process grant at most the limits once more with `local`, and nothing
+    with `refuse`. Afterwards nothing is held.
     """
     hits = HITS * 3 // 4 if policy == "local" else HITS // 4
     rounds = max(1, hits // ROUND)
@@ -375,7 +376,7 @@ def test_the_limits_hold_on_a_store_through_its_faults(policy: str, store: Redis
                 client.flushall()
             crowd.until((number + 0.25) / rounds)
             store.freeze()
-            crowd.until((number + 0.35) / rounds)  # so they have noticed
+            crowd.until((number + 0.35) / rounds)  # by now every process has noticed
             store.thaw()
             crowd.until((number + 0.6) / rounds)
             crowd.replace(number % PROCESSES)
@@ -388,9 +389,9 @@ def test_the_limits_hold_on_a_store_through_its_faults(policy: str, store: Redis
     assert histories.bugs == []
     assert histories.violations(emptied) == []
     assert set(histories.held_at_the_end) == {0}
-    assert len(histories.held_at_the_end) >= PROCESSES  # who had just ended when it was its turn was replaced, too
+    assert len(histories.held_at_the_end) >= PROCESSES  # also counts processes that were replaced after their end
     with store.client() as client:
-        assert leases(client) == []  # what the killed one held went with the store
+        assert leases(client) == []  # the holds of killed processes were lost with the store
     assert histories.count() + histories.refused + histories.unavailable >= 0.99 * hits
     assert histories.refused > hits // 20
     if policy == "local":
@@ -405,7 +406,7 @@ def test_the_limits_hold_on_a_store_through_its_faults(policy: str, store: Redis
 
 
 def test_the_limits_hold_in_memory() -> None:
-    """Every grant at an exact time, of a clock that the test moves in steps which floats hold exactly."""
+    """The limits hold in memory, at exact times: the test moves the clock in steps that floats hold exactly."""
     histories = asyncio.run(run_in_memory(HITS))
     assert histories.violations([]) == []
     assert histories.held_at_the_end == [0]
@@ -414,7 +415,7 @@ def test_the_limits_hold_in_memory() -> None:
 
 async def run_in_memory(hits: int) -> Histories:
     now, histories = 0.0, Histories()
-    live: list[tuple[float, float, Permit, list[str]]] = []  # by their ends, those of one moment in any order
+    live: list[tuple[float, float, Permit, list[str]]] = []  # by their ends, in random order at equal times
     variables = {"UPSTREAM_BASE_URL": "http://127.0.0.1/v1", "UPSTREAM_API_KEY": "k" * 30, "POLICY_MODELS": "m"}
     chosen = from_variables({f"CHAT_PROXY_{name}": value for name, value in {**variables, **SETTINGS}.items()})
     limits = Limiter(chosen.limits, 1000, lambda: now, lambda reason: None, lambda bug: None)
@@ -450,14 +451,14 @@ async def run_in_memory(hits: int) -> Histories:
 # ---- over HTTP, through two workers ---------------------------------------------------------------------------------
 
 VISITORS = 4
-REQUESTS_A_SECOND, ANSWERS_A_SECOND = 5, 3  # of one visitor
+REQUESTS_A_SECOND, ANSWERS_A_SECOND = 5, 3  # per visitor
 QUESTION = b'{"messages":[{"role":"user","content":"hi"}],"stream":true,"max_tokens":10}'
-PATIENT = "from proxy.limits.store import redis\nredis.DEADLINE = 1.0\n"  # a worker that is not scheduled for a moment
+PATIENT = "from proxy.limits.store import redis\nredis.DEADLINE = 1.0\n"  # for a worker that is not scheduled
 
 
 @dataclass
 class SentRequest:
-    """One request over HTTP: its time, its subject, and the status and code of its answer; 0 without one."""
+    """One request over HTTP: its visitor, its times, and the status and code of its answer; status 0 without one."""
 
     visitor: str
     asked: float
@@ -472,7 +473,7 @@ class SentRequest:
 
 
 def tokens_held() -> int:
-    """What one answer may cost, as the policy reckons; our upstream takes all of it."""
+    """The tokens that the policy reserves for one answer; the test's upstream uses all of them."""
     chosen = from_variables(
         {f"CHAT_PROXY_{name}": value for name, value in settings_for("http://127.0.0.1/v1").items()}
     )
@@ -481,13 +482,13 @@ def tokens_held() -> int:
 
 
 def answering(used: int) -> Script:
-    """Answers, and counts so many tokens."""
+    """An upstream that answers and reports `used` tokens."""
     usage = b'data: {"choices":[],"usage":{"prompt_tokens":%d,"completion_tokens":10}}\n\n' % (used - 10)
     return streaming(delta("one"), finish(), usage, DONE)
 
 
 class Clients:
-    """They ask all the time, on connections that are kept, and note what they were answered."""
+    """Clients that send requests without a break, on reused connections, and record the answers."""
 
     def __init__(self, process: Process, hits: int) -> None:
         self.process = process
@@ -507,7 +508,7 @@ class Clients:
                 body = answer.read()
             except (http.client.HTTPException, OSError):
                 connection.close()  # its worker was killed
-                one.status = one.status if one.status == 200 else 0  # a refusal without its reason is no answer
+                one.status = one.status if one.status == 200 else 0  # a refusal without its body counts as no answer
             else:
                 one.code = json.loads(body)["error"]["code"] if one.status != 200 else ""
             time.sleep(random.random() * 0.2)
@@ -515,8 +516,8 @@ class Clients:
 
 
 def test_the_limits_hold_over_http(store: Redis, tmp_path: Path) -> None:
-    """Two workers, one of which is killed, grant a visitor no more than one would; while the store is frozen, each of
-    them as much again. Nobody gets a 500, and afterwards nothing is held.
+    """Two workers, one of which is killed, grant a visitor no more than the limit; while the store is frozen, each
+    worker grants at most the limit once more. No request gets a 500, and afterwards nothing is held.
     """
     hits, held = HITS // 100, tokens_held()
     limits = {
@@ -536,7 +537,7 @@ def test_the_limits_hold_over_http(store: Redis, tmp_path: Path) -> None:
         os.kill(min(process.children()), signal.SIGKILL)
         eventually(lambda: len(clients.asked) > 0.7 * hits, PATIENCE + hits / 10)
         frozen_at = time.monotonic()
-        was_lost = bool(lines(process, "limits_unavailable"))  # by a machine too busy to answer for a second
+        was_lost = bool(lines(process, "limits_unavailable"))  # the machine may be too busy to answer for a second
         store.freeze()
         eventually(lambda: lines(process, "limits_unavailable"))
         store.thaw()
@@ -558,10 +559,10 @@ def test_the_limits_hold_over_http(store: Redis, tmp_path: Path) -> None:
 
 
 def test_a_burst_never_overdraws_tokens_over_http(store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 200 at once as many are let in as can be paid for at their worst. What the upstream counts beyond that is
-    booked, too: the account is overdrawn by that much at the most, and nobody else is let in.
+    """Of 200 concurrent requests, as many are accepted as have room for their largest cost. Tokens that the upstream
+    counts beyond that are booked too; the limit is exceeded by no more than these, and the next request is refused.
     """
-    monkeypatch.setattr(store_module, "DEADLINE", PATIENCE)  # the store lives, and is not to be taken for gone
+    monkeypatch.setattr(store_module, "DEADLINE", PATIENCE)  # a busy machine must not mark the store as unavailable
     held, beyond, may_pay = tokens_held(), 7, 10
     go_on = threading.Event()
 

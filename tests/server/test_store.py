@@ -1,4 +1,4 @@
-"""Limits on a real Redis: one truth for several servers, and the declared policy while it is gone."""
+"""Limits on a real Redis: several servers share their counters, and `when_store_fails` applies during an outage."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ NO_REQUESTS = cast(ChargeKind, "a kind without windows")  # so that statuses are
 
 
 class Link(ScriptedUpstream):
-    """A way to a store on which questions take `delay` seconds longer."""
+    """A TCP proxy to a store that delays each call by `delay` seconds."""
 
     def __init__(self, store: Redis) -> None:
         super().__init__(self.carry)
@@ -83,7 +83,7 @@ class Link(ScriptedUpstream):
         return self
 
     async def carry(self, peer: Peer) -> None:
-        """One packet after the other: a client has one question under way on a connection."""
+        """Forwards one packet after the other: a client has one call at a time on a connection."""
         answers, questions = await asyncio.open_connection("127.0.0.1", self.to)
         back = asyncio.create_task(self.carry_back(answers, peer))
         try:
@@ -110,7 +110,7 @@ def new_address() -> dict[str, str]:
 def two_servers(
     store: Redis, loop: str = "uvloop", script: Any = None, **more: str
 ) -> Iterator[tuple[Running, Running]]:
-    """Two servers that share a store."""
+    """Runs two servers that share a store."""
     with ScriptedUpstream(script or streaming(*GOOD)) as upstream:
         given = {"LIMITS_STORE": store.url, "SESSION_SECRET": "s" * 40, **more}
         with (
@@ -121,16 +121,17 @@ def two_servers(
 
 
 def used(proxy: Running, address: dict[str, str]) -> dict[str, int]:
-    """What GET /api/session says is used of each limit."""
+    """The used amount of each limit in GET /api/session."""
     limits = send(proxy, "GET", "/api/session", None, address).json["limits"]
     return {limit["name"]: limit["limit"] - limit["remaining"] for limit in limits}
 
 
-# ---- one truth ------------------------------------------------------------------------------------------------------
+# ---- shared counters ------------------------------------------------------------------------------------------------
 
 
 @both_loops
 def test_requests_are_counted_across_servers(loop: str, store: Redis) -> None:
+    """Servers that share a store count requests together, and their refusal has a true Retry-After."""
     with two_servers(store, loop, LIMITS_PER_SESSION="5/hour") as servers:
         address = new_address()
         statuses = [chat(proxy, headers=address).status for proxy in (*servers, *servers, *servers, *servers)]
@@ -145,6 +146,7 @@ def test_requests_are_counted_across_servers(loop: str, store: Redis) -> None:
 
 @both_loops
 def test_all_windows_of_a_request_are_charged_or_none(loop: str, store: Redis) -> None:
+    """A request that one window refuses is charged to no window in the store."""
     with two_servers(store, loop, LIMITS_PER_SESSION="2/hour", LIMITS_PER_ADDRESS="100/hour") as servers:
         address = new_address()
         assert [chat(proxy, headers=address).status for proxy in (*servers, *servers)] == [200, 200, 429, 429]
@@ -153,7 +155,7 @@ def test_all_windows_of_a_request_are_charged_or_none(loop: str, store: Redis) -
 
 @both_loops
 def test_tokens_are_held_and_settled_across_servers(loop: str, store: Redis) -> None:
-    """What an answer may cost is held while it is written, on both servers, and what it did cost is booked."""
+    """The largest cost of a live answer is held on both servers; at its end the real cost is booked."""
     go_on = threading.Event()
 
     async def script(peer: Peer) -> None:
@@ -185,6 +187,8 @@ def test_tokens_are_held_and_settled_across_servers(loop: str, store: Redis) -> 
 
 @both_loops
 def test_live_streams_are_counted_across_servers(loop: str, store: Redis) -> None:
+    """Live streams count on both servers until their clients leave."""
+
     async def script(peer: Peer) -> None:
         await peer.request()
         await peer.head()
@@ -206,7 +210,7 @@ def test_live_streams_are_counted_across_servers(loop: str, store: Redis) -> Non
 
 
 def leases(client: redis.Redis) -> list[Any]:
-    """Every lease that is held, and every reservation."""
+    """All leases and reservations in the store."""
     held: list[Any] = []
     for pattern in ("*:streams_*", "*:h"):
         for key in client.scan_iter(match=pattern):
@@ -215,6 +219,7 @@ def leases(client: redis.Redis) -> list[Any]:
 
 
 def test_names_do_not_reach_the_store(store: Redis) -> None:
+    """The keys in the store contain no address."""
     with two_servers(store) as servers:
         chat(servers[0], headers={"x-forwarded-for": "203.0.113.77"})
         with store.client() as client:
@@ -226,7 +231,7 @@ def test_names_do_not_reach_the_store(store: Redis) -> None:
 
 @pytest.mark.parametrize("scheme", ["redis", "unix", "password"])
 def test_store_urls(scheme: str, store: Redis) -> None:
-    """A Unix socket, a password and a number of a database are passed on."""
+    """The URL of the store may have a Unix socket, a password and a database number."""
     url = store.url
     if scheme == "unix":
         url = f"unix://{store.folder / 'redis.sock'}?db=1"
@@ -241,7 +246,7 @@ def test_store_urls(scheme: str, store: Redis) -> None:
         assert b"s3cret" not in proxy.output.getvalue()
 
 
-# ---- one truth about logouts ----------------------------------------------------------------------------------------
+# ---- shared revocations ---------------------------------------------------------------------------------------------
 
 
 def status_and_code(proxy: Running, cookie: str) -> tuple[int, str | None]:
@@ -253,7 +258,7 @@ def status_and_code(proxy: Running, cookie: str) -> tuple[int, str | None]:
 def two_servers_with_control_files(
     store: Redis, loop: str, folder: Path, **more: str
 ) -> Iterator[tuple[Running, Running]]:
-    """Two servers with one session secret, whose control files are not the same."""
+    """Runs two servers with one session secret and a control file each."""
     given = {"LIMITS_STORE": store.url, "SESSION_SECRET": "s" * 40, **more}
     with (
         ScriptedUpstream(streaming(*GOOD)) as upstream,
@@ -265,7 +270,7 @@ def two_servers_with_control_files(
 
 @both_loops
 def test_a_logout_reaches_all_servers(loop: str, store: Redis, tmp_path: Path) -> None:
-    """A copy of the cookie is revoked on every server; one that starts later learns of it before its first request."""
+    """A logout revokes the cookie on every server; a server that starts later reads it before its first request."""
     with two_servers_with_control_files(store, loop, tmp_path) as (one, other):
         cookie = chat(one, headers={"sec-fetch-site": "same-origin"}).cookie
         assert status_and_code(other, cookie) == (200, None)
@@ -280,6 +285,7 @@ def test_a_logout_reaches_all_servers(loop: str, store: Redis, tmp_path: Path) -
 def test_a_logout_during_an_outage_arrives_after_it(
     loop: str, store: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A logout during an outage of the store reaches the other servers when the store is back."""
     monkeypatch.setattr(store_module, "DEADLINE", DEADLINE)
     with two_servers_with_control_files(store, loop, tmp_path) as (one, other):
         cookie = chat(one, headers={"sec-fetch-site": "same-origin"}).cookie
@@ -292,6 +298,7 @@ def test_a_logout_during_an_outage_arrives_after_it(
 
 
 def test_a_revocation_by_command_reaches_all_servers(store: Redis, tmp_path: Path) -> None:
+    """`sessions revoke --all` revokes on all servers; without a store that answers it exits with 2."""
     with two_servers_with_control_files(store, "uvloop", tmp_path) as servers:
         cookies = [chat(proxy, headers={"sec-fetch-site": "same-origin"}).cookie for proxy in servers]
         assert revoke("--all", store=store, control=tmp_path / "elsewhere").returncode == 0
@@ -308,6 +315,7 @@ def test_a_revocation_by_command_reaches_all_servers(store: Redis, tmp_path: Pat
 def test_a_store_that_does_not_answer_delays_no_control_file(
     store: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A store that does not answer does not delay the reading of the control file."""
     monkeypatch.setattr(revocations_module, "DEADLINE", 600.0)
     control = tmp_path / "control"
     with ScriptedUpstream(streaming(*GOOD)) as upstream:
@@ -315,7 +323,7 @@ def test_a_store_that_does_not_answer_delays_no_control_file(
         with running(upstream.base_url, **given) as proxy:
             cookie = chat(proxy, headers={"sec-fetch-site": "same-origin"}).cookie
             store.freeze()
-            time.sleep(CHECK_EVERY + 0.1)  # it is being asked by now, and its client gives up after 5 s
+            time.sleep(CHECK_EVERY + 0.1)  # a call is under way by now; its client gives up after 5 s
             ControlFile(str(control)).change(lambda rules: rules.revoking_all(time.time()))
             eventually(lambda: proxy.lines("revoked"), 10 * CHECK_EVERY)
             store.thaw()
@@ -327,21 +335,21 @@ def revoke(*arguments: str, store: Redis, control: Path) -> subprocess.Completed
     return run(control.parent, "sessions", "revoke", *arguments, SESSION_CONTROL_FILE=str(control), **given)
 
 
-# ---- the store is gone ----------------------------------------------------------------------------------------------
+# ---- outages of the store -------------------------------------------------------------------------------------------
 
 
 @fault(34)
 @both_loops
 @pytest.mark.parametrize("how", ["killed", "frozen"])
 def test_local_counting_during_an_outage(how: str, loop: str, store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Row 34, `local`: all are served, at once; one line says so; what they used is booked when the store is back."""
+    """Row 34, `local`: requests are served without delay, with one log line; used tokens are booked afterwards."""
     if how == "frozen":
         monkeypatch.setattr(store_module, "DEADLINE", DEADLINE)
     with two_servers(store, loop, LIMITS_PER_SESSION="1000/hour") as (proxy, _):
         address = new_address()
         assert chat(proxy, headers=address).status == 200
         before = proxy.line()["tokens"]
-        eventually(lambda: used(proxy, address)["tokens_per_session 1000000000/day"] == before)  # and no longer held
+        eventually(lambda: used(proxy, address)["tokens_per_session 1000000000/day"] == before)  # no longer held
         take_down(store, how)
         for _ in range(3):
             began = time.monotonic()
@@ -354,14 +362,14 @@ def test_local_counting_during_an_outage(how: str, loop: str, store: Redis, monk
         bring_back(store, how)
         eventually(lambda: proxy.lines("limits_available"), 20.0)
         eventually(lambda: b"chat_proxy_limit_store_up 1.0" in proxy.service.app.metrics.exposition())
-        expected = 3 * before if how == "killed" else 4 * before  # one that was killed has forgotten the first
+        expected = 3 * before if how == "killed" else 4 * before  # a killed store has lost the first answer
         eventually(lambda: used(proxy, address)["tokens_per_session 1000000000/day"] == expected)
 
 
 @fault(34)
 @both_loops
 def test_refusing_during_an_outage(loop: str, store: Redis) -> None:
-    """Row 34, `refuse`: 503 with a Retry-After, until the store is back."""
+    """Row 34, `refuse`: requests get 503 with a Retry-After until the store is back."""
     with two_servers(store, loop, LIMITS_WHEN_STORE_FAILS="refuse") as (proxy, _):
         visitor = {"cookie": send(proxy, "GET", "/api/session").cookie}
         assert send(proxy, "GET", "/api/session", headers=visitor).json["limits"]
@@ -369,7 +377,7 @@ def test_refusing_during_an_outage(loop: str, store: Redis) -> None:
         reply = chat(proxy)
         assert (reply.status, reply.error["code"]) == (503, "limits_unavailable")
         assert int(reply.headers["retry-after"]) >= 1
-        assert send(proxy, "GET", "/api/session", headers=visitor).json["limits"] == []  # nobody knows what is left
+        assert send(proxy, "GET", "/api/session", headers=visitor).json["limits"] == []  # the remainder is unknown
         bring_back(store, "killed")
         eventually(lambda: chat(proxy).status == 200, 20.0)
 
@@ -383,7 +391,7 @@ def bring_back(store: Redis, how: str) -> None:
 
 
 def test_a_full_store_still_counts(store: Redis) -> None:
-    """It refuses what is new; not our scripts, which say that they may (allow-oom)."""
+    """A full store refuses writes, except those of scripts with the flag allow-oom, which ours have."""
     with two_servers(store, LIMITS_PER_SESSION="2/hour") as servers:
         with store.client() as client:
             client.config_set("maxmemory", "1")
@@ -397,7 +405,7 @@ def test_a_full_store_still_counts(store: Redis) -> None:
 def test_no_request_waits_for_a_failing_store(
     how: str, policy: str, store: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Many at once are answered as the policy says, none with a 500 or late; the events of a live answer pass on."""
+    """Concurrent requests are answered by `when_store_fails`, in time and without a 500; live answers continue."""
     with (
         ScriptedUpstream(always(answer_briefly_or_live)) as upstream,
         Link(store) as link,
@@ -432,8 +440,8 @@ def test_no_request_waits_for_a_failing_store(
 @fault(26)
 @both_loops
 def test_a_client_that_leaves_during_a_store_call_causes_no_upstream_call(loop: str, store: Redis) -> None:
-    """A store that takes its time: whoever left meanwhile, or found the drain over, is not answered by the upstream,
-    though a connection to it stands ready; and gets back what was held."""
+    """A client that leaves during a slow store call, or whose call ends after the drain, causes no upstream call,
+    though an idle connection exists; its holds are released."""
     with (
         ScriptedUpstream(streaming(*GOOD)) as upstream,
         Link(store) as link,
@@ -460,7 +468,7 @@ def test_a_client_that_leaves_during_a_store_call_causes_no_upstream_call(loop: 
 
 
 async def answer_briefly_or_live(peer: Peer) -> None:
-    """An answer; to a question with `live`, one that sends the time for a second."""
+    """Sends a short answer; to a request with `live`, an answer that contains the time in each event for a second."""
     assert peer.seen is not None
     await peer.head()
     for number in range(50 if b"live" in peer.seen.body else 0):
@@ -472,7 +480,7 @@ async def answer_briefly_or_live(peer: Peer) -> None:
 
 
 def lateness(sock: socket.socket) -> float:
-    """Of the latest event of a live answer, in seconds."""
+    """The largest delay of an event of a live answer, in seconds."""
     late, data = 0.0, b""
     while DONE not in data:
         data = sock.recv(65536)
@@ -501,7 +509,7 @@ def disturb(how: str, store: Redis, link: Link) -> None:
 
 
 def test_a_probe_opens_a_connection_for_each_call(store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A question is in time there, though opening a connection for it is not: a probe opens one for each call."""
+    """A probe opens a connection for each call: on a slow network calls are in time, but opening connections is not."""
     monkeypatch.setattr(store_module, "DEADLINE", 0.5)
 
     async def story(url: str) -> None:
@@ -509,7 +517,7 @@ def test_a_probe_opens_a_connection_for_each_call(store: Redis, monkeypatch: pyt
             assert limits.store is not None
             link.delay = 0.15
             limits.store.lose("test")
-            for _ in range(5):  # a busy machine may be late, too
+            for _ in range(5):  # a busy machine may be late too
                 await is_up(limits, True)
                 await asyncio.gather(*(limits.statuses(NO_REQUESTS, ME) for _ in range(store_module.AT_ONCE)))
                 if limits.is_up:
@@ -521,7 +529,7 @@ def test_a_probe_opens_a_connection_for_each_call(store: Redis, monkeypatch: pyt
 
 
 def test_connections_are_open_before_the_first_request(store: Redis) -> None:
-    """A new server has its connections open before the first requests, which would otherwise be too late."""
+    """A new server opens its connections before the first request, whose calls would otherwise exceed DEADLINE."""
 
     async def story(link: Link) -> None:
         async with limiter_on(store, LIMITS_STORE=link.url) as limits:
@@ -535,7 +543,7 @@ def test_connections_are_open_before_the_first_request(store: Redis) -> None:
 
 
 def test_a_failover_drops_the_old_connections(store: Redis, tmp_path: Path) -> None:
-    """The former master refuses writes and keeps its connections open: they are not used again."""
+    """The connections to a former master, which refuses writes and keeps them open, are not used again."""
 
     async def story(url: str) -> None:
         async with limiter_on(store, LIMITS_STORE=url) as limits:
@@ -559,7 +567,7 @@ def test_a_failover_drops_the_old_connections(store: Redis, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("garbage", [b":x\r\n", b"*x\r\n", b"%1\r\n*0\r\n:1\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
 def test_invalid_replies_mark_the_store_as_unavailable(garbage: bytes, store: Redis) -> None:
-    """Whatever the client library does with it: no request gets a 500."""
+    """No request gets a 500, whatever the client library does with an invalid reply."""
 
     class Garbled(Link):
         answer = garbage
@@ -583,6 +591,7 @@ def test_invalid_replies_mark_the_store_as_unavailable(garbage: bytes, store: Re
 
 
 def test_a_full_store_still_receives_logouts(store: Redis, tmp_path: Path) -> None:
+    """A full store still accepts logouts and revocations."""
     with two_servers_with_control_files(store, "uvloop", tmp_path) as servers, store.client() as client:
         cookies = [chat(proxy, headers={"sec-fetch-site": "same-origin"}).cookie for proxy in servers]
         client.config_set("maxmemory", "1")
@@ -595,7 +604,7 @@ def test_a_full_store_still_receives_logouts(store: Redis, tmp_path: Path) -> No
 @fault(34)
 @both_loops
 def test_a_flushed_store_counts_from_zero(loop: str, store: Redis) -> None:
-    """Flushed, it counts from zero; no request fails, and live answers take their places again."""
+    """A flushed store counts from zero, and no request fails."""
     with two_servers(store, loop, LIMITS_PER_SESSION="1/hour") as (proxy, _):
         address = new_address()
         assert [chat(proxy, headers=address).status for _ in range(2)] == [200, 429]
@@ -608,7 +617,7 @@ def test_a_flushed_store_counts_from_zero(loop: str, store: Redis) -> None:
 @pytest.mark.quiet
 @both_loops
 def test_no_live_stream_waits_for_the_store(loop: str, store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An event passes at once, whether the store answers or not; and what its stream held is told it afterwards."""
+    """Events are forwarded without delay while the store is frozen; the stream's holds are settled afterwards."""
     monkeypatch.setattr(store_module, "DEADLINE", DEADLINE)
     monkeypatch.setattr(limiter_module, "RENEW_EVERY", 0.05)
 
@@ -635,7 +644,7 @@ def test_no_live_stream_waits_for_the_store(loop: str, store: Redis, monkeypatch
 
 @both_loops
 def test_a_busy_machine_does_not_extend_the_deadline(loop: str, store: Redis) -> None:
-    """When the deadline comes in the same moment as the question has gone out, it counts all the same."""
+    """A deadline that passes while the call is being sent still ends the call."""
 
     async def story() -> float:
         counter = open_store(store.url, time.monotonic, lambda reason: None)
@@ -644,8 +653,8 @@ def test_a_busy_machine_does_not_extend_the_deadline(loop: str, store: Redis) ->
             await asyncio.sleep(0.1)
         store.freeze()
         asking = asyncio.create_task(counter.take([charge]))
-        await asyncio.sleep(0)  # it is on its way to the socket
-        time.sleep(store_module.DEADLINE + 0.1)  # noqa: ASYNC251  # others have the CPU
+        await asyncio.sleep(0)  # the call begins
+        time.sleep(store_module.DEADLINE + 0.1)  # noqa: ASYNC251  # the CPU is taken by other processes
         began = time.monotonic()
         assert await asking is None
         took = time.monotonic() - began
@@ -657,11 +666,12 @@ def test_a_busy_machine_does_not_extend_the_deadline(loop: str, store: Redis) ->
 
 
 def test_the_holds_of_a_dead_worker_expire(store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream and the tokens of a dead worker are free again after HELD_SECONDS."""
     monkeypatch.setattr(store_module, "HELD_SECONDS", 3)
 
     async def story() -> None:
         async with limiter_on(store, LIMITS_STREAMS_PER_SESSION="1", LIMITS_TOKENS_PER_SESSION="100/hour") as dead:
-            await dead.hold(Subject("s", "a"), 90)  # never left
+            await dead.hold(Subject("s", "a"), 90)  # never ended
         async with limiter_on(store, LIMITS_STREAMS_PER_SESSION="1", LIMITS_TOKENS_PER_SESSION="100/hour") as alive:
             with pytest.raises(TokensExhausted):
                 await alive.hold(Subject("s", "a"), 90)
@@ -677,8 +687,8 @@ def test_the_holds_of_a_dead_worker_expire(store: Redis, monkeypatch: pytest.Mon
 
 
 def test_the_spent_tokens_of_a_dead_worker_are_charged(store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its prompts at once, what was answered since with the renewal. One that was only late pays what it says then,
-    once, whatever was booked for it meanwhile."""
+    """The store charges the prompt of an expired hold, and the tokens answered until its last renewal. A late renewal
+    or settling replaces that charge: the tokens count once."""
     monkeypatch.setattr(store_module, "HELD_SECONDS", 1)
     given = {"LIMITS_TOKENS_PER_SESSION": "1000/hour", "LIMITS_TOKENS_PER_ADDRESS": ""}
 
@@ -693,7 +703,7 @@ def test_the_spent_tokens_of_a_dead_worker_are_charged(store: Redis, monkeypatch
             await dead.hold(ME, 100, lambda: spent)
             late = await dead.hold(ME, 100, lambda: spent)
             spent = 25
-            del dead.permits[silent.holder]  # nothing is heard of it any more
+            del dead.permits[silent.holder]  # it is no longer renewed
             await dead.renew_all()
             assert await used(alive) == 300
             await asyncio.sleep(1.1)
@@ -710,7 +720,7 @@ def test_the_spent_tokens_of_a_dead_worker_are_charged(store: Redis, monkeypatch
 
 
 class limiter_on:  # noqa: N801  # used as a context
-    """An Allowance without a server."""
+    """A Limiter on a store, without a server."""
 
     def __init__(self, store: Redis, **limits: str) -> None:
         given = {
@@ -737,7 +747,7 @@ class limiter_on:  # noqa: N801  # used as a context
 
 
 def test_no_window_exceeds_its_limit(store: Redis) -> None:
-    """Many at once on one counter: however they meet, no window of its length holds more than the limit."""
+    """With many concurrent charges of one counter, no window of its length holds more than the limit."""
     limit, seconds, hits = 40, 1, 20000 if FULL else 4000
     granted: list[tuple[float, float]] = []
 
@@ -758,14 +768,14 @@ def test_no_window_exceeds_its_limit(store: Redis) -> None:
 
     asyncio.run(asyncio.wait_for(all_hit(), 120))
     ends = sorted(answered for _, answered in granted)
-    for asked, _ in granted:  # granted surely within [asked, asked + seconds), whenever the server booked them
+    for asked, _ in granted:  # certainly booked within [asked, asked + seconds)
         inside = [answered for begun, answered in granted if begun >= asked]
         assert bisect_right(sorted(inside), asked + seconds - 0.001) <= limit
     assert len(ends) >= limit
 
 
 def test_a_burst_never_overdraws(store: Redis) -> None:
-    """200 at once hold no more than there is; afterwards exactly what was used is booked."""
+    """200 concurrent holds do not exceed the limit; afterwards exactly the used tokens are booked."""
 
     async def burst() -> tuple[int, int]:
         async with limiter_on(
@@ -787,12 +797,12 @@ def test_a_burst_never_overdraws(store: Redis) -> None:
         assert leases(client) == []
 
 
-# ---- what a change of the settings may not do to the account ---------------------------------------------------------
+# ---- changes of the settings -----------------------------------------------------------------------------------------
 
 
 def test_a_changed_limit_keeps_the_count(store: Redis) -> None:
-    """Two servers with limits of their own, as while one setting is rolled out: what was used on one is used on the
-    other; and whoever is told there to wait is let in after that, though more was let in than the limit there."""
+    """Two servers with different limits, as during a rollout, share the count. The Retry-After of the stricter server
+    is true, though the other server has accepted more requests than the stricter limit."""
 
     async def story() -> None:
         many = {"LIMITS_PER_SESSION": "6/minute", "LIMITS_TOKENS_TOTAL": "9000/hour"}
@@ -800,7 +810,7 @@ def test_a_changed_limit_keeps_the_count(store: Redis) -> None:
         async with limiter_on(store, **many) as loose, limiter_on(store, **few) as strict:
             for _ in range(4):
                 await loose.charge(ChargeKind.QUESTION, ME)
-                await asyncio.sleep(0.05)  # or all leave at one time
+                await asyncio.sleep(0.05)  # otherwise all entries leave at one time
             async with await loose.hold(ME, 4000) as permit:
                 permit.settle(4000)
             with pytest.raises(TooMany) as refused:
@@ -810,7 +820,7 @@ def test_a_changed_limit_keeps_the_count(store: Redis) -> None:
             assert (await loose.charge(ChargeKind.QUESTION, ME))[0].remaining == 1
             with store.client() as client:
                 (key,) = client.keys("*:per_session:*")
-                made = [made for _, made in client.zrange(key, 0, 3, withscores=True)]  # ms, as the store's clock
+                made = [made for _, made in client.zrange(key, 0, 3, withscores=True)]  # ms of the store's clock
                 seconds, microseconds = client.time()
             assert refused.value.retry_after is not None
             then = (seconds + refused.value.retry_after) * 1000 + microseconds / 1000
@@ -819,13 +829,13 @@ def test_a_changed_limit_keeps_the_count(store: Redis) -> None:
     asyncio.run(story())
 
 
-# ---- what an outage may not do to the account -----------------------------------------------------------------------
+# ---- outages and the counts -----------------------------------------------------------------------------------------
 
 ME = Subject("s", "a")
 
 
 async def booked(limits: Limiter) -> int:
-    """What the limits say is used of the session's tokens, held ones included."""
+    """The used tokens of the session, held ones included."""
     statuses = await limits.statuses(NO_REQUESTS, ME)
     return next(each.limit - each.remaining for each in statuses if each.name == "tokens_per_session")
 
@@ -846,11 +856,11 @@ async def lose_store(store: Redis, limits: Limiter) -> None:
 async def restore_store(store: Redis, limits: Limiter) -> None:
     await asyncio.to_thread(store.start)
     await is_up(limits, True)
-    await asyncio.sleep(0.1)  # it hears what it missed
+    await asyncio.sleep(0.1)  # the merge sends what the store missed
 
 
 def test_an_answer_that_outlives_an_outage(store: Redis) -> None:
-    """Begun before, within and after it, ended before, within and after it: each is booked once, by what it used."""
+    """Answers that begin or end before, during and after an outage are each booked once, with their used tokens."""
 
     async def story() -> None:
         async with limiter_on(store, LIMITS_TOKENS_PER_SESSION="10000/hour", LIMITS_STREAMS_PER_SESSION="9") as limits:
@@ -864,7 +874,7 @@ def test_an_answer_that_outlives_an_outage(store: Redis) -> None:
             await restore_store(store, limits)
             assert (
                 await booked(limits) == 2 * 70 + 2 * 1000
-            )  # what goes on is held again, in a store that had forgotten
+            )  # live answers are held again in a store that lost its content
             for permit in (before[1], within[1]):
                 async with permit:
                     permit.settle(7)
@@ -876,8 +886,8 @@ def test_an_answer_that_outlives_an_outage(store: Redis) -> None:
 
 
 def test_a_charge_whose_answer_was_lost_is_released(store: Redis) -> None:
-    """A frozen store has the question in its socket, and books it when it is thawed. By then it was counted here, or
-    refused: what the store holds for it is nobody's, and free as soon as it is found."""
+    """A frozen store receives the call and books it when it is thawed. The call was then already counted locally, or
+    refused, so the hold in the store is released when the store is back."""
 
     async def story(**limits: str) -> None:
         async with limiter_on(store, LIMITS_TOKENS_PER_SESSION="10000/hour", **limits) as limits_:
@@ -906,8 +916,8 @@ def test_a_charge_whose_answer_was_lost_is_released(store: Redis) -> None:
 
 
 def test_a_clock_that_goes_back_locks_no_client_out(store: Redis) -> None:
-    """The store's went back by an hour: what it holds seems to be of later than now. Nobody waits that hour for it, and
-    nobody is given a window."""
+    """When the store's clock goes back by an hour, its entries lie in the future. They count for their window from now
+    on: no client waits that hour, and none gets an extra window."""
     given = {
         "LIMITS_PER_SESSION": "1/minute",
         "LIMITS_TOKENS_PER_SESSION": "100/minute",
@@ -937,7 +947,7 @@ def test_a_clock_that_goes_back_locks_no_client_out(store: Redis) -> None:
 
 
 def test_a_charge_that_arrives_after_its_settling_books_nothing(store: Redis) -> None:
-    """It was lost on its way and sent again by the kernel, while its holder was counted here, and ended."""
+    """A call that the network delayed until its holder was counted locally and settled books nothing."""
 
     async def story() -> None:
         async with limiter_on(store, LIMITS_TOKENS_PER_SESSION="10000/hour") as limits:
@@ -953,7 +963,7 @@ def test_a_charge_that_arrives_after_its_settling_books_nothing(store: Redis) ->
 
 
 def test_a_charge_without_a_local_place_is_released(store: Redis) -> None:
-    """The store has booked what this process then has no place for, and is lost before it hears of that."""
+    """The store has booked a hold that the process then refuses, and fails before the release: it is released later."""
 
     async def story() -> None:
         async with limiter_on(store, LIMITS_TOKENS_PER_SESSION="10000/hour") as limits:
@@ -978,7 +988,7 @@ def test_a_charge_without_a_local_place_is_released(store: Redis) -> None:
 
 
 def test_many_answers_are_renewed_in_time_on_a_slow_store(store: Redis) -> None:
-    """A thousand, one by one over a way of 30 ms, would take as long as they last unrenewed."""
+    """Holds are renewed concurrently: a thousand renewals of 30 ms, one by one, would take as long as a hold lasts."""
 
     async def story(url: str) -> float:
         async with limiter_on(
@@ -1000,11 +1010,11 @@ def test_many_answers_are_renewed_in_time_on_a_slow_store(store: Redis) -> None:
             return took
 
     with Link(store) as link:
-        assert asyncio.run(story(link.url)) < 100 * 0.03 * 0.8  # one by one, it would be more than all of that
+        assert asyncio.run(story(link.url)) < 100 * 0.03 * 0.8  # one by one takes at least 100 * 0.03 s
 
 
 def test_a_window_that_ends_while_an_answer_is_written(store: Redis) -> None:
-    """Its tokens no longer count; the next window begins with neither a debt nor a credit."""
+    """The tokens of an ended window no longer count; the next one begins with neither a debt nor a credit."""
 
     async def story() -> None:
         async with limiter_on(store, LIMITS_TOKENS_PER_SESSION="1000/2 second") as limits:
@@ -1027,7 +1037,7 @@ def test_a_window_that_ends_while_an_answer_is_written(store: Redis) -> None:
 
 
 def test_a_second_outage_during_a_merge_loses_nothing(store: Redis) -> None:
-    """What could not be told is told the next time, and once."""
+    """Amounts that the store did not receive are sent with the next merge, and booked once."""
 
     async def story() -> None:
         async with limiter_on(store, LIMITS_TOKENS_PER_SESSION="10000/hour") as limits:
@@ -1037,11 +1047,11 @@ def test_a_second_outage_during_a_merge_loses_nothing(store: Redis) -> None:
             limits.unsettled["again"] = limits.tokens.used()
             limits.tokens.forget()
             assert limits.store is not None
-            await limits.merge()  # it is still gone: nothing may be forgotten
+            await limits.merge()  # the store is still down: nothing may be forgotten
             assert len(limits.unsettled) == 1
             await restore_store(store, limits)
             assert await booked(limits) == 50
-            limits.unsettled["again"] = [(limits.tokens.charges(ME, 0)[0], 50)]  # its answer had been lost
+            limits.unsettled["again"] = [(limits.tokens.charges(ME, 0)[0], 50)]  # as if the answer had been lost
             await limits.merge()
             assert await booked(limits) == 50
 
@@ -1049,7 +1059,7 @@ def test_a_second_outage_during_a_merge_loses_nothing(store: Redis) -> None:
 
 
 def test_a_closing_server_sends_what_was_used(store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also when the store has just come back, and no probe has seen that yet."""
+    """A server that closes sends its used tokens, even if the store is back and no probe has noticed it yet."""
     monkeypatch.setattr(store_module, "FIRST_PROBE", 600.0)
 
     async def story() -> None:
@@ -1065,8 +1075,8 @@ def test_a_closing_server_sends_what_was_used(store: Redis, monkeypatch: pytest.
 
 
 def test_a_large_merge_is_sent_in_parts(store: Redis) -> None:
-    """What thousands have used while it was gone is no single question: that would hold the store up for all servers,
-    and be over its own deadline each time."""
+    """The used tokens of thousands of clients are sent in several calls: a single one would block the store for all
+    servers and exceed its own deadline each time."""
     many = 1000
 
     async def story() -> None:
@@ -1090,13 +1100,13 @@ def test_a_large_merge_is_sent_in_parts(store: Redis) -> None:
 
 
 def length_of(command: bytes) -> int:
-    """The words of a command, of which a slow log shows the first 32."""
+    """The number of arguments of a command, of which the slow log shows the first 32."""
     more = re.search(rb"\((\d+) more arguments\)$", command)
     return len(command.split()) + (int(more[1]) if more else 0)
 
 
 def test_a_permit_of_a_failed_merge_is_sent_with_the_next(store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As what it has used, not as what it may have cost at its worst."""
+    """A permit that begins during a failed merge is booked with its used tokens, not with its largest cost."""
 
     async def story() -> None:
         async with limiter_on(store, LIMITS_TOKENS_PER_SESSION="10000/hour") as limits:
@@ -1118,6 +1128,8 @@ def test_a_permit_of_a_failed_merge_is_sent_with_the_next(store: Redis, monkeypa
 
 
 def test_a_renewal_does_not_revive_an_ended_permit(store: Redis) -> None:
+    """Permits that end during renewals leave no lease and no reservation in the store."""
+
     async def story() -> None:
         async with limiter_on(
             store, LIMITS_STREAMS_PER_SESSION="1000", LIMITS_TOKENS_PER_SESSION="1000000/hour"
@@ -1137,7 +1149,7 @@ def test_a_renewal_does_not_revive_an_ended_permit(store: Redis) -> None:
 
 
 def test_repeated_outages_grant_nothing_extra(store: Redis) -> None:
-    """Requests that were counted alone stay counted for the next outage."""
+    """Requests that were counted locally still count in the next outage."""
 
     async def story() -> list[str]:
         async with limiter_on(store, LIMITS_PER_SESSION="3/hour", LIMITS_PER_ADDRESS="") as limits:
@@ -1157,6 +1169,7 @@ def test_repeated_outages_grant_nothing_extra(store: Redis) -> None:
 
 
 def test_an_entry_of_another_version_harms_no_client(store: Redis, tmp_path: Path) -> None:
+    """Invalid revocations in the store are ignored; valid ones still apply."""
     with two_servers_with_control_files(store, "uvloop", tmp_path) as (one, other):
         cookie = chat(one, headers={"sec-fetch-site": "same-origin"}).cookie
         with store.client() as client:
@@ -1170,7 +1183,7 @@ def test_an_entry_of_another_version_harms_no_client(store: Redis, tmp_path: Pat
 
 
 def test_all_revocations_are_sent_at_shutdown(store: Redis) -> None:
-    """Also more than one call sends; a store that is gone is not waited for."""
+    """At shutdown all unsent revocations are sent, in several calls if needed, without waiting for a lost store."""
 
     async def story() -> None:
         async with limiter_on(store) as limits:
@@ -1193,8 +1206,8 @@ def test_all_revocations_are_sent_at_shutdown(store: Redis) -> None:
 
 @pytest.mark.parametrize("apart", [1, 0])
 def test_a_new_worker_reads_all_logouts_at_once(apart: int, store: Redis, tmp_path: Path) -> None:
-    """A worker that replaces another knows every logout of the days before, not a thousand with each look; also
-    those that many servers have posted in the same millisecond, like all that waited for a store that was frozen."""
+    """A new worker reads every logout before it serves, not one page with each poll; this includes more than a page
+    posted in the same millisecond, as after the thaw of a frozen store."""
     now = int(time.time())
     with store.client() as client:
         entries = {
@@ -1216,7 +1229,8 @@ def test_a_new_worker_reads_all_logouts_at_once(apart: int, store: Redis, tmp_pa
 
 
 def test_sessions_of_programs_post_no_revocations(store: Redis, tmp_path: Path) -> None:
-    """The session that they share could be ended again and again, by any of them, and all servers would be told."""
+    """A logout of the session that the programs of an address share is not sent to other servers: any program could
+    repeat it without end."""
     with two_servers_with_control_files(store, "uvloop", tmp_path) as (one, _), store.client() as client:
         for _ in range(5):
             cookie = chat(one).cookie
@@ -1226,6 +1240,8 @@ def test_sessions_of_programs_post_no_revocations(store: Redis, tmp_path: Path) 
 
 
 def test_check_tries_the_store(store: Redis, tmp_path: Path) -> None:
+    """`check` reports whether the store answers."""
+
     async def models(peer: Peer) -> None:
         await peer.request()
         await peer.whole(b'{"data":[]}')

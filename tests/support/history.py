@@ -1,10 +1,11 @@
-"""Was more granted than the limits allow? A pure checker: a history in, violations out; it knows no limiter.
+"""Checks whether more was granted than the limits allow: a history in, violations out. Pure; imports no limiter.
 
 Rules:
-1. Nobody knows when exactly a grant was booked, only that it was between the question and the answer. What is reported
-   has happened wherever in between it was: no violation is a matter of luck.
-2. A counter that began anew (its store was emptied) begins a new history: see `apart`.
-3. Times are seconds of one clock for all who write the history (on Linux the monotonic clock is the machine's).
+1. A grant was booked at an unknown time between its request and its answer. A violation is reported only if every time
+   in between would violate the limit, so a report never depends on chance.
+2. A counter that was reset (its store was emptied) begins a new history: see `split_at_resets`.
+3. Times are seconds of one clock for all processes that write the history (on Linux the monotonic clock is the
+   machine's).
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ STORE = "store"
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """So much was granted to `key`, between `asked` and `answered`. `by` the store, or by a process alone.
+    """An amount granted to `key` between `asked` and `answered`, `by` the store or by the local counters of a process.
 
-    Of what is held for a while `until` is when it was about to be given back.
+    `until` is the time just before a hold was released; 0 for other grants.
     """
 
     key: str
@@ -36,7 +37,7 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """More than `limit` was granted to `key` in the window that began at `began`."""
+    """`granted` is more than `limit`, for `key` in the window that began at `began`."""
 
     key: str
     began: float
@@ -52,7 +53,7 @@ def grants_by_key(grants: Iterable[Grant]) -> dict[str, list[Grant]]:
 
 
 class Total:
-    """How much of it was before a time."""
+    """The sum of the amounts before a time."""
 
     def __init__(self, amounts: Iterable[tuple[float, int]]) -> None:
         ordered = sorted(amounts)
@@ -64,11 +65,11 @@ class Total:
 
 
 def moving(grants: Iterable[Grant], limit: int, seconds: float, grain: float = 0.0) -> list[Violation]:
-    """Where a window of this length, wherever one lays it, holds more than the limit. `grain`: how coarse the limiter's
-    clock is, which makes its windows so much shorter.
+    """The windows of this length, wherever they begin, that hold more than the limit. `grain` is the resolution of the
+    limiter's clock in seconds, by which its windows may be shorter.
 
-    In a window from a to b lies for certain what was answered before b and asked from a on: at least what was answered
-    before b, less what was asked before a.
+    A grant lies certainly in the window from a to b if it was asked at or after a and answered before b. The sum of
+    these is at least the amount answered before b less the amount asked before a.
     """
     violations = []
     for key, of_key in grants_by_key(grants).items():
@@ -82,11 +83,11 @@ def moving(grants: Iterable[Grant], limit: int, seconds: float, grain: float = 0
 
 
 def fixed(grants: Iterable[Grant], limit: int, seconds: float, grain: float = 0.0) -> list[Violation]:
-    """The same of windows that begin with the first grant after the one before has ended.
+    """The same for windows that begin with the first grant after the end of the previous window.
 
-    Each begins between `first` and `last`: not before the one before it has ended nor before anything was asked, and at
-    the latest when the first that is surely not of the one before was answered. What is worth nothing may have begun
-    one, or not.
+    A window begins between `first` and `last`: not before the previous one has ended, nor before a grant was asked for,
+    and at the latest at the answer to the first grant that is certainly not in the previous one. A grant of amount 0
+    may have begun a window, or not.
     """
     violations = []
     for key, of_key in grants_by_key(grants).items():
@@ -95,7 +96,7 @@ def fixed(grants: Iterable[Grant], limit: int, seconds: float, grain: float = 0.
         soonest = suffix_minima([answered_at if amount else inf for _, answered_at, amount in asked])
         first_asked = suffix_minima([asked_at for _, asked_at in answered])
         number, ended = 0, -inf
-        while number < len(asked):  # from this one on none is of the window before
+        while number < len(asked):  # from this grant on, none is in the previous window
             first = max(ended, first_asked[bisect_left(answered, (ended,))])
             last = soonest[number]
             ended = first + seconds - grain
@@ -108,18 +109,18 @@ def fixed(grants: Iterable[Grant], limit: int, seconds: float, grain: float = 0.
 
 
 def suffix_minima(values: list[float]) -> list[float]:
-    """For each place the least value from there on."""
+    """The least value from each index on."""
     return list(accumulate(reversed(values), min))[::-1]
 
 
 def simultaneous(grants: Iterable[Grant], limit: int) -> list[Violation]:
-    """Where more than the limit was held at one time: from the answer until it was about to be given back."""
+    """The times at which more than the limit was held. A hold lasts from its answer until just before its release."""
     violations = []
     for key, of_key in grants_by_key(grants).items():
         steps = [(grant.answered, grant.amount) for grant in of_key if grant.until > grant.answered]
         steps += [(grant.until, -grant.amount) for grant in of_key if grant.until > grant.answered]
         held = 0
-        for time, amount in sorted(steps):  # of one time, what is given back first
+        for time, amount in sorted(steps):  # at equal times, releases first
             held += amount
             if held > limit and amount > 0:
                 violations.append(Violation(key, time, held, limit))
@@ -128,7 +129,7 @@ def simultaneous(grants: Iterable[Grant], limit: int) -> list[Violation]:
 
 def split_at_resets(grants: Iterable[Grant], resets: Iterable[tuple[float, float]]) -> list[list[Grant]]:
     """The histories between the resets, each of which happened between two times. A grant that may have been booked on
-    either side of one is worth nothing on both: there it may have begun a window, no more is known.
+    either side of a reset has amount 0 on both: it may have begun a window there.
     """
     edges = sorted(resets)
     begins = [-inf, *(end for _, end in edges)]

@@ -1,17 +1,18 @@
-"""Processes that ask the limits as their plans say, and write down what was granted. See test_history.py.
+"""Processes that call the limits as their plans require, and record each grant. See test_history.py.
 
-Each line of the input is a Plan; a process of its own works on it, whose id is printed. (They are forked: to import all
-of it takes longer than the work.) Each line of a history is written at once, so that it outlives a SIGKILL:
+Each line of the input is a Plan. A process is forked for it, since the imports take longer than the work, and its id is
+printed. Each line of a history is written at once, so that it survives a SIGKILL:
 
-    ask  SESSION ADDRESS AMOUNT ASKED ANSWERED BY UNTIL     a request was granted
-    hold SESSION ADDRESS AMOUNT ASKED ANSWERED BY UNTIL     so many tokens and a stream were held, and used
-    asks SESSION ADDRESS ASKED NUMBER                       tokens and a stream are asked for
-    told NUMBER                                             and nothing about that question is unknown any more
-    kept SESSION|ADDRESS|all BEGAN ENDED                    a renewal or a merge may have begun a window of tokens;
-                                                            they are the same when the store has not answered
-    no | out                                                it was refused, or could not be counted
-    found AT                                                the store was back, and what was counted alone is forgotten
-    end HELD                                                all is over, and so much is held still
+    charge SESSION ADDRESS AMOUNT ASKED ANSWERED BY UNTIL   a request was granted
+    hold SESSION ADDRESS AMOUNT ASKED ANSWERED BY UNTIL     a stream was held, and AMOUNT tokens were used
+    pending SESSION ADDRESS ASKED NUMBER                    a call for tokens and a stream begins
+    resolved NUMBER                                         the effect of that call on the store is recorded
+    renewed SESSION|ADDRESS|all BEGAN ENDED                 a renewal or a merge may have begun a window of tokens;
+                                                            both times are equal when the store did not answer
+    refused | unavailable                                   the call was refused, or could not be counted
+    restored AT                                             the store is back; the local token windows are forgotten
+    end HELD                                                the plan is done, with the number of holds that remain
+    bug ERROR                                               an unexpected exception
 """
 
 from __future__ import annotations
@@ -43,18 +44,18 @@ from proxy.settings import from_variables
 from support.history import STORE
 
 SESSIONS, ADDRESSES = 8, 2
-NEW_KEYS_EVERY = 5.0  # seconds: in a long history nobody could tell any more where a fixed window began
-HOLD_SECONDS = 0.02  # in the middle; a few last as long as LONG_HOLD
+NEW_KEYS_EVERY = 5.0  # seconds: in a long history the begin of a fixed window could no longer be determined
+HOLD_SECONDS = 0.02  # on average; a few holds last LONG_HOLD
 LONG_HOLD = 1.5
 AMOUNTS = (50, 150)  # tokens of one answer
 BOOKED, REFUSED, UNANSWERED, NOT_ASKED = "booked", "refused", "unanswered", "not asked"
 store_answer: ContextVar[str] = ContextVar("store_answer", default=NOT_ASKED)
-local_since: ContextVar[float] = ContextVar("local_since")  # nothing comes between that and its own decision
+local_since: ContextVar[float] = ContextVar("local_since")  # no await between it and the local decision
 
 
 @dataclass
 class Plan:
-    """What to do. `limits` are settings; `pause` seconds are between two hits of one of `tasks` tasks, on average."""
+    """The work of one process. `limits` are settings; each of `tasks` tasks pauses `pause` seconds on average."""
 
     name: str
     hits: int
@@ -63,15 +64,15 @@ class Plan:
     pause: float = 0.0
     tasks: int = 8
     renew_every: float = 1.0  # seconds
-    deadline: float = 0.5  # a process that is not scheduled for a moment has not lost its store
+    deadline: float = 0.5  # long: a process that is not scheduled for a moment must not lose its store
 
 
 class History:
-    """The allowance of this process, asked and written down."""
+    """The limiter of this process, and the file that records its calls."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.file = Path(plan.path).open("ab", buffering=0)  # noqa: SIM115  # as long as the process
+        self.file = Path(plan.path).open("ab", buffering=0)  # noqa: SIM115  # open as long as the process
         needed = {"UPSTREAM_BASE_URL": "http://127.0.0.1/v1", "UPSTREAM_API_KEY": "k" * 30, "POLICY_MODELS": "m"}
         chosen = from_variables({f"CHAT_PROXY_{name}": value for name, value in {**needed, **plan.limits}.items()})
         self.limiter = Limiter(chosen.limits, 1000, time.monotonic, lambda reason: None, self.record_bug)
@@ -87,7 +88,7 @@ class History:
         self.file.write(" ".join(map(str, fields)).encode() + b"\n")
 
     def record_calls(self, store: Any) -> None:
-        """The store's answer shows which of the two decided; the merge, that it forgets its own token windows."""
+        """Records whether the store or the local counters decides each call, and the start of each merge."""
         real_take, real_keep, real_merge = store.take, store.keep, store.on_found
 
         async def take(charges: list[Charge], holder: str = "", spent: int = 0) -> ChargeResult | None:
@@ -111,7 +112,7 @@ class History:
             return is_received
 
         async def merge() -> None:
-            self.write("restored", time.monotonic())  # its windows are forgotten at once
+            self.write("restored", time.monotonic())  # the local token windows are forgotten at once
             await real_merge()
 
         store.take, store.keep, store.on_found = take, keep, merge
@@ -119,7 +120,7 @@ class History:
     async def run(self) -> None:
         await self.limiter.start()
         await asyncio.gather(*(self.run_task() for _ in range(self.plan.tasks)))
-        while not self.limiter.is_up or self.limiter.unsettled:  # noqa: ASYNC110  # there is no event for it
+        while not self.limiter.is_up or self.limiter.unsettled:  # noqa: ASYNC110  # the limiter has no event for it
             await asyncio.sleep(0.01)
         leases = self.limiter.leases
         self.write("end", leases.live + len(leases.held) + len(self.limiter.permits))
@@ -145,7 +146,7 @@ class History:
 
     @property
     def by(self) -> str:
-        """The process that has just granted something."""
+        """The origin of the latest grant of this task: the store or this process."""
         return STORE if store_answer.get() == BOOKED else self.plan.name
 
     async def charge(self, subject: Subject) -> None:
@@ -155,7 +156,7 @@ class History:
         self.write("charge", *subject[:2], 1, asked if by == STORE else local_since.get(), answered, by, 0)
 
     async def hold(self, subject: Subject, number: int) -> None:
-        """Every second session uses all that it has held, the others any part of it."""
+        """Odd sessions use all held tokens, even ones a random part."""
         amount = random.randint(*AMOUNTS)
         asked = time.monotonic()
         call_number = next(self.call_numbers)
@@ -188,7 +189,7 @@ def work(plan: Plan) -> None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them: their files say when they have ended
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for: their files show their end
     for line in sys.stdin:
         if child := os.fork():
             print(child, flush=True)

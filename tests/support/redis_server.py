@@ -1,4 +1,4 @@
-"""A real Redis, to which faults can be done: `store` is there for every test (conftest.py)."""
+"""A real Redis server with fault injection. conftest.py makes the fixture `store` available to every test."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.harness import PATIENCE, STARTING, eventually, free_port
 
 
 class Redis:
-    """A server of our own, that faults can be done to."""
+    """A Redis server of the test, which can be stopped and frozen."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -54,7 +54,7 @@ class Redis:
 
 @pytest.fixture(scope="module")
 def redis_folder() -> Iterator[Path]:
-    """Its path is short, as that of a Unix socket has to be."""
+    """A folder with a short path, since the path of a Unix socket is limited to about 100 bytes."""
     path = Path(tempfile.mkdtemp(prefix="chat-proxy-"))
     yield path
     shutil.rmtree(path)
@@ -62,7 +62,7 @@ def redis_folder() -> Iterator[Path]:
 
 @pytest.fixture
 def store(redis_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Redis]:
-    """A store that counts as gone when it is, and not when this machine is busy."""
+    """A store with a long DEADLINE, so that a busy machine does not mark it as unavailable."""
     monkeypatch.setattr(store_module, "DEADLINE", PATIENCE)
     server = Redis(redis_folder)
     yield server

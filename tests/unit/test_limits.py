@@ -1,6 +1,6 @@
-"""How much they may ask: request windows, live streams, tokens. All with a clock that the test moves.
+"""The limits in one process: request windows, live streams, tokens. The test moves the clock.
 
-Times are multiples of 1/64 second, which floats hold exactly: so "exactly then" can be said.
+Times are multiples of 1/64 second, which floats hold exactly, so a test can assert the exact moment.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ steps = st.lists(
     max_size=60,
 )
 WINDOWS = {"per_session": [(2, 1), (5, 3)], "per_address": [(3, 1), (7, 3)]}
-"""Of the model: how many in how many seconds."""
+"""The model's limits: (amount, seconds)."""
 
 
 def windows_limited(clock: Clock) -> RequestLimits:
@@ -91,7 +91,7 @@ def windows_limited(clock: Clock) -> RequestLimits:
 
 @dataclass
 class Model:
-    """Moving windows by their definition: every accepted request, ever, with its subject."""
+    """Moving windows by their definition: the time and the subject of every accepted request."""
 
     accepted: list[tuple[float, Subject]] = field(default_factory=list)
 
@@ -126,7 +126,7 @@ def test_windows_match_the_definition(walk: list[tuple[int, Subject]]) -> None:
 
 @given(steps)
 def test_never_more_than_the_limit_in_any_window(walk: list[tuple[int, Subject]]) -> None:
-    """Wherever one lays a window over what was let through, it holds no more than the limit."""
+    """No window of the limit's length, wherever it begins, holds more accepted requests than the limit."""
     clock, times = Clock(), []
     limits = counting(clock, "4/second")
     for ticks, _ in walk:
@@ -138,7 +138,7 @@ def test_never_more_than_the_limit_in_any_window(walk: list[tuple[int, Subject]]
 
 
 def test_a_place_is_free_after_exactly_the_window() -> None:
-    """An entry counts for its window's length: a tick before its end it still does, at its end no more."""
+    """An entry counts until a tick before the end of its window, and no longer at the end."""
     clock = Clock()
     limits = counting(clock, "1/minute")
     assert allowed(limits, ANN)
@@ -167,7 +167,7 @@ def test_retry_after_is_true_of_requests(walk: list[tuple[int, Subject]]) -> Non
 
 
 def test_a_refused_request_costs_nothing() -> None:
-    """All windows or none: what the narrow window refused does not fill the wide one."""
+    """A request that the narrow window refuses does not count in the wide one."""
     clock = Clock()
     limits = counting(clock, "1/second;3/minute", "4/hour")
     assert [allowed(limits, ANN) for _ in range(50)] == [True] + [False] * 49
@@ -181,7 +181,7 @@ def test_a_refused_request_costs_nothing() -> None:
 
 
 def test_sessions_share_their_address() -> None:
-    """What one session of an address used, its others have no more; other addresses are not touched."""
+    """The sessions of an address share its limit; other addresses have limits of their own."""
     limits = counting(Clock(), "2/minute", "3/minute")
     assert [allowed(limits, ANN) for _ in range(3)] == [True, True, False]
     assert [allowed(limits, ANNS_GUEST) for _ in range(2)] == [True, False]
@@ -189,7 +189,7 @@ def test_sessions_share_their_address() -> None:
 
 
 def test_a_session_keeps_its_count_when_its_address_changes() -> None:
-    """A session that changes its address is still the same session."""
+    """A session that changes its address keeps its count."""
     limits = counting(Clock(), "2/minute", "3/minute")
     assert allowed(limits, ANN)
     assert allowed(limits, ANN_ELSEWHERE)
@@ -207,7 +207,7 @@ def test_each_kind_has_windows_of_its_own() -> None:
 
 
 def test_an_empty_setting_limits_nothing() -> None:
-    """An empty setting limits nothing, shows nothing, and keeps nothing."""
+    """An empty setting limits nothing, has no status and stores no entry."""
     limits = counting(Clock())
     assert [limits.charge(ChargeKind.QUESTION, ANN) for _ in range(10_000)][-1] == []
     assert limits.statuses(ChargeKind.QUESTION, ANN) == []
@@ -215,7 +215,7 @@ def test_an_empty_setting_limits_nothing() -> None:
 
 
 def test_refusals_name_the_full_windows() -> None:
-    """Too many questions and too many sessions are told apart; the longest wait is told, and full windows shown."""
+    """Questions and new sessions have error codes of their own; a refusal has the longest wait and the full windows."""
     clock = Clock()
     limits = counting(clock, "1/second;2/minute;9/hour", new_sessions="1/hour")
     limits.charge(ChargeKind.QUESTION, ANN)
@@ -237,7 +237,7 @@ def test_refusals_name_the_full_windows() -> None:
 
 
 def test_statuses_give_when_the_next_place_frees() -> None:
-    """A standing names the limit, what is left after this request, and when the oldest entry leaves the window."""
+    """A status has the limit, the remainder after this request, and the time until the oldest entry leaves."""
     clock = Clock()
     limits = counting(clock, "3/minute", "5/2 hours")
     assert limits.statuses(ChargeKind.QUESTION, ANN) == [
@@ -254,7 +254,7 @@ def test_statuses_give_when_the_next_place_frees() -> None:
 
 @pytest.mark.parametrize("subject", [Subject("", "203.0.113.1"), Subject("ann", "")])
 def test_an_empty_key_is_refused(subject: Subject) -> None:
-    """A subject without a key is a bug, and neither counts everyone as one nor goes uncounted."""
+    """A subject without a key raises ValueError: it would be counted together with others, or not at all."""
     limits = counting(Clock(), "5/minute", "5/minute")
     for attempt in (limits.charge, limits.statuses):
         with pytest.raises(ValueError, match="without a key"):
@@ -276,7 +276,7 @@ def entered(windows: MovingWindows, key: str, limit: int, expiry: int) -> bool:
 
 
 def test_dead_keys_do_not_accumulate() -> None:
-    """While 100,000 callers come and go, no more is kept than twice what counts, and a fixed rest."""
+    """With 100,000 clients that come and go, at most twice the live keys and SWEEP_AFTER more are stored."""
     clock, live = Clock(), 1000
     limits = counting(clock, "5/second")
     storage = limits.windows
@@ -289,7 +289,7 @@ def test_dead_keys_do_not_accumulate() -> None:
 
 
 def test_a_burst_of_keys_is_forgotten() -> None:
-    """After 100,000 callers at once have gone, the next callers sweep them out, and none that still counts."""
+    """After a burst of 100,000 clients, later ones cause sweeps that remove the dead keys and no live key."""
     clock = Clock()
     storage = MovingWindows(clock)
     assert entered(storage, "of the day", 1, 86400)
@@ -306,7 +306,7 @@ def test_a_burst_of_keys_is_forgotten() -> None:
 
 
 def test_a_key_holds_no_more_than_its_limit() -> None:
-    """However often a caller asks, its entry has as many times as the limit is wide, and old ones go."""
+    """However often a client asks, its key has at most as many times as the limit allows; old ones are removed."""
     clock = Clock()
     storage = MovingWindows(clock)
     for _ in range(1000):
@@ -387,7 +387,7 @@ def assert_none_held(held: Leases) -> None:
 
 
 def test_streams_of_a_session() -> None:
-    """A session writes so many answers at one time; one more is refused until one of them has ended."""
+    """A session has at most its limit of live answers; the next is refused until one of them ends."""
     held = leases(per_session=2)
     with held.acquire(ANN):
         with held.acquire(ANN):
@@ -423,7 +423,7 @@ def test_streams_of_the_process() -> None:
 
 
 def test_a_refused_lease_holds_nothing() -> None:
-    """A refusal, for whichever reason, leaves no trace, however often."""
+    """A refused lease changes no count, for any reason and however often."""
     held = leases(per_session=1, per_address=2, max_streams=2)
     with held.acquire(ANN), held.acquire(ANNS_GUEST):
         before = dict(held.held)
@@ -435,7 +435,7 @@ def test_a_refused_lease_holds_nothing() -> None:
 
 @pytest.mark.parametrize("left_by", [ValueError(), Busy(), KeyboardInterrupt(), GeneratorExit(), None])
 def test_a_lease_is_released_on_any_exit(left_by: BaseException | None) -> None:
-    """However a stream ends, its place is free."""
+    """A lease is released however its stream ends."""
     held = leases(max_streams=1)
     with suppress(BaseException), held.acquire(ANN):
         assert held.live == 1
@@ -445,7 +445,7 @@ def test_a_lease_is_released_on_any_exit(left_by: BaseException | None) -> None:
 
 
 def test_equal_sessions_and_addresses_are_counted_separately() -> None:
-    """An id that reads like an address does not count as that address."""
+    """A session id that equals an address is not counted as that address."""
     held = leases(per_session=1, per_address=2)
     with held.acquire(Subject("same", "same")), held.acquire(Subject("other", "same")):
         assert held.status(Subject("same", "elsewhere")) == LimitStatus("streams_per_session", 1, 0, 0)
@@ -468,7 +468,7 @@ def test_refused_streams_name_the_limit() -> None:
 
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from([ANN, BEN, ANN_ELSEWHERE, ANNS_GUEST])), max_size=60))
 def test_leases_never_exceed_any_limit(walk: list[tuple[bool, Subject]]) -> None:
-    """In whatever order streams begin and end, no count passes its limit, and at the end all is free."""
+    """In any order of begins and ends, no count exceeds its limit, and at the end no lease is held."""
     held = leases(per_session=2, per_address=3, max_streams=4)
     live: list[tuple[Subject, Lease]] = []
     for begins, subject in walk:
@@ -498,7 +498,7 @@ def counting_tokens(clock: Clock, per_session: str = "", per_address: str = "", 
 
 
 def reserve(token_limits: Tokens, subject: Subject, amount: int) -> Reservation:
-    """In every window, or in none."""
+    """Reserves in every window or in none."""
     return token_limits.reserve(token_limits.check(subject, amount), amount)
 
 
@@ -513,7 +513,7 @@ def exhausted(token_limits: Tokens, subject: Subject, amount: int) -> TokensExha
 
 
 def test_settling_replaces_the_held_tokens_by_the_used() -> None:
-    """A reservation holds its worst case; settled, the account carries what was used, once and for all."""
+    """A reservation holds its worst case; settling replaces it by the used tokens, once."""
     tokens = counting_tokens(Clock(), "1000/day")
     with reserve(tokens, ANN, 400) as reservation:
         assert left(tokens) == [600]
@@ -526,7 +526,7 @@ def test_settling_replaces_the_held_tokens_by_the_used() -> None:
 
 @pytest.mark.parametrize("left_by", [None, ValueError(), KeyboardInterrupt(), GeneratorExit()])
 def test_an_unsettled_reservation_is_released(left_by: BaseException | None) -> None:
-    """An answer that ends without settling, in whichever way, has used nothing."""
+    """An answer that ends without settling, in any way, has used no tokens."""
     tokens = counting_tokens(Clock(), "1000/day", "2000/day", "3000/day")
     with suppress(BaseException), reserve(tokens, ANN, 400):
         assert left(tokens) == [600, 1600]
@@ -537,7 +537,7 @@ def test_an_unsettled_reservation_is_released(left_by: BaseException | None) -> 
 
 
 def test_more_used_than_held_is_booked() -> None:
-    """An upstream that counts more than we held for is believed: the account goes to zero, and stays refused."""
+    """If the upstream counts more than was held, its count is charged: nothing remains, and requests are refused."""
     tokens = counting_tokens(Clock(), "1000/day")
     reserve(tokens, ANN, 100).settle(1500)
     assert left(tokens) == [0]
@@ -561,7 +561,7 @@ def test_a_burst_never_overdraws() -> None:
 
 
 def test_the_last_token_can_be_spent() -> None:
-    """A request that costs exactly what is left is let in; one token more is not."""
+    """A request that costs exactly the remainder is accepted; one token more is refused."""
     tokens = counting_tokens(Clock(), "1000/day")
     reserve(tokens, ANN, 400).settle(400)
     exhausted(tokens, ANN, 601)
@@ -571,7 +571,7 @@ def test_the_last_token_can_be_spent() -> None:
 
 
 def test_all_windows_or_none() -> None:
-    """What one account refuses is held in no other."""
+    """An amount that one window refuses is held in no other window."""
     tokens = counting_tokens(Clock(), "1000/minute;1500/day", "5000/day", "9000/day")
     exhausted(tokens, ANN, 1001)
     assert tokens.windows == {}
@@ -581,7 +581,7 @@ def test_all_windows_or_none() -> None:
 
 
 def test_tokens_are_counted_by_session_address_and_server() -> None:
-    """Sessions, addresses and the whole server have accounts of their own; what one session used, another keeps."""
+    """Sessions, addresses and the server are counted separately; one session does not use up another's limit."""
     tokens = counting_tokens(Clock(), "100/day", "150/day", "200/day")
     reserve(tokens, ANN, 100).settle(100)
     assert left(tokens, ANN) == [0, 50]
@@ -596,13 +596,13 @@ def test_tokens_are_counted_by_session_address_and_server() -> None:
 
 
 def test_the_total_of_the_server_is_not_shown() -> None:
-    """What the server has left in all is not the page's business."""
+    """The statuses for the client do not contain the total of the server."""
     tokens = counting_tokens(Clock(), "100/day", "", "200/day")
     assert [status.name for status in tokens.statuses(ANN)] == ["tokens_per_session"]
 
 
 def test_the_window_begins_with_its_first_token() -> None:
-    """A fixed window runs from the first reservation; at its end, to the tick, the whole allowance is back."""
+    """A fixed window begins with its first reservation; exactly at its end the whole limit is free again."""
     clock = Clock()
     tokens = counting_tokens(clock, "100/minute")
     clock.now += 1000
@@ -618,7 +618,7 @@ def test_the_window_begins_with_its_first_token() -> None:
 
 @pytest.mark.parametrize("used", [0, 50, 100, 500])
 def test_settling_after_the_rollover_leaves_the_new_window_alone(used: int) -> None:
-    """An answer that began in a window that has ended neither costs nor gives anything in the next."""
+    """Settling an answer of an ended window does not change the next window."""
     clock = Clock()
     tokens = counting_tokens(clock, "100/minute")
     long_one = reserve(tokens, ANN, 100)
@@ -630,7 +630,7 @@ def test_settling_after_the_rollover_leaves_the_new_window_alone(used: int) -> N
 
 
 def test_a_rollover_of_one_window_leaves_the_others() -> None:
-    """When the minute ends, the day goes on."""
+    """The end of the minute window does not change the day window."""
     clock = Clock()
     tokens = counting_tokens(clock, "100/minute;150/day")
     first = reserve(tokens, ANN, 100)
@@ -643,7 +643,7 @@ def test_a_rollover_of_one_window_leaves_the_others() -> None:
 
 @dataclass
 class ModelWindow:
-    """One window of the model: when it ends, and what each reservation costs in it."""
+    """One window of the model: its end, and the cost of each reservation in it."""
 
     ends: float
     costs: dict[int, int] = field(default_factory=dict)
@@ -655,8 +655,8 @@ token_steps = st.lists(
     st.tuples(
         st.integers(0, 20) | st.sampled_from([128, 640]),  # ticks that pass before the step
         st.sampled_from([ANN, BEN, ANN_ELSEWHERE, ANNS_GUEST]),
-        st.integers(1, 100),  # the amount held, when it is a reservation
-        st.none() | st.tuples(st.integers(0, 10), st.integers(0, 100)),  # or: which one is settled, for how much of it
+        st.integers(1, 100),  # the amount to reserve
+        st.none() | st.tuples(st.integers(0, 10), st.integers(0, 100)),  # or: which one to settle, and its usage in %
     ),
     max_size=50,
 )
@@ -666,7 +666,7 @@ token_steps = st.lists(
 def test_tokens_match_the_definition(
     walk: list[tuple[int, Subject, int, tuple[int, int] | None]],
 ) -> None:
-    """A reservation passes exactly when every window has room for it; the refusal's wait is true to the tick."""
+    """A reservation is accepted exactly when every window has room; the refusal's wait is exact to the tick."""
     clock = Clock()
     tokens = counting_tokens(clock, "100/2 seconds;300/10 seconds", "150/2 seconds", "400/10 seconds")
     model_windows: dict[tuple[int, str], ModelWindow] = {}
@@ -702,7 +702,7 @@ def test_tokens_match_the_definition(
             assert wait_of(exhausted(tokens, subject, amount)) == max(full)
             for model_window in charged:
                 if not model_window.costs:
-                    model_window.ends = clock.now  # no token was counted in it: it has not begun
+                    model_window.ends = clock.now  # without a counted token it has not begun
             continue
         unsettled.append((step, amount, reserve(tokens, subject, amount), charged))
         for model_window in charged:
@@ -734,7 +734,7 @@ def test_retry_after_is_true_of_tokens(walk: list[tuple[int, Subject, int, tuple
 
 
 def test_refused_tokens_name_the_limits() -> None:
-    """The refusal names every account that is too short, with what is left in it, and the longest wait."""
+    """The refusal has every window that lacks room, with its remainder, and the longest wait."""
     clock = Clock()
     token_limits = counting_tokens(clock, "100/minute;1000/day", "150/hour")
     reserve(token_limits, ANN, 90).settle(90)
@@ -753,7 +753,7 @@ def test_refused_tokens_name_the_limits() -> None:
 
 @pytest.mark.parametrize("subject", [Subject("", "203.0.113.1"), Subject("ann", "")])
 def test_tokens_refuse_an_empty_key(subject: Subject) -> None:
-    """A subject without a key is a bug, and charges no account."""
+    """A subject without a key raises ValueError and charges no window."""
     token_limits = counting_tokens(Clock(), "100/day", "100/day")
     for attempt in (lambda: reserve(token_limits, subject, 1), lambda: token_limits.statuses(subject)):
         with pytest.raises(ValueError, match="without a key"):
@@ -762,7 +762,7 @@ def test_tokens_refuse_an_empty_key(subject: Subject) -> None:
 
 
 def test_dead_windows_do_not_accumulate() -> None:
-    """While 100,000 callers come and go, no more windows are kept than twice what runs, and a fixed rest."""
+    """With 100,000 clients that come and go, at most twice the live windows and SWEEP_AFTER more are stored."""
     clock, live, largest = Clock(), 1000, 0
     token_limits = counting_tokens(clock, "100/second")
     for number in range(MANY):
@@ -773,7 +773,7 @@ def test_dead_windows_do_not_accumulate() -> None:
 
 
 def test_reading_a_status_costs_no_memory() -> None:
-    """Reading what is left, or a refusal, opens no window."""
+    """Neither a status nor a refusal stores a window."""
     token_limits = counting_tokens(Clock(), "100/day")
     for number in range(100):
         token_limits.statuses(Subject(f"session {number}", "203.0.113.1"))
@@ -782,7 +782,7 @@ def test_reading_a_status_costs_no_memory() -> None:
 
 
 def test_a_sweep_keeps_windows_with_live_answers() -> None:
-    """When windows are swept, those that run keep what is held in them."""
+    """A sweep keeps the held tokens of windows that have not ended."""
     clock = Clock()
     token_limits = counting_tokens(clock, "100/hour")
     reservation = reserve(token_limits, ANN, 60)
@@ -836,7 +836,7 @@ HEADERS = [
     ("statuses", "headers"), [case[1:] for case in HEADERS], ids=[str(case[0]) for case in HEADERS]
 )
 def test_limit_headers(statuses: list[LimitStatus], headers: list[tuple[bytes, bytes]]) -> None:
-    """RateLimit-Policy and RateLimit are as draft-ietf-httpapi-ratelimit-headers-10 has them; times are rounded up."""
+    """RateLimit-Policy and RateLimit follow draft-ietf-httpapi-ratelimit-headers-10; times are rounded up."""
     assert limit_headers(statuses) == headers
 
 
@@ -848,7 +848,7 @@ def every_configured_status() -> Iterator[LimitStatus]:
 
 
 def test_labels_are_structured_field_strings() -> None:
-    """However a rate was written, its label is a string that RFC 8941 can parse, and unique within its limit."""
+    """The label of a rate, in any notation, is a string of RFC 8941 and unique within its limit."""
     labels = [f"{status.name} {status.text}" for status in every_configured_status()]
     assert len(labels) == len(set(labels)) == 20
     item = r'"[A-Za-z0-9_ /]+";q=\d+;w=\d+'
@@ -857,7 +857,7 @@ def test_labels_are_structured_field_strings() -> None:
 
 
 def test_a_rate_has_one_name() -> None:
-    """Requests and tokens name the same rate the same way, in the short form."""
+    """Limits of requests and of tokens give the same rate the same short name."""
     names = defaultdict(set)
     for status in every_configured_status():
         names[status.window].add(status.text)
@@ -902,7 +902,7 @@ print(len(requests.windows.entries) + len(tokens.windows))
 
 
 def test_many_clients_fit_into_memory() -> None:
-    """So many sessions and networks hold less than 128 MB, and are forgotten when their windows are over."""
+    """CLIENTS sessions and networks take less than 128 MB, and are removed when their windows have ended."""
     command = [sys.executable, "-c", MANY_CLIENTS, str(CLIENTS)]
     done = subprocess.run(command, env=unmeasured(), capture_output=True, text=True, check=True)
     size, left = map(int, done.stdout.split())
@@ -911,6 +911,7 @@ def test_many_clients_fit_into_memory() -> None:
 
 
 def test_the_oldest_are_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the bound on keys the oldest are removed; the newest keys and the total of the server are kept."""
     monkeypatch.setattr(requests, "MOST_KEYS", 1000)
     monkeypatch.setattr(tokens, "MOST_WINDOWS", 1000)
     clock = Clock()
@@ -923,4 +924,4 @@ def test_the_oldest_are_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(TooMany):
         limits.charge(ChargeKind.QUESTION, Subject("9999", "9999"))
     assert token_limits.statuses(Subject("9999", "9999"))[0].remaining == 199_999
-    exhausted(token_limits, Subject("another", "another"), 1)  # what all have used together is never forgotten
+    exhausted(token_limits, Subject("another", "another"), 1)  # the total of the server is never forgotten
