@@ -1,4 +1,7 @@
-"""Reads JSON strictly: repeated names, depth and sizes are checked, values stay bytes. Pure."""
+"""Strict reading of JSON: repeated names, depth and sizes are checked, values stay bytes. Pure.
+
+Every fault is raised as InvalidJson or InvalidRequest, with the path of the field.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ from msgspec import Raw
 
 from proxy import errors
 
-MAX_DEPTH = 64  # levels in a value we pass unread: twice what tool schemas use, half of what serde_json reads
-MAX_FIELDS = 64  # of an object that we read: OpenAI's request has about 40; each costs us time
-MAX_NAMES = 30_000  # in the whole body, 2 us each before any bound below is reached; its size would let 130,000 in
-MAX_DIGITS = 309  # of an integer: no double holds more, and Python itself refuses to read 4,301
+MAX_DEPTH = 64  # levels in a value that passes unread: twice what tool schemas use, half of serde_json's limit
+MAX_FIELDS = 64  # in an object that is read: OpenAI's request has about 40, and each costs time
+MAX_NAMES = 30_000  # in the whole body, 2 us each before another bound applies; its size alone would allow 130,000
+MAX_DIGITS = 309  # in an integer: a double holds no more, and int() raises from 4,301 on
 SAFE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 TYPE_ERROR = re.compile(r"(?:Expected `([a-z| ]+)`)?.*?(?: - at `\$([\w.\[\]]+)`)?\Z")  # msgspec's message
 BOOLEANS = {b"true": True, b"false": False, b"null": False}
@@ -29,12 +32,12 @@ NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
 TOO_DEEP = f"is nested too deeply: at most {MAX_DEPTH} levels"
 
 
-def wrong(path: str, right: str) -> NoReturn:
-    raise errors.InvalidRequest(f"{path} {right}.", param=path)
+def refuse(path: str, rule: str) -> NoReturn:
+    raise errors.InvalidRequest(f"{path} {rule}.", param=path)
 
 
 def path_to(parent: str, name: str) -> str | None:
-    """The path of a field whose name the client chose; the parent's when the name cannot be shown."""
+    """The path of a field whose name the client chose; the parent's path when the name is not a SAFE_NAME."""
     path = f"{parent}.{name}" if parent else name
     return path if SAFE_NAME.fullmatch(name) else parent or None
 
@@ -43,7 +46,7 @@ def path_to(parent: str, name: str) -> str | None:
 
 
 class Key:
-    """One occurrence of a name in an object. No two are equal, so a dict keeps a name that comes twice."""
+    """One occurrence of a name in an object. No two are equal, so a dict keeps both when a name is repeated."""
 
     __slots__ = ("name",)
 
@@ -55,7 +58,7 @@ Members = dict[Key, Raw]
 
 
 class Message(msgspec.Struct):
-    """A message's fields that we read; when one is written twice, the last."""
+    """The fields of a message that are read; the last one when a field is repeated."""
 
     role: str = ""
     content: str | list[Members] | None = None
@@ -69,10 +72,10 @@ STRING, OBJECT, OBJECTS, MESSAGES = map(decoder, (str, Members, list[Members], l
 
 
 def parse(body: bytes) -> dict[str, Raw]:
-    """The body's fields by name; the values are valid JSON in valid UTF-8, more is not known of them."""
+    """The body's fields by name. The values are valid JSON in valid UTF-8; nothing more has been checked."""
     try:
-        body.decode()  # msgspec does not check the content of a Raw
-        check_names_in_all(body)
+        body.decode()  # msgspec does not check the bytes of a Raw
+        check_number_of_names(body)
         members = OBJECT.decode(body)
     except UnicodeDecodeError as error:
         raise errors.InvalidJson("The request body is not UTF-8 text.", reason=str(error)) from None
@@ -80,10 +83,10 @@ def parse(body: bytes) -> dict[str, Raw]:
         raise errors.InvalidJson("The request body must be one JSON object.") from None
     except msgspec.DecodeError as error:
         raise errors.InvalidJson(reason=str(error)) from None
-    return named(members, "")
+    return fields_by_name(members, "")
 
 
-def check_names_in_all(body: bytes) -> None:
+def check_number_of_names(body: bytes) -> None:
     if body.count(b":") > MAX_NAMES and outside_strings(body).count(b":") > MAX_NAMES:
         raise errors.InvalidRequest(f"The request has too many fields in all: at most {MAX_NAMES}.")
 
@@ -94,22 +97,22 @@ def outside_strings(value: bytes) -> bytes:
     return b"".join(unescaped.split(b'"')[::2])
 
 
-def named(members: Members, path: str) -> dict[str, Raw]:
+def fields_by_name(members: Members, path: str) -> dict[str, Raw]:
     if len(members) > MAX_FIELDS:
         message = f"{path or 'The request'} has too many fields: at most {MAX_FIELDS}."
         raise errors.InvalidRequest(message, param=path or None)
-    found = {key.name: value for key, value in members.items()}
-    if len(found) != len(members):
-        twice = Counter(key.name for key in members).most_common(1)[0][0]
-        param = path_to(path, twice)
+    fields = {key.name: value for key, value in members.items()}
+    if len(fields) != len(members):
+        repeated = Counter(key.name for key in members).most_common(1)[0][0]
+        param = path_to(path, repeated)
         raise errors.InvalidJson(f"{param or 'A field'} is written twice; write it once.", param=param)
-    return found
+    return fields
 
 
 def check_lookalikes(fields: dict[str, Raw], known: Set[str], path: str) -> None:
     for name in fields.keys() - known:
-        if (meant := name.casefold()) in known:
-            wrong(f"{path}.{meant}", "must be written in small letters")
+        if (lower := name.casefold()) in known:
+            refuse(f"{path}.{lower}", "must be written in small letters")
 
 
 def check_known(fields: dict[str, Raw], known: Set[str], path: str) -> None:
@@ -123,31 +126,31 @@ def absent(fields: dict[str, Raw], name: str) -> bool:
 
 
 def decode(decoder: msgspec.json.Decoder[Any], raw: Raw | None, path: str) -> Any:
-    """The value; when it, or something in it that we read, has the wrong type, the refusal names that."""
+    """The decoded value. A wrong type is refused with the path of the value in `raw` that has it."""
     if raw is None:
-        wrong(path, "is required")
+        refuse(path, "is required")
     try:
         return decoder.decode(raw)
     except msgspec.ValidationError as error:
-        found = TYPE_ERROR.match(str(error))
-        right, inner = found.groups("") if found else ("", "")
-        named = right.replace("str", "string").replace(" |", " or")
-        wrong(path + inner, f"must be {named}" if named else "must not be a number")  # that no double holds
+        match = TYPE_ERROR.match(str(error))
+        expected, inner = match.groups("") if match else ("", "")
+        types = expected.replace("str", "string").replace(" |", " or")
+        refuse(path + inner, f"must be {types}" if types else "must not be a number")  # beyond a double's range
 
 
 def boolean(raw: Raw | None, path: str) -> bool:
-    written = b"null" if raw is None else bytes(raw)
-    if written not in BOOLEANS:
-        wrong(path, "must be true or false")
-    return BOOLEANS[written]
+    text = b"null" if raw is None else bytes(raw)
+    if text not in BOOLEANS:
+        refuse(path, "must be true or false")
+    return BOOLEANS[text]
 
 
 def integer(raw: Raw, path: str, highest: int | None = None) -> int:
-    """At least 1, and written in digits: true, 1.0, 1e3 and "1" are no integers."""
-    written = bytes(raw)
-    value = int(written) if written.isdigit() and len(written) <= MAX_DIGITS else 0
+    """An integer from 1 on, in digits only: true, 1.0, 1e3 and "1" are refused."""
+    text = bytes(raw)
+    value = int(text) if text.isdigit() and len(text) <= MAX_DIGITS else 0
     if value < 1 or (highest and value > highest):
-        wrong(path, f"must be an integer from 1 to {highest}" if highest else "must be an integer, 1 or more")
+        refuse(path, f"must be an integer from 1 to {highest}" if highest else "must be an integer, 1 or more")
     return value
 
 

@@ -1,17 +1,17 @@
-"""What a page may ask of the model: body bytes in, upstream bytes and facts out.
+"""The rules for a page's request to the model: body bytes in, a validated ChatRequest out.
 
 Rules:
-1. Pure: no await, no clock, no network; nothing is kept but the rules in ready-made form.
-2. We judge what the upstream will read. So what two JSON readers may understand differently is refused, never
-   repaired: bytes that are not UTF-8, a BOM, NaN, lone surrogates, deep nesting, a name twice in an object we
-   read, a name that differs from one we read only in case (Go's encoding/json takes `Role` for `role`).
-3. What we do not touch goes on byte for byte, in its order. With nothing to change, that is the whole body.
-4. Optional fields pass by name (`allow`); content parts and image URLs with the fields we know, no others.
+1. Pure: no await, no clock, no network. Only forms of the rules that are made once are cached.
+2. The policy checks what the upstream will read. JSON that two parsers may read differently is refused, never
+   repaired: bytes that are not UTF-8, a BOM, NaN, lone surrogates, deep nesting, a repeated name in an object that
+   is read, a name that differs from such a field's only in case (Go's encoding/json takes `Role` for `role`).
+3. Unchanged fields pass byte for byte, in their order. If nothing changes, the whole body does.
+4. Optional fields pass by name (`allow`); content parts and image URLs pass with the listed fields only.
    A message's other fields (name, tool_calls, tool_call_id, ...) pass unread, whatever its role.
 5. null in an optional field counts as absent. It is passed on, except in `model` and the output limits.
-6. Of a client's text only names that match SAFE_NAME come back in an answer (rule 1 of `errors`).
+6. An error message quotes from a client's text only names that match SAFE_NAME (rule 1 of `errors`).
 
-JSON that cannot be trusted to mean one thing is `invalid_json`; JSON that asks for the wrong thing is not.
+Ambiguous or malformed JSON is `invalid_json`; well-formed JSON that breaks a rule has another code.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from proxy.chat.json_fields import (
     check_known,
     check_lookalikes,
     decode,
+    fields_by_name,
     integer,
-    named,
     parse,
     path_to,
-    wrong,
+    refuse,
 )
 
-MAX_PARTS = 4096  # of content in all messages, 3 us each; the body's limit alone would let 40,000 through
+MAX_PARTS = 4096  # content parts in all messages, 3 us each; the body's limit alone would allow 40,000
 MAX_CHOICES = 128  # OpenAI's own bound for `n`; each choice may cost a whole output limit
-BYTES_PER_TOKEN = 3  # of the prompt as JSON: English has about 4, code and Chinese 3; rather too dear
-IMAGE_TOKENS = 1600  # for one image: about the most that large models count (GPT-4o 1445, Claude 1600)
-RULES_KEPT = 8  # a process has one set of rules, and one more after each reload
+BYTES_PER_TOKEN = 3  # of the prompt as JSON: English has about 4, code and Chinese 3; rather an overestimate
+IMAGE_TOKENS = 1600  # per image: about the maximum of large models (GPT-4o 1445, Claude 1600)
+RULES_KEPT = 8  # cached sets of rules: a process has one, and a new one after each reload
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 OPERATOR_ROLES = ("system", "developer")
@@ -58,7 +58,7 @@ ALWAYS_ALLOWED = frozenset({"model", "messages", "stream"})
 OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens")
 NOT_PROMPT = frozenset({"model", "messages", "stream", "n", "stream_options", *OUTPUT_LIMITS})
 MESSAGE_FIELDS = frozenset({"role", "content"})
-USUAL_MESSAGES = (["role", "content"], ["content", "role"])  # nothing to check in their names
+USUAL_MESSAGES = (["role", "content"], ["content", "role"])  # their names need no check
 PART_FIELDS = {kind: frozenset({"type", kind}) for kind in ("text", "image_url", "refusal")}
 IMAGE_FIELDS = frozenset({"url", "detail"})
 STREAM_FIELDS = frozenset({"include_usage"})
@@ -80,8 +80,8 @@ class ChatRequest:
 
     `output_tokens` is the limit of one choice. `prompt_tokens` estimates the messages as they go upstream and
     the optional values beside them (tools, ...): their JSON bytes / BYTES_PER_TOKEN, without the image URLs,
-    + IMAGE_TOKENS for each image. `include_usage`: the page asked for it in stream_options; `usage_for_us`: we did,
-    and the page must not see the answer.
+    + IMAGE_TOKENS for each image. `include_usage`: the page requested the usage in stream_options. `usage_for_us`:
+    the proxy requested it, so the chunk with the usage must not reach the page.
     """
 
     body: bytes
@@ -95,7 +95,7 @@ class ChatRequest:
 
 
 def apply(body: bytes, rules: settings.Policy, *, exact_usage: bool = False) -> ChatRequest:
-    """The order that `body` places under `rules`; with `exact_usage` the upstream is asked what a stream has cost.
+    """The request for the upstream that `body` makes under `rules`; with `exact_usage` it requests a stream's usage.
 
     Raises InvalidJson, InvalidRequest, ModelNotAllowed, FieldNotAllowed, TooManyMessages, InputTooLong; their
     `param` is the field's path, like messages[3].content.
@@ -111,19 +111,19 @@ def chat_request(body: bytes, rules: settings.Policy, exact_usage: bool) -> Chat
     check_names(fields, allowed_names(rules))
     model, edits = choose_model(fields, rules)
     stream = boolean(fields.get("stream"), "stream")
-    include_usage = usage_wanted(fields, stream)
+    include_usage = requests_usage(fields, stream)
     usage_for_us = exact_usage and stream and not include_usage
     output_tokens, limits = limit_output(fields, rules)
     reader = MessagesReader(rules)
     reader.read(fields.get("messages"))
-    messages = opening(rules) + bytes(fields["messages"])[1:]
+    messages = messages_prefix(rules) + bytes(fields["messages"])[1:]
     if rules.system_prompt:
         edits["messages"] = Raw(messages)
     edits |= limits
     if usage_for_us:
         edits["stream_options"] = with_usage(fields)
     return ChatRequest(
-        body=rewritten(fields, edits) if edits else body,
+        body=rewrite(fields, edits) if edits else body,
         model=model,
         stream=stream,
         choices=1 if absent(fields, "n") else integer(fields["n"], "n", MAX_CHOICES),
@@ -140,8 +140,8 @@ def allowed_names(rules: settings.Policy) -> frozenset[str]:
 
 
 @lru_cache(RULES_KEPT)
-def opening(rules: settings.Policy) -> bytes:
-    """The bytes that replace the first bracket of `messages`: it, and the operator's message."""
+def messages_prefix(rules: settings.Policy) -> bytes:
+    """The bytes that replace the first bracket of `messages`: the bracket and the operator's message."""
     message = msgspec.json.encode({"role": "system", "content": rules.system_prompt})
     return b"[" + message + b"," if rules.system_prompt else b"["
 
@@ -154,7 +154,7 @@ def check_message_fields(fields: dict[str, Raw], path: str) -> None:
 
 # ---- the top level ---------------------------------------------------------------------------------------
 
-Edits = dict[str, Raw | None]  # what takes a field's place; None: nothing does
+Edits = dict[str, Raw | None]  # new values by field; None removes the field
 
 
 def check_names(fields: dict[str, Raw], allowed: Set[str]) -> None:
@@ -168,42 +168,44 @@ def check_names(fields: dict[str, Raw], allowed: Set[str]) -> None:
 
 
 def choose_model(fields: dict[str, Raw], rules: settings.Policy) -> tuple[str, Edits]:
-    asked = None if absent(fields, "model") else decode(STRING, fields["model"], "model")
-    chosen = rules.models[0] if asked is None or rules.force_model else asked
+    requested = None if absent(fields, "model") else decode(STRING, fields["model"], "model")
+    chosen = rules.models[0] if requested is None or rules.force_model else requested
     if chosen not in rules.models:
         raise errors.ModelNotAllowed(param="model")
-    return chosen, {} if chosen == asked else {"model": Raw(msgspec.json.encode(chosen))}
+    return chosen, {} if chosen == requested else {"model": Raw(msgspec.json.encode(chosen))}
 
 
-def usage_wanted(fields: dict[str, Raw], stream: bool) -> bool:
+def requests_usage(fields: dict[str, Raw], stream: bool) -> bool:
     if absent(fields, "stream_options"):
         return False
     if not stream:
-        wrong("stream_options", "goes with stream: true only")
-    options = named(decode(OBJECT, fields["stream_options"], "stream_options"), "stream_options")
+        refuse("stream_options", "goes with stream: true only")
+    options = fields_by_name(decode(OBJECT, fields["stream_options"], "stream_options"), "stream_options")
     check_lookalikes(options, STREAM_FIELDS, "stream_options")
     return boolean(options.get("include_usage"), "stream_options.include_usage")
 
 
 def with_usage(fields: dict[str, Raw]) -> Raw:
-    options = {} if absent(fields, "stream_options") else named(OBJECT.decode(fields["stream_options"]), "")
+    options = {} if absent(fields, "stream_options") else fields_by_name(OBJECT.decode(fields["stream_options"]), "")
     return Raw(msgspec.json.encode({**options, "include_usage": True}))
 
 
 def limit_output(fields: dict[str, Raw], rules: settings.Policy) -> tuple[int, Edits]:
-    """The most that one choice may have, and the edits that see to that. Of two limits upstreams read one or the other,
-    so what counts is the larger."""
+    """The highest number of output tokens of one choice, and the edits that enforce it.
+
+    If the body has both limits, the larger one counts: upstreams differ in which one they read.
+    """
     highest = rules.max_output_tokens
     limit = Raw(b"%d" % highest)
-    given = {name: integer(fields[name], name) for name in OUTPUT_LIMITS if not absent(fields, name)}
-    edits: Edits = {name: None for name in OUTPUT_LIMITS if name in fields and name not in given}
-    edits |= {name: limit for name, value in given.items() if value > highest}
-    if not given:
+    requested = {name: integer(fields[name], name) for name in OUTPUT_LIMITS if not absent(fields, name)}
+    edits: Edits = {name: None for name in OUTPUT_LIMITS if name in fields and name not in requested}
+    edits |= {name: limit for name, value in requested.items() if value > highest}
+    if not requested:
         edits[rules.output_limit_field] = limit
-    return min(highest, max(given.values(), default=highest)), edits
+    return min(highest, max(requested.values(), default=highest)), edits
 
 
-def rewritten(fields: dict[str, Raw], edits: Edits) -> bytes:
+def rewrite(fields: dict[str, Raw], edits: Edits) -> bytes:
     return msgspec.json.encode({name: raw for name, raw in (fields | edits).items() if raw is not None})
 
 
@@ -215,7 +217,7 @@ def unread_bytes(fields: dict[str, Raw]) -> int:
 
 
 class MessagesReader:
-    """Reads a page's messages once, and counts what limits and estimates need."""
+    """Reads a page's messages once, and counts characters, parts and images for the limits and the estimate."""
 
     __slots__ = ("chars", "image_bytes", "images", "parts", "rules")
 
@@ -227,58 +229,58 @@ class MessagesReader:
         return -(-(prompt_bytes - self.image_bytes) // BYTES_PER_TOKEN) + self.images * IMAGE_TOKENS
 
     def read(self, raw: Raw | None) -> None:
-        written = decode(OBJECTS, raw, "messages")
-        if not written:
-            wrong("messages", "must have at least one message")
-        if len(written) > (most := self.rules.max_messages):
+        members = decode(OBJECTS, raw, "messages")
+        if not members:
+            refuse("messages", "must have at least one message")
+        if len(members) > (most := self.rules.max_messages):
             message = f"messages may have {most} entries here; leave the oldest out."
             raise errors.TooManyMessages(message, param="messages")
         for index, message in enumerate(decode(MESSAGES, raw, "messages")):
-            self.message(written[index], message, f"messages[{index}]")
+            self.read_message(members[index], message, f"messages[{index}]")
         if self.chars > (most := self.rules.max_input_chars):
             message = f"messages may have {most} characters of text here; leave the oldest out."
             raise errors.InputTooLong(message, param="messages")
 
-    def message(self, members: Members, message: Message, path: str) -> None:
+    def read_message(self, members: Members, message: Message, path: str) -> None:
         if [key.name for key in members] not in USUAL_MESSAGES:
-            check_message_fields(named(members, path), path)
+            check_message_fields(fields_by_name(members, path), path)
         if message.role not in ROLES:
-            wrong(f"{path}.role", f"must be one of {', '.join(ROLES)}")
+            refuse(f"{path}.role", f"must be one of {', '.join(ROLES)}")
         if self.rules.lock_system and message.role in OPERATOR_ROLES:
-            wrong(f"{path}.role", f"must not be {message.role}: the operator sets the instructions here")
-        self.content(message, path)
+            refuse(f"{path}.role", f"must not be {message.role}: the operator sets the instructions here")
+        self.read_content(message, path)
 
-    def content(self, message: Message, path: str) -> None:
+    def read_content(self, message: Message, path: str) -> None:
         content = message.content
         if isinstance(content, str):
             self.chars += len(content)
         elif content:
             for index, members in enumerate(content):
-                self.part(members, message.role, f"{path}.content[{index}]")
+                self.read_part(members, message.role, f"{path}.content[{index}]")
         elif content is not None or message.role != "assistant":
-            wrong(f"{path}.content", "must be a string or a list of at least one part")
+            refuse(f"{path}.content", "must be a string or a list of at least one part")
 
-    def part(self, members: Members, role: str, path: str) -> None:
+    def read_part(self, members: Members, role: str, path: str) -> None:
         self.parts += 1
         if self.parts > MAX_PARTS:
-            wrong("messages", f"may have {MAX_PARTS} content parts in all")
-        fields = named(members, path)
+            refuse("messages", f"may have {MAX_PARTS} content parts in all")
+        fields = fields_by_name(members, path)
         kind = decode(STRING, fields.get("type"), f"{path}.type")
         if kind not in PART_FIELDS or (kind == "refusal" and role != "assistant"):
-            wrong(f"{path}.type", "must be text or image_url; in an assistant's message also refusal")
+            refuse(f"{path}.type", "must be text or image_url; in an assistant's message also refusal")
         check_known(fields, PART_FIELDS[kind], path)
         if kind == "image_url":
-            self.image(fields.get(kind), f"{path}.image_url")
+            self.read_image(fields.get(kind), f"{path}.image_url")
         else:
             self.chars += len(decode(STRING, fields.get(kind), f"{path}.{kind}"))
 
-    def image(self, raw: Raw | None, path: str) -> None:
-        fields = named(decode(OBJECT, raw, path), path)
+    def read_image(self, raw: Raw | None, path: str) -> None:
+        fields = fields_by_name(decode(OBJECT, raw, path), path)
         check_known(fields, IMAGE_FIELDS, path)
         url = decode(STRING, fields.get("url"), f"{path}.url")
-        pattern, right = IMAGE_URLS[self.rules.allow_image_urls]
+        pattern, rule = IMAGE_URLS[self.rules.allow_image_urls]
         if not pattern.match(url):
-            wrong(f"{path}.url", right)
+            refuse(f"{path}.url", rule)
         if not absent(fields, "detail"):
             decode(STRING, fields["detail"], f"{path}.detail")
         self.images += 1

@@ -1,15 +1,16 @@
-"""Server-sent events as they pass: where an event ends, and whether the stream has announced its end. Pure.
+"""Server-sent events in transit: the end of each event, and whether the stream has announced its end. Pure.
 
 Rules:
-1. No byte is ever altered, added or reordered. What goes in comes out, up to the last complete event; only a chunk
-   that we asked for and the page did not, with a usage and no choices, is withheld.
+1. No byte is altered, added or reordered. All input comes out, up to the last complete event. Only a chunk with a
+   usage and no choices is withheld, if the proxy requested it and the page did not.
 2. An event is complete at its blank line; a line ends with LF, CRLF or CR (WHATWG HTML, section 9.2.5).
-3. An event that does not end is held for `HOLD` bytes, then passed on as it comes: memory is bounded, bytes are not.
-4. Ordinary chunks are only searched, never parsed: this runs for every token of every user. What a search cannot
-   rule out is parsed. An event that was passed on early (rule 3) is counted, and not parsed: it is not there any more.
-5. Our own key never passes: not even in pieces of an event that was passed on early. (None is guarded where it is
-   empty.)
-6. When in doubt the stream is open: an end that we miss costs an error event, one that we imagine hides a break.
+3. At most `HOLD` bytes of an incomplete event are held; more of it is passed on as it arrives. This bounds memory,
+   not the length of an event.
+4. Ordinary chunks are searched, not parsed: this code runs for every token of every user. An event is parsed if the
+   search cannot rule out an end. An event that was passed on early (rule 3) is counted but not parsed: its first
+   bytes are gone.
+5. The API key never passes, not even divided in an event that is passed on early. (An empty key guards nothing.)
+6. When in doubt, the stream is open: a missed end costs an error event, a falsely detected end hides a broken stream.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ import msgspec
 
 from proxy.telemetry.records import Usage
 
-NOT_TEXT = b"\0" * 8  # takes the place of a key where there is none to guard
-HOLD = 64 * 1024  # bytes of an incomplete event: far above any token, far below what would hurt a thousand streams
+NOT_TEXT = b"\0" * 8  # stands in for an empty key
+HOLD = 64 * 1024  # bytes of an incomplete event: far above any token, affordable for a thousand streams
 
 CONTENT = b'"content":"'
-LESSONS = 8  # ordinary events to learn from: the first ones of a stream may differ, with a role or none
+LESSONS = 8  # ordinary events to learn from: the first ones of a stream may differ, such as by a role
 
 BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")  # atomic: a CR LF is never taken for two line ends
 LINE = re.compile(rb"\r\n|\n|\r")
@@ -34,7 +35,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 class Ending(Enum):
-    """The end that the stream has announced so far."""
+    """The end that the stream has announced so far, if any."""
 
     OPEN = "open"
     COMPLETE = "complete"
@@ -58,7 +59,7 @@ decode_chunk = msgspec.json.Decoder(Chunk).decode
 
 
 class KeyEcho(Exception):
-    """The upstream sent our own key. `safe` holds the whole events before it."""
+    """The upstream sent the API key. `safe` holds the whole events before it."""
 
     def __init__(self, safe: bytes) -> None:
         self.safe = safe
@@ -66,7 +67,7 @@ class KeyEcho(Exception):
 
 
 class Events:
-    """One stream. Feed it what the socket gave; pass on what it returns."""
+    """One stream. `feed` takes bytes of the upstream and returns the bytes to pass on."""
 
     __slots__ = (
         "_after",
@@ -88,21 +89,21 @@ class Events:
     def __init__(self, key: bytes, choices: int = 1, *, withhold_usage: bool = False) -> None:
         self._key = key = key or NOT_TEXT
         self._withhold = withhold_usage
-        self._before = b""  # what stands before and after the content in this stream's ordinary events, once known
+        self._before = b""  # the bytes before and after the content in this stream's ordinary events, once learned
         self._after = b""
         self._lessons = 0 if b'"' in key else LESSONS
-        self._keep = max(1, len(key) - 1)  # bytes of a passed-on tail that could still become a boundary or the key
+        self._keep = max(1, len(key) - 1)  # held bytes of a long event that may yet become a boundary or the key
         self._tail = bytearray()
         self.choices = choices
         self.count = 0
         self.done = False
         self.failed = False
         self.finished: set[int | None] = set()
-        self.partial = False  # a part of the event at hand has gone out already (rule 3)
+        self.partial = False  # a part of the current event has been passed on (rule 3)
         self.usage: Usage | None = None
 
     def feed(self, data: bytes) -> bytes:
-        """The bytes that may go out now. Raises KeyEcho."""
+        """The bytes to pass on now. Raises KeyEcho."""
         if self._tail or not data.endswith(b"\n\n"):
             return self.feed_split(data)
         if self.is_like_the_last(data):
@@ -111,10 +112,10 @@ class Events:
         return self.note(data)
 
     def is_like_the_last(self, data: bytes) -> bool:
-        """One event that differs from an ordinary one before it in nothing but its content (rule 4).
+        """Whether this is one event that differs from the learned one in its content only (rule 4).
 
-        Then only the content must be looked at: without a quote it is inside its string, without a line end it is
-        inside its event. Our key has no quote in it, so it cannot begin before the content or end after it.
+        Then only the content is searched: without a quote it stays inside its string, without a line end inside its
+        event. The key contains no quote, so it cannot start before the content or end after it.
         """
         before, after = self._before, self._after
         if not before or not data.startswith(before) or not data.endswith(after):
@@ -129,7 +130,7 @@ class Events:
         )
 
     def learn(self, event: bytes) -> None:
-        """Takes a plain event as the pattern of those to come; not for ever, some upstreams pad each differently."""
+        """Takes a plain event as the pattern for later ones, LESSONS times: some upstreams pad each differently."""
         self._lessons -= 1
         start = event.find(CONTENT) + len(CONTENT)
         stop = event.find(b'"', start)
@@ -139,7 +140,7 @@ class Events:
     def feed_split(self, data: bytes) -> bytes:
         """`feed` for a chunk that does not end with an event, or that continues one."""
         tail = self._tail
-        start = max(0, len(tail) - 1)  # a boundary may begin with the last byte that was held
+        start = max(0, len(tail) - 1)  # a boundary may start with the last held byte
         tail += data
         cut = last_boundary(tail, start)
         out = bytes(tail[:cut])
@@ -151,7 +152,7 @@ class Events:
         return out
 
     def pass_on(self, before: bytes) -> bytes:
-        """The bytes of an event longer than HOLD that may be sent; whole events `before` it have been."""
+        """The bytes to pass on of an event longer than HOLD, after the whole events `before` it. Raises KeyEcho."""
         if self._key in self._tail:
             raise KeyEcho(before)
         out = bytes(self._tail[: -self._keep])
@@ -160,7 +161,7 @@ class Events:
         return out
 
     def rest(self) -> bytes:
-        """The bytes held after the last whole event, which belong to a stream that ended well. Raises KeyEcho."""
+        """The bytes held after the last whole event, for a stream that ended well. Raises KeyEcho."""
         out = bytes(self._tail)
         self._tail.clear()
         if self._key in out:
@@ -178,28 +179,28 @@ class Events:
     # ---- reading what passes --------------------------------------------------------------------------------------
 
     def note(self, out: bytes) -> bytes:
-        """Takes note of whole events, and returns them as they may pass. Raises KeyEcho."""
+        """Counts and reads whole events, and returns the bytes to pass on. Raises KeyEcho."""
         if self._key in out:
             raise KeyEcho(self.whole_events_before(out, out.index(self._key)))
-        begun = b""
+        continued = b""
         if self.partial:
             self.partial = False
             self.count += 1
-            begun, out = split_at(BLANK_LINE.search(out), out)
+            continued, out = split_at(BLANK_LINE.search(out), out)
         if not is_plain(out):
-            return begun + self.read(out)
+            return continued + self.read(out)
         events = out.count(b"\n\n")
         self.count += events
         if self._lessons and events == 1:
             self.learn(out)
-        return begun + out
+        return continued + out
 
     def whole_events_before(self, out: bytes, place: int) -> bytes:
         safe = out[: last_boundary(out[:place], 0)]
         return self.note(safe) if safe else b""
 
     def read(self, out: bytes) -> bytes:
-        """Reads event by event; returns all but what is withheld."""
+        """Parses event by event, and returns all bytes except withheld events."""
         kept, start = [], 0
         for boundary in BLANK_LINE.finditer(out):
             event, start = out[start : boundary.end()], boundary.end()
@@ -208,7 +209,7 @@ class Events:
         return b"".join(kept) + out[start:]
 
     def read_event(self, event: bytes) -> bool:
-        """Takes note of one event; true when it is not for the page."""
+        """Counts and parses one event; true if it is to be withheld from the page."""
         data = data_of(event)
         if data is None:
             return False
@@ -219,11 +220,11 @@ class Events:
         try:
             chunk = decode_chunk(data)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            return False  # not a chunk: it passes unchanged, and announces no end
-        if chunk.error:  # the clients too take an empty one for none
+            return False  # not a chunk: passed unchanged, and no end
+        if chunk.error:  # clients also take an empty one for none
             self.failed = True
         for choice in chunk.choices or ():
-            if choice.finish_reason and choice.finish_reason != "null":  # some write "" or "null" for OpenAI's null
+            if choice.finish_reason and choice.finish_reason != "null":  # some write "" or "null" for null
                 self.finished.add(choice.index)
         usage = counted(chunk.usage)
         self.usage = usage or self.usage
@@ -240,10 +241,10 @@ def split_at(boundary: re.Match[bytes] | None, data: bytes) -> tuple[bytes, byte
 
 
 def last_boundary(data: bytes | bytearray, start: int) -> int:
-    """The place after the last blank line that begins at or after `start`; 0 when there is none.
+    """The index after the last blank line that starts at or after `start`; 0 if there is none.
 
-    Two line ends in a row make a blank line, and CR LF is one line end: so LF LF, LF CR, CR CR, and the LF that may
-    follow belongs to the second.
+    A blank line is two line ends in a row, and CR LF is one line end: LF LF, LF CR or CR CR, and the LF after a
+    second CR belongs to it.
     """
     place = max(data.rfind(b"\n\n", start), data.rfind(b"\n\r", start), data.rfind(b"\r\r", start))
     if place < 0:
@@ -253,10 +254,10 @@ def last_boundary(data: bytes | bytearray, start: int) -> int:
 
 
 def is_plain(out: bytes) -> bool:
-    """Each event in here begins with its data and ends with LF LF, and none can announce the end.
+    """Whether every event here starts with its data and ends with LF LF, and none can announce the end.
 
-    `"finish_reason"` cannot stand inside a JSON string (its quotes would be escaped), so counting it is enough; and
-    its letters can be escaped only as `\\u00..`.
+    `"finish_reason"` cannot occur inside a JSON string (its quotes would be escaped), so counting it is enough. Its
+    letters can be escaped only as `\\u00..`.
     """
     reasons = out.count(b'"finish_reason"')
     return (
@@ -272,7 +273,7 @@ def is_plain(out: bytes) -> bool:
 
 
 def data_of(event: bytes) -> bytes | None:
-    """The data of one event: its data lines, joined with LF; None when there is none."""
+    """The data of one event: its data lines joined with LF; None without a data line."""
     lines = []
     for line in LINE.split(event.removeprefix(BOM)):
         field, _, value = line.partition(b":")
@@ -282,7 +283,7 @@ def data_of(event: bytes) -> bytes | None:
 
 
 def usage_of(body: bytes) -> Usage | None:
-    """The usage in a whole chat.completion; None without one."""
+    """The usage in a whole chat.completion, or None."""
     try:
         return counted(decode_chunk(body).usage)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
@@ -290,9 +291,9 @@ def usage_of(body: bytes) -> Usage | None:
 
 
 def counted(usage: object) -> Usage | None:
-    """A usage that can be believed: whole numbers, and a prompt that was at least one token."""
+    """The usage if it is plausible: whole numbers, and a prompt of at least one token. Else None."""
     try:
-        found = msgspec.convert(usage, Usage)
+        converted = msgspec.convert(usage, Usage)
     except msgspec.ValidationError:
         return None
-    return found if found.prompt_tokens else None
+    return converted if converted.prompt_tokens else None

@@ -1,12 +1,12 @@
 """One call of the upstream, with the API key, deadlines and retries.
 
 Rules:
-1. The request's headers are built from nothing. The transport is called directly: no cookie jar, no redirects, no
-   environment proxies, so nothing of one visitor can travel with another's request.
+1. The request's headers are built from scratch. The transport is called directly: no cookie jar, no redirects, no
+   environment proxies, so no data of one client can be sent with another client's request.
 2. Only failures that cannot have cost anything are retried: a connection that was not established, and the statuses
-   that mean "not now". Every attempt begins inside `first_byte_timeout`.
+   that mean "not now". Every attempt starts within `first_byte_timeout`.
 3. No text of the upstream's errors reaches the client, except a `code` and `param` of harmless shape.
-4. httpx's errors are translated here and in upstream_errors.py only.
+4. httpx's errors are translated only here and in upstream_errors.py.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ RETRIED = frozenset({502, 503, 529})  # and 429
 
 T = TypeVar("T")
 
-FIRST_PAUSE = 0.5  # seconds before the first retry; doubled each time (the guide's 2 ** attempt, begun earlier)
-LONGEST_PAUSE = 8.0  # seconds; a browser waits meanwhile
+FIRST_PAUSE = 0.5  # seconds before the first retry; doubled each time (the guide's 2 ** attempt, starting lower)
+LONGEST_PAUSE = 8.0  # seconds; the browser is waiting
 LONGEST_ANSWER = 8 << 20  # bytes of an answer that is not streamed
 WRITE_TIMEOUT = 30.0  # seconds for the upstream to take more of the request's body
 PLAIN_NAME = re.compile(r"[a-z0-9.+/-]{1,40}")  # of a media type or a content coding
@@ -78,8 +78,8 @@ decode_models = msgspec.json.Decoder(ModelList).decode
 class UpstreamCall:
     """One call of the upstream: the request, and what it took.
 
-    `sent`: the upstream has the whole request, so it may be doing paid work. `key` is the one that was sent: the
-    configured key may have changed by the time of the answer.
+    `sent`: the whole request was sent, so the upstream may be doing paid work. `key` is the key that was sent: the
+    configured one may change before the response arrives.
     """
 
     body: bytes
@@ -112,7 +112,7 @@ class Upstream:
         self.url = httpx.URL(configured.base_url + "/chat/completions")
         self.models_url = httpx.URL(configured.base_url + "/models")
         self.user_agent = user_agent.encode()
-        # None for reading: all of it here stands under an asyncio.timeout, and each read would set one more timer
+        # Reads have no timeout of their own: asyncio.timeout covers them, and each read would set one more timer.
         self.timeouts = {"connect": configured.connect_timeout, "read": None, "write": WRITE_TIMEOUT, "pool": None}
         self.random = random
         self.wall = wall
@@ -120,15 +120,15 @@ class Upstream:
     # ---- the two calls --------------------------------------------------------------------------------------------
 
     async def stream(self, call: UpstreamCall) -> ResponseStream:
-        """The upstream's stream, its headers checked. Raises a Refusal."""
+        """The upstream's stream, once its status and headers are checked. Raises a Refusal."""
         patience = self.configured.first_byte_timeout
         response = await self.open(call, b"text/event-stream", patience)
         return cast(ResponseStream, response.stream)
 
     async def complete(self, call: UpstreamCall) -> bytes:
-        """A whole answer, at most LONGEST_ANSWER bytes of JSON, within total_timeout. Raises a Refusal.
+        """A whole answer: at most LONGEST_ANSWER bytes of JSON, within total_timeout. Raises a Refusal.
 
-        One that ends with its connection, and too early, shows that only in its JSON.
+        The JSON is checked because nothing else reveals a truncated body that ends by closing the connection.
         """
         patience = self.configured.total_timeout
         try:
@@ -151,7 +151,7 @@ class Upstream:
         return answer
 
     async def probe(self) -> frozenset[str]:
-        """The names of the models it lists, which costs nothing; none where they cannot be read. Raises a Refusal."""
+        """The names of the upstream's models, a free request; empty if the list cannot be read. Raises a Refusal."""
         headers = self.headers(self.key.value(), "check", b"application/json")
         request = httpx.Request("GET", self.models_url, headers=headers)
         request.extensions = {"timeout": self.timeouts}
@@ -172,13 +172,13 @@ class Upstream:
     # ---- attempts -------------------------------------------------------------------------------------------------
 
     async def open(self, call: UpstreamCall, wanted: bytes, patience: float) -> httpx.Response:
-        """A response of status 200 and the wanted content type within `patience` seconds, all retries included.
+        """A response of status 200 with the wanted content type, within `patience` seconds including all retries.
 
-        None of those begins later than first_byte_timeout (rule 2). Raises a Refusal.
+        No retry starts after first_byte_timeout (rule 2). Raises a Refusal.
         """
         call.key = self.key.value()
         headers = [
-            (b"host", self.url.netloc),  # given here with the length, since httpx takes longer to find them out
+            (b"host", self.url.netloc),  # given like the length below, since deriving them takes httpx longer
             *self.headers(call.key, call.request_id, wanted),
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(call.body)),
@@ -208,7 +208,7 @@ class Upstream:
             raise
 
     async def attempt(self, request: httpx.Request, wanted: bytes) -> httpx.Response:
-        """A response that can be used. Raises a Refusal; its `retriable` allows another attempt."""
+        """One attempt: a usable response. Raises a Refusal, whose `retriable` allows another attempt."""
         try:
             response = await self.transport.handle_async_request(request)
         except httpx.ConnectError as error:
@@ -222,7 +222,7 @@ class Upstream:
         if response.status_code == 200:
             try:
                 self.check_headers(response, wanted)
-            except Exception:  # a bug, too, must not leave the model talking
+            except Exception:  # even a bug must not leave the model generating
                 await response.aclose()
                 raise
             return response
@@ -232,7 +232,7 @@ class Upstream:
             await response.aclose()
 
     def pause_after(self, refusal: Refusal, call: UpstreamCall) -> float | None:
-        """Seconds to wait before the next attempt; None when there is to be none."""
+        """Seconds to wait before the next attempt; None if the refusal is final."""
         if not refusal.retriable or call.retries >= self.configured.retries:
             return None
         if refusal.retry_after is not None:
@@ -254,17 +254,17 @@ class Upstream:
     # ---- responses ------------------------------------------------------------------------------------------------
 
     def check_headers(self, response: httpx.Response, wanted: bytes) -> None:
-        """Raises UpstreamProtocol unless the answer is what was asked for."""
-        found = join_repeated((name.lower(), value) for name, value in response.headers.raw)
-        kind = found.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        encoding = found.get(b"content-encoding", b"identity").strip().lower()
+        """Raises UpstreamProtocol unless the response has the wanted media type and no content coding."""
+        headers = join_repeated((name.lower(), value) for name, value in response.headers.raw)
+        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        encoding = headers.get(b"content-encoding", b"identity").strip().lower()
         if kind == wanted and encoding == b"identity":
             return
         named = [self.shown(name.decode("latin-1"), PLAIN_NAME) or "unreadable" for name in (kind, encoding)]
         raise UpstreamProtocol(reason=f"content-type {named[0]}, content-encoding {named[1]}", billed=True)
 
     async def refuse_status(self, response: httpx.Response) -> NoReturn:
-        """Turns a status that is not 200 into our refusal."""
+        """Raises the refusal for a status that is not 200."""
         status = response.status_code
         reason = f"upstream status {status}"
         wait = retry_after(response.headers, self.wall())
@@ -281,7 +281,7 @@ class Upstream:
         raise BadGateway(retry_after=wait, reason=reason, billed=status == 504, retriable=status in RETRIED)
 
     def shown(self, value: object, shape: re.Pattern[str]) -> str | None:
-        """The upstream's value, if it has a harmless shape and contains no piece of the key."""
+        """The upstream's value if it has that shape and contains no piece of the key, else None."""
         if isinstance(value, str) and shape.fullmatch(value) and not self.key.pieces.search(value.encode()):
             return value
         return None

@@ -1,4 +1,4 @@
-"""Reading an upstream's errors: its error objects, Retry-After, and the errors of httpx."""
+"""The upstream's errors: its error objects, Retry-After, and the translation of httpx's errors into refusals."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from proxy.errors import (
 
 T = TypeVar("T")
 
-LONGEST_WAIT = 86400.0  # seconds: a Retry-After of more than a day is taken as a mistake
-LONGEST_ERROR = 64 * 1024  # bytes of an error's body that are read for its code
-ERROR_BODY_TIMEOUT = 5.0  # seconds for an error's body, of which only the code is wanted; and for a list of models
+LONGEST_WAIT = 86400.0  # seconds: a Retry-After of more than a day is taken for a mistake
+LONGEST_ERROR = 64 * 1024  # bytes of an error's body; a longer one is not read for its code
+ERROR_BODY_TIMEOUT = 5.0  # seconds to read an error's body, or a list of models
 DECIMAL = re.compile(r"-?\d{1,15}(?:\.\d{0,15})?", re.ASCII)
 HARMLESS = re.compile(r"[a-z0-9_.\[\]]{1,64}")
 
@@ -85,7 +85,7 @@ def is_json(answer: bytes) -> bool:
 
 
 async def decoded(response: httpx.Response, most: int, decode: Callable[[bytes], T]) -> T | None:
-    """The body, where that can be read, soon and in at most `most` bytes."""
+    """The decoded body; None if it takes over ERROR_BODY_TIMEOUT, has over `most` bytes, or cannot be decoded."""
     try:
         async with asyncio.timeout(ERROR_BODY_TIMEOUT):
             body = await read_at_most(response, most)
@@ -100,9 +100,9 @@ async def error_of(response: httpx.Response) -> UpstreamError:
 
 
 def retry_after(headers: httpx.Headers, now: float) -> float | None:
-    """Seconds to wait as the upstream asked: retry-after-ms (OpenAI's), else Retry-After, seconds or date (RFC 9110).
+    """Seconds to wait by retry-after-ms (OpenAI's), else by Retry-After in seconds or as a date (RFC 9110).
 
-    Never negative, and at most LONGEST_WAIT; None when it asked nothing that can be read.
+    Never negative, and at most LONGEST_WAIT; None if neither header can be read.
     """
     milliseconds, written = number(headers.get("retry-after-ms", "")), headers.get("retry-after", "")
     wait = number(written) if milliseconds is None else milliseconds / 1000
@@ -112,12 +112,12 @@ def retry_after(headers: httpx.Headers, now: float) -> float | None:
 
 
 def number(written: str) -> float | None:
-    """A decimal number; not what else float() takes, such as nan."""
+    """The value of a decimal number; None for anything else that float() accepts, such as nan."""
     return float(written) if DECIMAL.fullmatch(written.strip()) else None
 
 
 def seconds_until(date: str, now: float) -> float | None:
-    """The seconds from `now` to an HTTP date, in any of its forms; all of them mean UTC (RFC 9110 section 5.6.7)."""
+    """The seconds from `now` to an HTTP date in any of its three forms, all in UTC (RFC 9110 section 5.6.7)."""
     try:
         moment = parsedate_to_datetime(date)
         return moment.replace(tzinfo=moment.tzinfo or UTC).timestamp() - now
