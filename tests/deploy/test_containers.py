@@ -23,6 +23,7 @@ from support.commands import settings_for
 from support.harness import (
     GOOD,
     PATIENCE,
+    STARTING,
     ScriptedUpstream,
     environment,
     eventually,
@@ -49,7 +50,7 @@ TOOLS = Path(sys.executable).parent
 
 def tool(name: str, *arguments: str) -> str:
     """What a tool of requirements-test.txt says when it is content."""
-    done = subprocess.run([TOOLS / name, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE * 6)
+    done = subprocess.run([TOOLS / name, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=STARTING)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -163,15 +164,17 @@ def test_the_image_serves_and_knows_that_it_does(tmp_path: Path) -> None:
         with (tmp_path / "stderr").open("wb") as stderr:
             server = subprocess.Popen([*moved(entry, tmp_path), *arguments], cwd=tmp_path, env=told, stderr=stderr)
         try:
-            eventually(lambda: subprocess.run(check, env=told, capture_output=True, timeout=PATIENCE).returncode == 0)
+            eventually(
+                lambda: subprocess.run(check, env=told, capture_output=True, timeout=STARTING).returncode == 0, STARTING
+            )
             found = subprocess.run(
                 ["curl", "-sf", f"http://127.0.0.1:{port}/page.js"], capture_output=True, timeout=PATIENCE
             )
             assert found.stdout == (ROOT / "static" / "page.js").read_bytes()
         finally:
             server.terminate()
-            assert server.wait(PATIENCE) == 0, (tmp_path / "stderr").read_text(encoding="utf-8")
-        assert subprocess.run(check, env=told, capture_output=True, timeout=PATIENCE).returncode != 0
+            assert server.wait(STARTING) == 0, (tmp_path / "stderr").read_text(encoding="utf-8")
+        assert subprocess.run(check, env=told, capture_output=True, timeout=STARTING).returncode != 0
 
 
 def test_the_health_check_of_a_socket(tmp_path: Path) -> None:
@@ -180,8 +183,8 @@ def test_the_health_check_of_a_socket(tmp_path: Path) -> None:
     told = environment() | {"CHAT_PROXY_SERVER_SOCKET": str(path)}
     check = [sys.executable, str(DOCKER / "healthcheck.py")]
     with running("http://127.0.0.1:9/v1", SERVER_SOCKET=str(path)):
-        assert subprocess.run(check, env=told, capture_output=True, timeout=PATIENCE).returncode == 0
-    assert subprocess.run(check, env=told, capture_output=True, timeout=PATIENCE).returncode != 0
+        assert subprocess.run(check, env=told, capture_output=True, timeout=STARTING).returncode == 0
+    assert subprocess.run(check, env=told, capture_output=True, timeout=STARTING).returncode != 0
 
 
 def test_sessions_can_be_ended_in_a_container() -> None:

@@ -17,7 +17,7 @@ import yaml
 from server.test_metrics import CONTRACT, series
 from support.harness import (
     GOOD,
-    PATIENCE,
+    STARTING,
     Peer,
     Running,
     ScriptedUpstream,
@@ -39,7 +39,7 @@ WIDTH = 24  # columns of a dashboard
 
 
 def promtool(*arguments: str, folder: Path = RULES.parent) -> str:
-    done = subprocess.run(["promtool", *arguments], cwd=folder, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(["promtool", *arguments], cwd=folder, capture_output=True, text=True, timeout=STARTING)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 

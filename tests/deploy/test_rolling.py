@@ -26,6 +26,7 @@ from support.harness import (
     DONE,
     FULL,
     PATIENCE,
+    STARTING,
     Peer,
     ScriptedUpstream,
     delta,
@@ -131,9 +132,9 @@ class Instance:
     def restart(self) -> None:
         """As `systemctl restart` does it: told to end, awaited, started; then asked until it is ready."""
         self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(PATIENCE * 3) == 0
+        assert self.process.wait(STARTING) == 0
         self.process = self.start()
-        eventually(self.is_ready, PATIENCE * 3)
+        eventually(self.is_ready, STARTING)
 
     def close(self) -> None:
         self.process.kill()
@@ -223,7 +224,7 @@ def instances(folder: Path, upstream: str, *, handed: bool) -> Iterator[list[Ins
             both.append(Instance(folder, name, settings, handed=handed))
             stack.callback(both[-1].close)
         for instance in both:
-            eventually(instance.is_ready, PATIENCE * 3)
+            eventually(instance.is_ready, STARTING)
         yield both
 
 

@@ -18,6 +18,7 @@ from support.commands import COMMAND, assert_calm, children, exchange, settings_
 from support.harness import (
     GOOD,
     PATIENCE,
+    STARTING,
     ScriptedUpstream,
     environment,
     eventually,
@@ -139,7 +140,7 @@ def activated(folder: Path, places: list[str], names: str, **given: str) -> Iter
 def ended(process: subprocess.Popen[bytes], folder: Path) -> str:
     """What it said on stderr, its own end awaited."""
     process.send_signal(signal.SIGTERM)
-    assert process.wait(PATIENCE) == 0
+    assert process.wait(STARTING) == 0
     return (folder / "stderr").read_text(encoding="utf-8")
 
 
@@ -150,11 +151,11 @@ def test_serve_on_what_systemd_opened(tmp_path: Path) -> None:
         given = settings_for(upstream.base_url) | {"SERVER_PORT": str(port), "METRICS_PORT": str(unused)}
         places = [f"127.0.0.1:{port}", f"127.0.0.1:{metrics}"]
         with activated(tmp_path, places, "server:metrics", **given) as process:
-            eventually(lambda: is_open(port))
-            with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)) as client:
+            eventually(lambda: is_open(port), STARTING)
+            with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=STARTING)) as client:
                 body = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
                 assert exchange(client, "/api/chat", **body) == (200, b"".join(GOOD))
-            with closing(http.client.HTTPConnection("127.0.0.1", metrics, timeout=PATIENCE)) as client:
+            with closing(http.client.HTTPConnection("127.0.0.1", metrics, timeout=STARTING)) as client:
                 status, text = exchange(client, "/metrics")
                 assert (status, b"chat_proxy_streams_active" in text) == (200, True)
             assert not is_open(unused)
@@ -177,10 +178,10 @@ def test_workers_share_what_systemd_opened(tmp_path: Path, store: Redis) -> None
     given = {"SERVER_TRUSTED_PROXIES": "unix", "SERVER_WORKERS": "2", "LIMITS_STORE": store.url}
     with activated(tmp_path, [str(path)], "server", **settings_for("http://127.0.0.1:9/v1"), **given) as process:
         assert_ready(path)
-        eventually(lambda: len(children(process.pid)) == 2)
+        eventually(lambda: len(children(process.pid)) == 2, STARTING)
         before = children(process.pid)
         process.send_signal(signal.SIGHUP)
-        eventually(lambda: len(after := children(process.pid)) == 2 and not after & before, PATIENCE * 2)
+        eventually(lambda: len(after := children(process.pid)) == 2 and not after & before, STARTING)
         assert_ready(path)
         assert_calm(ended(process, tmp_path))
 
@@ -195,15 +196,15 @@ def test_two_sockets_for_one_listener(tmp_path: Path) -> None:
         **settings_for("http://x.invalid/v1"),
         UPSTREAM_ALLOW_HTTP="1",
     ) as process:
-        eventually(lambda: is_open(ports[0]))
-        assert process.wait(PATIENCE) == 2
+        eventually(lambda: is_open(ports[0]), STARTING)
+        assert process.wait(STARTING) == 2
     assert "2 sockets were passed for server" in (tmp_path / "stderr").read_text(encoding="utf-8")
 
 
 def assert_ready(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(PATIENCE)
-        eventually(lambda: client.connect_ex(str(path)) == 0)  # the path is there a moment before somebody listens
+        eventually(lambda: client.connect_ex(str(path)) == 0, STARTING)  # the path exists before the listener
         client.sendall(b"GET /readyz HTTP/1.1\r\nhost: x\r\n\r\n")
         assert client.recv(99).startswith(b"HTTP/1.1 200 ")
 

@@ -134,7 +134,7 @@ def test_installed_command(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=STARTING,
     )
     assert (done.returncode, done.stdout) == (0, f"chat-proxy {__version__}\n")
 

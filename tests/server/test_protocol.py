@@ -712,7 +712,7 @@ def test_serve_takes_all_descriptors_it_may_have(tmp_path: Path) -> None:
             eventually(lambda: status_of(port, request) == b"200")
         finally:
             process.terminate()
-            process.communicate(timeout=PATIENCE)
+            process.communicate(timeout=STARTING)
         assert process.returncode == 0
 
 

@@ -266,10 +266,10 @@ def test_a_worker_that_cannot_be_started_ends_nobody(tmp_path: Path, store: Redi
         first = eventually(lambda: both(process), STARTING)
         program.rename(away)
         process.tell(signal.SIGHUP)
-        eventually(lambda: lines(process, "worker_not_started"))
+        eventually(lambda: lines(process, "worker_not_started"), STARTING)
         assert seen_serving(process) <= first
         os.kill(min(process.children()), signal.SIGKILL)
-        eventually(lambda: len(lines(process, "worker_not_started")) >= 3)
+        eventually(lambda: len(lines(process, "worker_not_started")) >= 3, STARTING)
         away.rename(program)
         eventually(lambda: both(process), STARTING)
         process.tell(signal.SIGHUP)
@@ -402,7 +402,7 @@ def test_many_signals_to_replace_all_are_two(tmp_path: Path, store: Redis) -> No
             process.tell(signal.SIGHUP)
             time.sleep(0.01)
         eventually(lambda: len(lines(process, "workers_replaced")) == 2, STARTING)
-        eventually(lambda: len(process.children()) == 2)  # nor is a third on its way
+        eventually(lambda: len(process.children()) == 2, STARTING)  # nor is a third on its way
         ends(process)
         assert len(lines(process, "workers_replaced")) == 2
 
@@ -427,7 +427,7 @@ def test_a_replaced_worker_has_the_settings_of_now(tmp_path: Path, store: Redis)
             eventually(lambda: len(seen_serving(process)) == 2 if process.answers() else None, STARTING)
             file.write_text("[policy]\nmodels = []\n[serve]\nport = 1\n", encoding="utf-8")
             process.tell(signal.SIGHUP)
-            eventually(lambda: lines(process, "settings_refused"))
+            eventually(lambda: lines(process, "settings_refused"), STARTING)
             assert lines(process, "settings_refused")[0]["settings"] == ["serve", "policy.models"]
             assert models(process) == {"first"}
             file.write_text('[policy]\nmodels = ["second"]\n', encoding="utf-8")
@@ -543,7 +543,7 @@ def test_a_drain_while_workers_are_replaced(tmp_path: Path, store: Redis) -> Non
         exchange(idle, "/healthz")
         pids = process.children()
         process.tell(signal.SIGHUP)
-        eventually(lambda: lines(process, "retiring"))
+        eventually(lambda: lines(process, "retiring"), STARTING)
         pids |= process.children()
         ends(process)
         assert not any(map(is_running, pids))

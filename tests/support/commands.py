@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from support.harness import FULL, PATIENCE, STARTING, environment, eventually, free_port, random_key
+from support.harness import FULL, STARTING, environment, eventually, free_port, random_key
 
 COMMAND = [sys.executable, "-W", "error", "-m", "proxy"]
 LONGEST = 3 * STARTING if FULL else STARTING  # seconds; at full size `check --slow` sits through 75 s of silence
@@ -64,7 +64,7 @@ class Process:
         self.process.send_signal(number)
 
     def exit_code(self) -> int:
-        return self.process.wait(PATIENCE)
+        return self.process.wait(STARTING)
 
     def children(self) -> set[int]:
         return children(self.process.pid)

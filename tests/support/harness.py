@@ -348,6 +348,11 @@ class Running:
     def url(self) -> str:
         return self.settings.server.public_url
 
+    @property
+    def blocked_clients(self) -> int:
+        """The number of clients that read too slowly: their connection accepts no more bytes."""
+        return sum(connection.flow.write_paused for connection in tuple(self.service.guard.open))
+
     def on_loop(self, function: Callable[[], T]) -> T:
         """Calls the function in the server's thread."""
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import trustme
 
-from support.harness import PATIENCE, environment, eventually
+from support.harness import PATIENCE, STARTING, environment, eventually
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 HOST = "chat.example.org"
@@ -173,17 +173,17 @@ def serving(folder: Path, http: str, listeners: Iterable[socket.socket], *, work
     for number in handed:
         os.set_blocking(number, False)  # as it expects of what it inherits, or one worker waits for another's visitor
     command = [PROGRAM, "-p", str(folder), "-c", str(configuration), "-e", str(folder / "error.log")]
-    tested = subprocess.run([*command, "-t"], capture_output=True, text=True, timeout=PATIENCE, check=False)
+    tested = subprocess.run([*command, "-t"], capture_output=True, text=True, timeout=STARTING, check=False)
     assert tested.returncode == 0, tested.stderr
     assert_clean(tested.stderr)
     told = environment() | {"NGINX": "".join(f"{number};" for number in handed)}
     process = subprocess.Popen(command, env=told, pass_fds=handed)
     try:
-        eventually((folder / "nginx.pid").exists)
+        eventually((folder / "nginx.pid").exists, STARTING)
         yield
     finally:
         process.terminate()
-        process.wait(PATIENCE)
+        process.wait(STARTING)
 
 
 def assert_clean(said: str) -> None:
