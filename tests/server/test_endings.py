@@ -46,7 +46,7 @@ from support.stage import Act, Stage, always, prompt_tokens
 from proxy.chat.sse import BOM, HOLD
 
 IDLE = "0.4"  # seconds of idle_timeout in tests that wait for it
-SOON = 4.0  # seconds for an answer that waits for no more than an idle_timeout or the last packet
+SOON = 10.0  # seconds for an answer that waits for no more than an idle_timeout or the last packet
 RACE = 0.05  # seconds: so that a reset does not overtake the bytes before it
 MEGABYTE = 1 << 20
 
@@ -472,7 +472,7 @@ def test_an_endless_answer_is_ended(loop: str) -> None:
     ):
         began = time.monotonic()
         reply = chat(proxy)
-        assert 1.0 <= time.monotonic() - began < 3.0
+        assert 1.0 <= time.monotonic() - began < PATIENCE
         count = reply.body.count(delta("again"))
         assert count > 10
         assert appended(reply, delta("again") * count) == "stream_too_long"
