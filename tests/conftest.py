@@ -1,7 +1,7 @@
 """Holds the tests to the fault table: when the whole suite is collected, each fault must have a test on each loop.
 
 And gives those of the page their browser, those of the store their Redis, and each test its place among those that run
-beside it.
+beside it. Each test may start the programs that its markers name, and no others.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from support.browser import browser, context
 from support.crowd import is_quiet, place
 from support.faults import FAULTS
 from support.harness import LOOPS
+from support.needs import watch_programs
 from support.redis_server import redis_folder, store
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -24,7 +25,11 @@ settings.load_profile("any machine")
 __all__ = ["browser", "context", "redis_folder", "store"]
 
 
+running: list[pytest.Item] = []  # the test that this process is running
+
+
 def pytest_configure() -> None:
+    watch_programs(lambda marker: not running or running[0].get_closest_marker(marker) is not None)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # we run in the background; whom we start would inherit that
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -49,6 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    running[:] = [item]
     if not hasattr(item.config, "workerinput"):
         return (yield)  # there are no others
     run: Path = item.config._tmp_path_factory.getbasetemp().parent  # type: ignore[attr-defined]

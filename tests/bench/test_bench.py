@@ -12,6 +12,8 @@ from support.harness import unmeasured
 
 from bench import compare, sizing, store
 
+pytestmark = [pytest.mark.process, pytest.mark.redis]
+
 
 @pytest.mark.quiet
 def test_benchmark_compares_and_finds_no_fault(tmp_path: Path) -> None:

@@ -47,6 +47,8 @@ from support.harness import (
 from support.npm import installed
 from support.stage import Act, Stage
 
+pytestmark = [pytest.mark.browser, pytest.mark.nginx, pytest.mark.node, pytest.mark.process, pytest.mark.tools]
+
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "static/examples"
 TOOLS = ROOT / "tests/browser/examples"

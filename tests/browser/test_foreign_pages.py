@@ -15,6 +15,8 @@ import pytest
 from playwright.sync_api import Browser, Page
 from support.harness import GOOD, Running, ScriptedUpstream, eventually, running, streaming
 
+pytestmark = [pytest.mark.browser]
+
 # Every way in which a page can make a browser send something, each with every kind of body it can give it.
 ATTACK = """
 async (target) => {

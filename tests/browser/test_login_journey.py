@@ -12,6 +12,8 @@ from support.browser import PATIENCE, PageVisit
 from support.harness import GOOD, Running, ScriptedUpstream, chat, eventually, free_port, running, send, streaming
 from support.oidc_provider import start
 
+pytestmark = [pytest.mark.browser, pytest.mark.node]
+
 SECRET = "a-clients-secret-and-a-long-one"
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from support.npm import installed
 
+pytestmark = [pytest.mark.tools]
+
 ROOT = Path(__file__).resolve().parents[2]
 STATIC = ROOT / "static"
 LOCKED = [ROOT / "tests/browser/examples" / name for name in ("package.json", "package-lock.json")]

@@ -22,6 +22,8 @@ from support.harness import eventually
 
 from proxy import errors
 
+pytestmark = [pytest.mark.browser, pytest.mark.node, pytest.mark.process]
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -19,6 +19,8 @@ from support.browser import PageVisit
 from support.harness import Peer, Running, ScriptedUpstream, running, send
 from support.stage import always
 
+pytestmark = [pytest.mark.browser, pytest.mark.node]
+
 PASSWORDS = {"alice": "Wonderland-7f3", "bob": "Builder-9k2"}
 SHARED = "Everybody-4x8"
 WRONG = "Looking-Glass-1"

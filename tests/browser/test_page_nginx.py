@@ -8,12 +8,15 @@ import secrets
 import shutil
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import Browser, expect
 from support.browser import PageVisit, chromium_at
 from support.harness import GOOD, ScriptedUpstream, eventually, running, streaming
 from support.nginx import HOST, Site, front, shipped
 
 from proxy.web.static_files import PAGE_POLICY
+
+pytestmark = [pytest.mark.browser, pytest.mark.nginx, pytest.mark.node]
 
 STATIC = Path(__file__).resolve().parents[2] / "static"
 

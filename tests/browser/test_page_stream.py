@@ -18,6 +18,8 @@ from support.browser import CHROMIUM, CHROMIUM_ARGS, PageVisit
 from support.harness import DONE, Peer, Running, ScriptedUpstream, Seen, delta, eventually, finish, running
 from support.stage import Act, always
 
+pytestmark = [pytest.mark.browser, pytest.mark.node]
+
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE: list[str] = json.loads((ROOT / "tests/browser/page/hostile.json").read_text())
 TOKENS = 10_000

@@ -35,6 +35,8 @@ from support.stage import always
 from proxy.demo import model as demo
 from proxy.demo import request as demo_request
 
+pytestmark = [pytest.mark.node, pytest.mark.process, pytest.mark.tools]
+
 CLIENTS = Path(__file__).parent
 LONGEST = 60.0  # seconds for one program; they take one or two
 DELAY = 0.01  # seconds between two tokens of the demo model

@@ -39,6 +39,8 @@ from proxy.limits import requests
 from proxy.settings import Rate, Secret, Settings
 from proxy.transport import tls
 
+pytestmark = [pytest.mark.nginx, pytest.mark.process]
+
 NOWHERE = "http://127.0.0.1:9/v1"  # no check with --url calls the model
 SECRET = secrets.token_urlsafe(32)
 TIMEOUT = 60.0 if FULL else 1.2  # seconds for which the model may be silent; --slow takes a quarter more

@@ -40,6 +40,8 @@ from proxy.server.runner import FLUSH
 from proxy.server.service import LAST_EVENTS
 from proxy.telemetry.metrics import Metrics
 
+pytestmark = [pytest.mark.nginx, pytest.mark.process, pytest.mark.tools]
+
 ROOT = DEPLOY.parent
 DOCKER = DEPLOY / "docker"
 COMPOSE = DOCKER / "compose.yaml"

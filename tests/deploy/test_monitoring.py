@@ -33,6 +33,8 @@ from support.nginx import DEPLOY
 from proxy import errors
 from proxy.telemetry.metrics import ENDINGS
 
+pytestmark = [pytest.mark.nginx, pytest.mark.tools]
+
 RULES = DEPLOY / "prometheus" / "chat-proxy.rules.yml"
 DASHBOARD = DEPLOY / "grafana" / "chat-proxy.json"
 WIDTH = 24  # columns of a dashboard

@@ -45,6 +45,8 @@ from support.stage import Steps
 from proxy import errors
 from proxy.check import prober as checkup
 
+pytestmark = [pytest.mark.browser, pytest.mark.nginx]
+
 ROUTES = ["/api/chat", "/api/v1/chat/completions"]
 SLOW_ABORT = 0.5  # seconds: a hundred times what it takes
 

@@ -41,6 +41,8 @@ from support.nginx_clients import QUESTION
 
 from deploy.test_nginx import moved
 
+pytestmark = [pytest.mark.nginx, pytest.mark.process]
+
 RATE = 200 if FULL else 20  # questions a second
 RESTARTS = 20 if FULL else 2
 ANSWER = [delta(f"{number} ") for number in range(5)]

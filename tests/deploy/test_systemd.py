@@ -14,6 +14,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from support.commands import COMMAND, assert_calm, children, exchange, settings_for
 from support.harness import (
     GOOD,
@@ -34,6 +35,8 @@ from proxy import settings
 from proxy.server.listener import WRITE_DEADLINE, listen
 from proxy.server.runner import FLUSH
 from proxy.server.service import LAST_EVENTS
+
+pytestmark = [pytest.mark.nginx, pytest.mark.process, pytest.mark.redis, pytest.mark.tools]
 
 UNITS = DEPLOY / "systemd"
 PROGRAM = Path(sys.executable).with_name("chat-proxy")

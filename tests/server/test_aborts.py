@@ -577,6 +577,7 @@ def read_some(sock: socket.socket, size: int) -> None:
         size -= len(data)
 
 
+@pytest.mark.slow
 @both_loops
 def test_a_client_that_reads_slowly_is_not_closed(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The write deadline applies to clients that read nothing: one that reads a little at a time is not closed."""

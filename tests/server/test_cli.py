@@ -53,6 +53,8 @@ from proxy import __version__, settings
 from proxy.cli import admin
 from proxy.demo import request as demo_request
 
+pytestmark = [pytest.mark.process]
+
 PIPE = 4096  # bytes, the smallest that Linux gives
 MODELS_LIST = b'{"object":"list","data":[]}'
 

@@ -14,8 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from support.commands import started, url_printed
 from support.harness import GOOD, STARTING, ScriptedUpstream, environment, eventually, free_port, running, streaming
+
+pytestmark = [pytest.mark.process]
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALLING = 300.0  # seconds for pip to download and install the pinned packages; with its cache it takes ten

@@ -470,6 +470,7 @@ def test_a_full_house_is_told_when_the_time_is_over(loop: str) -> None:
         assert endings_logged(play.proxy) == wanted
 
 
+@pytest.mark.process
 def test_second_sigterm_of_a_process(tmp_path: Path) -> None:
     """A real server and real signals: what ended before the second SIGTERM is whole, the rest is told; exit code 0."""
     crowd, size = Crowd(), 20
@@ -491,6 +492,7 @@ def test_second_sigterm_of_a_process(tmp_path: Path) -> None:
         assert process.exit_code() == 0
 
 
+@pytest.mark.slow
 @both_loops
 def test_who_does_not_read_costs_the_others_nothing(loop: str) -> None:
     """An answer that is written whole reaches a slow reader, though another takes no last words."""

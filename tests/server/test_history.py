@@ -359,6 +359,8 @@ def store(tmp_path: Path) -> Iterator[Redis]:
     server.stop()
 
 
+@pytest.mark.process
+@pytest.mark.redis
 @pytest.mark.parametrize("policy", ["local", "refuse"])
 def test_the_limits_hold_on_a_store_through_its_faults(policy: str, store: Redis, tmp_path: Path) -> None:
     """With killed processes and a store that is emptied, frozen and restarted, the store never grants more than the
@@ -515,6 +517,8 @@ class Clients:
         connection.close()
 
 
+@pytest.mark.process
+@pytest.mark.redis
 def test_the_limits_hold_over_http(store: Redis, tmp_path: Path) -> None:
     """Two workers, one of which is killed, grant a visitor no more than the limit; while the store is frozen, each
     worker grants at most the limit once more. No request gets a 500, and afterwards nothing is held.
@@ -558,6 +562,7 @@ def test_the_limits_hold_over_http(store: Redis, tmp_path: Path) -> None:
     assert codes[0, ""] <= 8
 
 
+@pytest.mark.redis
 def test_a_burst_never_overdraws_tokens_over_http(store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 200 concurrent requests, as many are accepted as have room for their largest cost. Tokens that the upstream
     counts beyond that are booked too; the limit is exceeded by no more than these, and the next request is refused.

@@ -473,6 +473,7 @@ def revoke(*arguments: str, control: Path, **more: str) -> subprocess.CompletedP
     return run(control.parent, "sessions", "revoke", *arguments, **given)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("loop", LOOPS)
 def test_revoking_a_user_by_hand(loop: str, tmp_path: Path) -> None:
     """A running server applies it within a second, others are not affected, and a new login is accepted."""
@@ -493,6 +494,7 @@ def test_revoking_a_user_by_hand(loop: str, tmp_path: Path) -> None:
         assert asked(proxy, login(proxy).cookie) == (200, None)
 
 
+@pytest.mark.process
 def test_what_was_revoked_stays_so_after_a_restart(tmp_path: Path) -> None:
     control = tmp_path / "revoked.json"
     fixed = {
@@ -510,6 +512,7 @@ def test_what_was_revoked_stays_so_after_a_restart(tmp_path: Path) -> None:
         assert asked(proxy, **hosts) == (200, None)
 
 
+@pytest.mark.process
 def test_the_control_file_that_nobody_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is in the first state directory that systemd, or an image, names."""
     name = "chat-proxy.revoked.json"
@@ -519,6 +522,7 @@ def test_the_control_file_that_nobody_named(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / name).exists()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("arguments", [[], ["--all", "--user", "x"], ["--before", "never"], ["--before", "4000000000"]])
 def test_what_revoke_does_not_take(arguments: list[str], tmp_path: Path) -> None:
     control = tmp_path / "revoked.json"
@@ -526,6 +530,7 @@ def test_what_revoke_does_not_take(arguments: list[str], tmp_path: Path) -> None
     assert not control.exists()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"everyone":"x"}', b"\xff"])
 def test_a_control_file_of_something_else(content: bytes, tmp_path: Path) -> None:
     """At the start it is a fault; while serving the last word stands, and the log says so."""
@@ -608,6 +613,7 @@ def hash_password(*arguments: str, given: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, input=given, capture_output=True, text=True, timeout=STARTING, check=False)
 
 
+@pytest.mark.process
 def test_hash_password() -> None:
     line = hash_password("alice", given="pass word\n").stdout.strip()
     user, _, made = line.partition(":")
@@ -618,6 +624,7 @@ def test_hash_password() -> None:
     assert hash_password(given="\n").returncode == 2
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
 def test_hash_password_that_is_no_text(locale: str) -> None:
     """Bytes that are not UTF-8, in the password or the name, could never be typed: a message, and exit 2."""
@@ -639,6 +646,7 @@ def test_hash_password_without_its_package(monkeypatch: pytest.MonkeyPatch, caps
     assert "chat-proxy[login]" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_hash_password_at_a_terminal() -> None:
     """It is asked for twice, unseen. Two different ones, or none (Ctrl-D), are reported."""
 

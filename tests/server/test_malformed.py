@@ -321,6 +321,7 @@ def test_known_tricks_get_their_answers(loop: str) -> None:
             converse(proxy, [Case(name, cut(sent), answers=answers) for name, sent, answers in KNOWN])
 
 
+@pytest.mark.slow
 @fault(39)
 @both_loops
 def test_malformed_requests_harm_no_other_client(loop: str) -> None:
@@ -461,6 +462,7 @@ words = st.binary(max_size=12) | st.sampled_from(WORDS)
 fields = st.tuples(st.binary(max_size=8) | st.sampled_from([b"host", b"transfer-encoding", b"content-length"]), words)
 
 
+@pytest.mark.slow
 @given(
     version=st.text(max_size=4) | st.sampled_from(["1.0", "1.1"]),
     target=words,

@@ -685,6 +685,7 @@ def no_more_descriptors() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.process
 def test_serve_takes_all_descriptors_it_may_have(tmp_path: Path) -> None:
     """The soft limit is raised; the hard one holds, and within it no connection is cut by accident."""
     port = free_port()

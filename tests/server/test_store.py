@@ -59,6 +59,8 @@ from proxy.limits.streams import Lease
 from proxy.settings import from_variables
 from proxy.telemetry.logs import Logs
 
+pytestmark = pytest.mark.redis
+
 both_loops = pytest.mark.parametrize("loop", LOOPS)
 DEADLINE = store_module.DEADLINE  # the product's own
 numbers = itertools.count(1)
@@ -297,6 +299,7 @@ def test_a_logout_during_an_outage_arrives_after_it(
         eventually(lambda: status_and_code(other, cookie) == (401, "session_required"), 30.0)
 
 
+@pytest.mark.process
 def test_a_revocation_by_command_reaches_all_servers(store: Redis, tmp_path: Path) -> None:
     """`sessions revoke --all` revokes on all servers; without a store that answers it exits with 2."""
     with two_servers_with_control_files(store, "uvloop", tmp_path) as servers:
@@ -590,6 +593,7 @@ def test_invalid_replies_mark_the_store_as_unavailable(garbage: bytes, store: Re
         assert proxy.lines("bug") == []
 
 
+@pytest.mark.process
 def test_a_full_store_still_receives_logouts(store: Redis, tmp_path: Path) -> None:
     """A full store still accepts logouts and revocations."""
     with two_servers_with_control_files(store, "uvloop", tmp_path) as servers, store.client() as client:
@@ -856,7 +860,9 @@ async def lose_store(store: Redis, limits: Limiter) -> None:
 async def restore_store(store: Redis, limits: Limiter) -> None:
     await asyncio.to_thread(store.start)
     await is_up(limits, True)
-    await asyncio.sleep(0.1)  # the merge sends what the store missed
+    assert limits.store is not None
+    assert limits.store._probing is not None
+    await limits.store._probing  # ends when the store has received what it missed
 
 
 def test_an_answer_that_outlives_an_outage(store: Redis) -> None:

@@ -598,6 +598,7 @@ def test_no_secret_reaches_a_collector(collector: Collector, monkeypatch: pytest
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_a_server_that_ends_sends_what_it_has(tmp_path: Path, collector: Collector) -> None:
     """`serve`: the span is not due yet when the signal comes, and gets there; nothing is on stderr, and it exits 0."""
     with (
@@ -611,6 +612,7 @@ def test_a_server_that_ends_sends_what_it_has(tmp_path: Path, collector: Collect
     assert upstream.seen[0].headers["traceparent"].split("-")[2] == collector.span.span_id.hex()
 
 
+@pytest.mark.process
 def test_a_server_ends_without_its_collector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`serve` with a span that no collector takes ends within its bound, exits 0 and writes nothing to stderr."""
     with one_that_hangs() as url, ScriptedUpstream(streaming(*GOOD)) as upstream:
@@ -624,6 +626,7 @@ def test_a_server_ends_without_its_collector(tmp_path: Path, monkeypatch: pytest
             assert process.stderr.read_bytes() == b""
 
 
+@pytest.mark.process
 def test_the_collectors_key_stays_out_of_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the packages complain of, here a header and an export, is told without the texts that quote it."""
     key = random_key()
@@ -644,6 +647,7 @@ def test_the_collectors_key_stays_out_of_the_log(tmp_path: Path, monkeypatch: py
     assert [line["logger"] for line in logged if line["event"] == "library"] == ["opentelemetry.util.re"]
 
 
+@pytest.mark.process
 def test_variables_that_are_refused_are_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exit 2, with the variable's name and not its value."""
     monkeypatch.setenv("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "sk-mistaken")
@@ -654,6 +658,7 @@ def test_variables_that_are_refused_are_a_fault(tmp_path: Path, monkeypatch: pyt
     assert "sk-mistaken" not in done.stdout + done.stderr
 
 
+@pytest.mark.process
 def test_without_traces_nothing_of_theirs_is_loaded(tmp_path: Path) -> None:
     """Switched off they cost nothing: no package of theirs is imported by a server that has answered."""
     names = [sys.executable, "-X", "importtime", "-m", "proxy"]

@@ -504,6 +504,7 @@ def test_refusals_are_limited(tight: Running) -> None:
 # ---- limits on sessions --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_requests_are_limited_for_as_long_as_told(tight: Running) -> None:
     """The request too many gets 429 with a whole Retry-After and RateLimit headers; after that time it passes."""
     page = Browser(tight)
@@ -570,6 +571,7 @@ def test_a_full_process_is_busy(tight: Running) -> None:
     assert Browser(tight).chat().status == 200
 
 
+@pytest.mark.slow
 def test_tokens_are_limited_for_as_long_as_told(tight: Running) -> None:
     """When the tokens are spent, 429 tokens_exhausted says for how long; after that time there are new ones."""
     page = Browser(tight)

@@ -43,6 +43,8 @@ from proxy.server.workers import PAUSE
 from proxy.telemetry.metrics import Family, Total, added_up, lasting
 from server.test_metrics import series
 
+pytestmark = [pytest.mark.process, pytest.mark.redis]
+
 PACE = 0.01  # seconds between two questions of those who ask again and again
 HELD = 3  # seconds that a dead worker's leases stay, in place of 30
 START = """
@@ -132,13 +134,13 @@ def ends(process: Process) -> None:
 
 
 class Reader:
-    """One client that reads a stream to its end, whatever it is."""
+    """One client that has the first event of a stream, and reads it to its end, whatever it is."""
 
     def __init__(self, process: Process) -> None:
         self.connection = process.connect()
         self.answer = begun(self.connection)
         self.worker = served_by(self.answer.headers)
-        self.got = b""
+        self.got: bytes = self.answer.read1()
         self.broke = False
 
     def read_to_the_end(self) -> None:

@@ -14,6 +14,8 @@ from support.harness import unmeasured
 
 from soak import soak
 
+pytestmark = [pytest.mark.process]
+
 
 def run(minutes: float, *more: str) -> str:
     """What the program prints. It must find nothing wrong."""

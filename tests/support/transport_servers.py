@@ -485,7 +485,11 @@ REAL = {
     "aiohttp": serve_aiohttp,
     "http.server": serve_standard_library,
 }
-REAL_SERVERS = [*REAL, "node", "nginx", "nginx-tls"]
+REAL_SERVERS = [
+    *(pytest.param(kind, marks=pytest.mark.process) for kind in REAL),
+    pytest.param("node", marks=pytest.mark.node),
+    *(pytest.param(kind, marks=pytest.mark.nginx) for kind in ("nginx", "nginx-tls")),
+]
 
 if __name__ == "__main__":
     REAL[sys.argv[1]]()

@@ -1298,6 +1298,7 @@ def test_any_path_is_ours(written: str) -> None:
     assert safe_redirect_path(path) == path
 
 
+@pytest.mark.node
 def test_the_url_standard_agrees() -> None:
     """node's URL, which is the standard's, takes every path of ours for what `resolved` does; attacks are real."""
     program = """
@@ -1340,6 +1341,7 @@ REAL: dict[str, tuple[str, dict[str, Any], object]] = {
 }
 
 
+@pytest.mark.node
 @pytest.mark.parametrize("case", REAL)
 def test_a_real_provider(case: str, issuer: str, secret: str) -> None:
     """Through its forms to the subject; its answer is valid once, and for no other client."""
@@ -1370,6 +1372,7 @@ def test_a_real_provider(case: str, issuer: str, secret: str) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.node
 def test_a_real_provider_and_a_wrong_secret(issuer: str) -> None:
     """The provider does not know us: its fault, or the operator's, and not the browser's."""
 

@@ -1015,6 +1015,7 @@ def expected(asked: dict[str, Any], rules: Policy) -> dict[str, Any]:
     return wanted
 
 
+@pytest.mark.slow
 @tuning
 @given(bodies(), policies)
 @example(HEAD + b',"seed":1e999,"max_tokens":4096,"model":"small"}', RULES)
@@ -1109,6 +1110,7 @@ def mutated(dice: random.Random, sent: bytes) -> bytes:
     return sent
 
 
+@pytest.mark.slow
 @tuning
 @given(bodies(), policies, st.randoms(use_true_random=False))
 def test_mutated_bodies_have_one_meaning_or_none(sent: bytes, rules: Policy, dice: random.Random) -> None:

@@ -901,6 +901,7 @@ print(len(requests.windows.entries) + len(tokens.windows))
 """
 
 
+@pytest.mark.process
 def test_many_clients_fit_into_memory() -> None:
     """CLIENTS sessions and networks take less than 128 MB, and are removed when their windows have ended."""
     command = [sys.executable, "-c", MANY_CLIENTS, str(CLIENTS)]

@@ -174,12 +174,14 @@ async def abandoned(count: int, certificates: Certificates | None = None) -> Non
         await settled(lambda: upstream.open == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", LOOPS)
 def test_streams_cancelled_at_random_leave_nothing(loop: str) -> None:
     """After 20,000 cancelled streams, 60 at a time, only idle sockets and no task are left; 100 requests succeed."""
     run(loop, abandoned(STREAMS), seconds=300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", LOOPS)
 def test_streams_cancelled_at_random_leave_nothing_under_tls(loop: str, certificates: Certificates) -> None:
     """The same holds under TLS, where a stream can also be abandoned in the handshake."""
