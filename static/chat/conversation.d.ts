@@ -13,6 +13,8 @@ export interface ShownMessage {
   text: string;
   reasoning: string;
   toolCalls: ToolCall[];
+  /** Of a complete answer, as the model gave it: `length` where it was cut at the limit. */
+  finishReason: string | null;
   /** Of an answer: `interrupted` when it broke off, `stopped` when you did it; both are only a part of it. */
   state: "streaming" | "complete" | "interrupted" | "stopped";
 }
@@ -26,11 +28,16 @@ export interface Snapshot {
   readonly error: ChatError | null;
   /** Of the newest answer; null until its first delta. */
   readonly metrics: Metrics | null;
+  /** The id of the question that the newest answer is for; null before the first. */
+  readonly question: string | null;
 }
+
+/** A message from before. An answer's `state` is `complete` unless it is given. */
+export type EarlierMessage = Pick<Message, "role" | "content"> & Partial<Pick<ShownMessage, "state">>;
 
 /** As for streamChat, but for the messages, which are here. */
 export interface ConversationOptions extends Omit<ChatOptions, "messages" | "signal"> {
-  initialMessages?: readonly Pick<Message, "role" | "content">[];
+  initialMessages?: readonly EarlierMessage[];
 }
 
 export class Conversation {
@@ -45,8 +52,12 @@ export class Conversation {
    * without a question.
    */
   send: (content: Content) => Promise<boolean>;
-  /** Asks the last question again; its answer stays until the first word of the new one. */
-  regenerate: () => Promise<boolean>;
+  /** Asks a question again, by default the last; its answer stays until the first word of the new one. */
+  regenerate: (id?: string) => Promise<boolean>;
   /** Ends the answer, and the model's work on it. */
   stop: () => void;
+  /** Removes a question and its answer, so that neither is sent along again. Does nothing while an answer is under way. */
+  remove: (id: string) => void;
+  /** Ends the answer under way and shows these messages instead of the others; none: a new conversation. */
+  reset: (messages?: readonly EarlierMessage[]) => void;
 }

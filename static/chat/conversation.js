@@ -13,6 +13,7 @@
  * 3. What was refused before its first word is not sent along again: it would be refused for ever.
  * 4. A retry that is refused takes nothing away: the answer of before stays until the first word of the next.
  * 5. After stop() nothing of that answer changes any more, and the upstream call is closed.
+ * 6. An answer takes its place behind its question, also where later questions follow.
  */
 
 import { streamChat } from "./client.js";
@@ -23,6 +24,7 @@ import { batched, withCalls } from "./deltas.js";
 /** @typedef {import("./client.js").Delta} Delta */
 /** @typedef {import("./client.js").Message} Message */
 /** @typedef {import("./conversation.js").ConversationOptions} ConversationOptions */
+/** @typedef {import("./conversation.js").EarlierMessage} EarlierMessage */
 /** @typedef {import("./conversation.js").ShownMessage} ShownMessage */
 /** @typedef {import("./conversation.js").Snapshot} Snapshot */
 
@@ -42,8 +44,7 @@ export class Conversation {
   /** @param {ConversationOptions} [options] */
   constructor(options = {}) {
     this.#options = options;
-    const messages = (options.initialMessages ?? []).map(({ role, content = null }) => this.#message(role, content));
-    this.#now = { messages, status: "ready", error: null, metrics: null };
+    this.#now = this.#asked(options.initialMessages ?? []);
   }
 
   /** @param {ConversationOptions} options for the next request */
@@ -64,59 +65,85 @@ export class Conversation {
     const isNothing = typeof content === "string" ? content.trim() === "" : !content?.length;
     if (this.#live || isNothing) return false;
     const messages = [...this.#now.messages, this.#message("user", content)];
-    return this.#answer(messages, messages);
+    return this.#answer(messages, messages.length - 1);
   };
 
-  regenerate = async () => {
+  /** @param {string} [id] of a question; without it the last one */
+  regenerate = async (id) => {
     const { messages } = this.#now;
-    const last = messages.findLastIndex(({ role }) => role === "user");
-    if (this.#live || last < 0) return false;
-    return this.#answer(messages.slice(0, last + 1), messages);
+    const at = messages.findLastIndex((message) => message.role === "user" && (id === undefined || message.id === id));
+    if (this.#live || at < 0) return false;
+    return this.#answer(messages, at);
   };
 
   stop = () => this.#live?.abort();
 
+  /** @param {string} id of a question */
+  remove = (id) => {
+    const { messages, status, error, metrics, question } = this.#now;
+    const at = messages.findIndex((message) => message.id === id);
+    if (this.#live || at < 0) return;
+    const left = [...messages.slice(0, at), ...messages.slice(nextQuestion(messages, at))];
+    this.#tell(question === id ? still(left) : { messages: left, status, error, metrics, question });
+  };
+
+  /** @param {readonly EarlierMessage[]} [messages] */
+  reset = (messages = []) => {
+    this.stop();
+    this.#live = null;
+    this.#tell(this.#asked(messages));
+  };
+
   /**
-   * @param {ShownMessage[]} messages the last one is the question
-   * @param {ShownMessage[]} before what stands there until the first word, and for good if none comes
+   * @param {readonly EarlierMessage[]} messages
+   * @returns {Snapshot} with these, and no answer under way
+   */
+  #asked(messages) {
+    return still(messages.map(({ role, content = null, state }) => this.#message(role, content, state)));
+  }
+
+  /**
+   * @param {ShownMessage[]} before what is shown until the first word, and for good if none comes
+   * @param {number} at the question's place in it
    * @returns {Promise<boolean>} whether there is a complete answer now
    */
-  async #answer(messages, before) {
+  async #answer(before, at) {
     const { initialMessages: _, ...options } = this.#options;
     const controller = (this.#live = new AbortController());
-    const answer = streamChat({ ...options, messages: toSend(messages), signal: controller.signal });
+    const question = before[at].id;
+    const asked = before.slice(0, at + 1);
+    const later = before.slice(nextQuestion(before, at));
+    const answer = streamChat({ ...options, messages: toSend(asked), signal: controller.signal });
     let message = this.#message("assistant", "", "streaming");
-    this.#tell({ messages: before, status: "submitted", error: null, metrics: null });
+    /** @type {(messages: ShownMessage[], more: Pick<Snapshot, "status"> & Partial<Snapshot>) => void} */
+    const tell = (messages, more) => this.#tell({ messages, error: null, metrics: null, question, ...more });
+    /** @type {typeof tell} */
+    const end = (messages, more) => {
+      if (this.#live !== controller) return; // after reset()
+      this.#live = null;
+      tell(messages, more);
+    };
+    tell(before, { status: "submitted" });
     try {
       for await (const deltas of batched(answer, FLUSH)) {
+        if (controller.signal.aborted) continue; // it throws next
         message = deltas.reduce(withDelta, message);
-        this.#tell({ messages: [...messages, message], status: "streaming", error: null, metrics: answer.metrics });
+        tell([...asked, message, ...later], { status: "streaming", metrics: answer.metrics });
       }
       await clickOver(controller.signal);
-      this.#end([...messages, { ...message, state: "complete" }], "ready", null, answer.metrics);
+      const { finishReason, metrics } = answer;
+      end([...asked, { ...message, finishReason, state: "complete" }, ...later], { status: "ready", metrics });
       return true;
     } catch (caught) {
       await clickOver(controller.signal);
       const error = /** @type {ChatError} */ (caught);
       const stopped = error.ending === "aborted";
       const state = stopped ? "stopped" : "interrupted";
-      const [shown, metrics] = isEmpty(message)
-        ? [before, null]
-        : [[...messages, /** @type {const} */ ({ ...message, state })], answer.metrics];
-      this.#end(shown, stopped ? "ready" : "error", stopped ? null : error, metrics);
+      const why = /** @type {const} */ (stopped ? { status: "ready" } : { status: "error", error });
+      if (isEmpty(message)) end(before, why);
+      else end([...asked, { ...message, state }, ...later], { ...why, metrics: answer.metrics });
       return false;
     }
-  }
-
-  /**
-   * @param {ShownMessage[]} messages
-   * @param {Snapshot["status"]} status
-   * @param {ChatError | null} error
-   * @param {Snapshot["metrics"]} metrics
-   */
-  #end(messages, status, error, metrics) {
-    this.#live = null;
-    this.#tell({ messages, status, error, metrics });
   }
 
   /** @param {Snapshot} snapshot */
@@ -133,8 +160,27 @@ export class Conversation {
    */
   #message(role, content, state = "complete") {
     this.#made += 1;
-    return { id: `m${this.#made}`, role, content, text: textIn(content), reasoning: "", toolCalls: [], state };
+    const text = textIn(content);
+    return { id: `m${this.#made}`, role, content, text, reasoning: "", toolCalls: [], finishReason: null, state };
   }
+}
+
+/**
+ * @param {ShownMessage[]} messages
+ * @returns {Snapshot} of a conversation in which nothing happens
+ */
+function still(messages) {
+  return { messages, status: "ready", error: null, metrics: null, question: null };
+}
+
+/**
+ * @param {ShownMessage[]} messages
+ * @param {number} at the place of a question
+ * @returns {number} the place of the next one, or the end
+ */
+function nextQuestion(messages, at) {
+  const next = messages.findIndex(({ role }, place) => place > at && role === "user");
+  return next < 0 ? messages.length : next;
 }
 
 /**

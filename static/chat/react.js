@@ -26,5 +26,6 @@ export function useChatStream(options = {}) {
   useEffect(() => chat.configure(options));
   useEffect(() => chat.stop, [chat]);
   const shown = useSyncExternalStore(chat.subscribe, chat.snapshot, chat.snapshot);
-  return { ...shown, send: chat.send, stop: chat.stop, regenerate: chat.regenerate };
+  const { send, stop, regenerate, remove, reset } = chat;
+  return { ...shown, send, stop, regenerate, remove, reset };
 }

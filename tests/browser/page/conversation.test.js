@@ -180,3 +180,66 @@ test("who has left is told nothing", async () => {
   await chat.send("a");
   assert.equal(calls, 0);
 });
+
+test("an earlier question is asked again in its place, with what came before it", async () => {
+  const { fetch, sent } = serving([text("one"), DONE], [text("two"), DONE], [text("three"), CUT]);
+  const chat = new Conversation({ fetch });
+  await chat.send("a");
+  await chat.send("b");
+  const [{ id }] = chat.snapshot().messages;
+  assert.equal(await chat.regenerate("no such id"), false);
+  assert.equal(await chat.regenerate(id), false);
+  assert.deepEqual(told({ messages: sent[2].messages }), ["user a"]);
+  assert.deepEqual(brief(chat.snapshot()), [
+    ["user a complete", "assistant three interrupted", "user b complete", "assistant two complete"], "error", "stream_interrupted",
+  ]);
+  assert.equal(chat.snapshot().question, id);
+});
+
+test("a question is removed with its answer, and not while an answer is under way", async () => {
+  const { fetch, sent } = serving([text("one"), DONE], [text("two"), CUT], [null]);
+  const chat = new Conversation({ fetch });
+  await chat.send("a");
+  await chat.send("b");
+  const { question } = chat.snapshot();
+  chat.remove("no such id");
+  assert.deepEqual(told(chat.snapshot()), ["user a", "assistant one", "user b", "assistant two"]);
+  chat.remove(question);
+  assert.deepEqual(brief(chat.snapshot()), [["user a complete", "assistant one complete"], "ready", null]);
+  assert.equal(chat.snapshot().question, null);
+  const sending = chat.send("c");
+  chat.remove(chat.snapshot().question);
+  assert.deepEqual(told(chat.snapshot()), ["user a", "assistant one", "user c"]);
+  chat.stop();
+  await sending;
+  assert.deepEqual(sent.map(told).at(-1), ["user a", "assistant one", "user c"]);
+});
+
+test("reset ends the answer under way, of which nothing is shown any more", async () => {
+  const { fetch } = serving([text("a"), null], [text("b"), DONE]);
+  const chat = new Conversation({ fetch });
+  const sending = chat.send("q");
+  await new Promise((resolve) => {
+    chat.subscribe(() => chat.snapshot().status === "streaming" && resolve());
+  });
+  chat.reset([{ role: "user", content: "of before" }, { role: "assistant", content: "a part", state: "stopped" }]);
+  const kept = chat.snapshot();
+  assert.deepEqual(brief(kept), [["user of before complete", "assistant a part stopped"], "ready", null]);
+  assert.equal(await sending, false);
+  assert.equal(chat.snapshot(), kept);
+  chat.reset();
+  assert.equal(await chat.send("q"), true, "the way is free at once");
+  assert.deepEqual(told(chat.snapshot()), ["user q", "assistant b"]);
+});
+
+test("a snapshot names the question of its answer, and a whole answer why it ended", async () => {
+  const chat = new Conversation(serving([event({ content: "a" }, { finish_reason: "length" }), DONE], [text("b"), CUT]));
+  assert.equal(chat.snapshot().question, null);
+  for (const reason of ["length", null]) {
+    const sending = chat.send("q");
+    assert.equal(chat.snapshot().question, chat.snapshot().messages.at(-1).id);
+    await sending;
+    assert.equal(chat.snapshot().messages.at(-1).finishReason, reason);
+    assert.equal(chat.snapshot().question, chat.snapshot().messages.at(-2).id);
+  }
+});
