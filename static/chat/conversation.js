@@ -139,7 +139,8 @@ export class Conversation {
       const error = /** @type {ChatError} */ (caught);
       const stopped = error.ending === "aborted";
       const state = stopped ? "stopped" : "interrupted";
-      const why = /** @type {const} */ (stopped ? { status: "ready" } : { status: "error", error });
+      /** @type {Pick<Snapshot, "status" | "error">} */
+      const why = stopped ? { status: "ready", error: null } : { status: "error", error };
       if (isEmpty(message)) end(before, why);
       else end([...asked, { ...message, state }, ...later], { ...why, metrics: answer.metrics });
       return false;

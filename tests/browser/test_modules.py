@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from support.npm import installed
 
-pytestmark = [pytest.mark.tools]
+pytestmark = [pytest.mark.node, pytest.mark.tools]
 
 ROOT = Path(__file__).resolve().parents[2]
 STATIC = ROOT / "static"
@@ -108,7 +108,8 @@ def test_types(folder: Path) -> None:
         (folder / f"{name}.same.ts").write_text(SAME.format(name=name))
     (folder / "use.ts").write_text(USE)
     (folder / "readme.ts").write_text(readme())
-    sources = [file for place in (folder, folder / "chat") for end in ("js", "ts") for file in place.glob(f"*.{end}")]
+    folders = [folder, *(folder / name for name in ("chat", "markdown", "page"))]
+    sources = [file for place in folders for end in ("js", "ts") for file in place.glob(f"*.{end}")]
     checked = tool(folder, "tsc", *STRICT, *map(str, sources))
     assert (checked.stdout, checked.returncode) == ("", 0)
 
@@ -135,6 +136,6 @@ def test_nothing_is_imported_from_elsewhere() -> None:
         for module in STATIC.glob("**/*.js")
         if "examples" not in module.parts
         for name in imported.findall(re.sub(r"/\*\*.*?\*/", "", module.read_text(), flags=re.DOTALL))
-        if not (name.startswith("./") and (module.parent / name).is_file())
+        if not (name.startswith(("./", "../")) and (module.parent / name).is_file())
     }
     assert strangers == {("react.js", "react")}

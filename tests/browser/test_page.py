@@ -412,7 +412,7 @@ def test_there_is_advice_for_every_code() -> None:
         for child in kind.__subclasses__():
             yield from family(child)
 
-    advice = (ROOT / "static/error-texts.js").read_text()
+    advice = (ROOT / "static/page/error-texts.js").read_text()
     known = set(re.findall(r"^  (\w+): (?:again|otherwise)\(", advice, re.MULTILINE))
     ours = {*family(errors.Refusal), *family(errors.Interruption)}
     ours |= {"login_required", "invalid_credentials", "stream_too_long", "limits_unavailable"}

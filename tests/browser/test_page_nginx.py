@@ -47,7 +47,7 @@ def test_the_page_from_disk(browser: Browser, tmp_path: Path) -> None:
         visit.forgive("CSP: require-trusted-types-for refused trusted-types-sink")
         visit.forgive("requires 'TrustedHTML' assignment")
         eventually(lambda: {line["route"].split()[1] for line in proxy.lines()} == {"/api/session", "/api/chat"})
-        assert "/page.js" in {json.loads(line)["path"] for line in site.logged()}
+        assert "/page/page.js" in {json.loads(line)["path"] for line in site.logged()}
 
 
 def test_the_page_has_the_policy_that_the_server_sends() -> None:

@@ -170,9 +170,9 @@ def test_the_image_serves_and_knows_that_it_does(tmp_path: Path) -> None:
                 lambda: subprocess.run(check, env=told, capture_output=True, timeout=STARTING).returncode == 0, STARTING
             )
             found = subprocess.run(
-                ["curl", "-sf", f"http://127.0.0.1:{port}/page.js"], capture_output=True, timeout=PATIENCE
+                ["curl", "-sf", f"http://127.0.0.1:{port}/page/page.js"], capture_output=True, timeout=PATIENCE
             )
-            assert found.stdout == (ROOT / "static" / "page.js").read_bytes()
+            assert found.stdout == (ROOT / "static" / "page" / "page.js").read_bytes()
         finally:
             server.terminate()
             assert server.wait(STARTING) == 0, (tmp_path / "stderr").read_text(encoding="utf-8")

@@ -439,7 +439,7 @@ def test_prompts_stay_in_memory(tmp_path: Path) -> None:
 
 COMES_AND_GOES = {"date", "etag", "last-modified", "content-length", "x-request-id", "server", "connection",
                   "accept-ranges", "transfer-encoding", "content-encoding", "vary"}  # fmt: skip
-FILES = ["/", "/index.html", "/page.js", "/chat/client.js", "/style.css", "/favicon.svg"]
+FILES = ["/", "/index.html", "/page/page.js", "/chat/client.js", "/style/base.css", "/favicon.svg"]
 
 
 def copied(folder: Path) -> Path:

@@ -373,7 +373,7 @@ TWISTS: list[Callable[[str], str]] = [
 ]
 PARTS: dict[str, tuple[int, list[Any]]] = {  # of a request: how many values, from the first, are valid in a chat
     "method": (1, ["POST", "GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND"]),
-    "path": (2, [*ADDRESSES, "/api", "/api/check/x", "/", "/index.html", "/page.js", *PROBES]),
+    "path": (2, [*ADDRESSES, "/api", "/api/check/x", "/", "/index.html", "/page/page.js", *PROBES]),
     "twist": (2, TWISTS),
     "body": (1, [QUESTION, HOPELESS, None, b"", b"{", b"null", b"[]", b"{}", b"\xff", b'{"a":NaN}', b"[" * 1000]),
     "host": (3, ["localhost", "LOCALHOST", "127.0.0.1:80", "evil.example", "localhost:81", "a" * 2000]),

@@ -296,7 +296,7 @@ def test_programs_of_an_address_share_their_limits(tight: Running) -> None:
     assert Browser(tight, address).chat().status == 200
 
 
-@pytest.mark.parametrize("path", ["/api/v1/models", "/healthz", "/readyz", "/", "/page.js", "/api/nothing"])
+@pytest.mark.parametrize("path", ["/api/v1/models", "/healthz", "/readyz", "/", "/page/page.js", "/api/nothing"])
 def test_looking_around_mints_nothing(wide: Running, path: str) -> None:
     """The list of models, the probes and the page's files set no cookie, and read none."""
     for visitor in (Browser(wide), Program(wide), Program(wide, cookie="chat=forged")):
@@ -948,7 +948,7 @@ PAGE_POLICY = {
 
 @pytest.mark.parametrize(
     ("path", "kind"),
-    [("/", "text/html"), ("/index.html", "text/html"), ("/page.js", "text/javascript"), ("/style.css", "text/css")],
+    [("/", "text/html"), ("/index.html", "text/html"), ("/page/page.js", "text/javascript"), ("/style/base.css", "text/css")],
 )
 def test_the_page(wide: Running, path: str, kind: str) -> None:
     """The page's files run nothing but themselves; HEAD says the same as GET, and no more."""
@@ -968,8 +968,8 @@ def test_the_page(wide: Running, path: str, kind: str) -> None:
 
 def test_the_page_is_not_sent_twice(wide: Running) -> None:
     """A browser that has a file still gets 304 and no body."""
-    tag = Program(wide).send("GET", "/page.js").headers["etag"]
-    again = Program(wide).send("GET", "/page.js", If_None_Match=tag)
+    tag = Program(wide).send("GET", "/page/page.js").headers["etag"]
+    again = Program(wide).send("GET", "/page/page.js", If_None_Match=tag)
     assert (again.status, again.body) == (304, b"")
 
 
@@ -982,16 +982,16 @@ UNUSABLE = [
 @pytest.mark.parametrize("written", UNUSABLE)
 def test_a_range_that_cannot_be_served_is_ignored(wide: Running, written: str) -> None:
     """Malformed or beyond the file's end, it gets the whole file under our headers, and no words but ours."""
-    whole = Program(wide).send("GET", "/page.js")
-    reply = Program(wide).send("GET", "/page.js", Range=written)
+    whole = Program(wide).send("GET", "/page/page.js")
+    reply = Program(wide).send("GET", "/page/page.js", Range=written)
     assert (reply.status, reply.body) == (200, whole.body)
     assert {**reply.headers, "date": ""} == {**whole.headers, "date": ""}
 
 
 def test_a_part_of_a_file(wide: Running) -> None:
     """A Range of the file is all that is sent, under the headers of the whole."""
-    whole = Program(wide).send("GET", "/page.js")
-    part = Program(wide).send("GET", "/page.js", Range="bytes=2-5")
+    whole = Program(wide).send("GET", "/page/page.js")
+    part = Program(wide).send("GET", "/page/page.js", Range="bytes=2-5")
     assert (part.status, part.body) == (206, whole.body[2:6])
     assert part.headers["content-range"] == f"bytes 2-5/{len(whole.body)}"
     assert part.headers["content-security-policy"] == whole.headers["content-security-policy"]
@@ -1062,7 +1062,7 @@ def test_no_page(upstream: ScriptedUpstream) -> None:
     """With an empty static_dir there is no page, only the API."""
     with running(upstream.base_url, SERVER_STATIC_DIR="") as proxy:
         assert code_of(Program(proxy).send("GET", "/")) == (404, "not_found")
-        assert code_of(Program(proxy).send("GET", "/page.js")) == (404, "not_found")
+        assert code_of(Program(proxy).send("GET", "/page/page.js")) == (404, "not_found")
         assert Program(proxy).chat().status == 200
 
 

@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { keepDraft, takeDraft, wayOut } from "../../../static/login.js";
+import { keepDraft, takeDraft, wayOut } from "../../../static/page/login.js";
 
 const ALLOWED = [
   "https://id.example.org/logout?client_id=chat",

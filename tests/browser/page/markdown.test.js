@@ -5,7 +5,7 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { test } from "node:test";
 
-import { MarkdownView, parse, safeUrl } from "../../../static/markdown.js";
+import { MarkdownView, parse, safeUrl } from "../../../static/markdown/markdown.js";
 import { randomCuts, seeded } from "./random.js";
 
 // ---- a document, as far as markdown.js goes

@@ -51,15 +51,6 @@ export function elapsed(milliseconds) {
 }
 
 /**
- * @param {number} tokens
- * @param {number} milliseconds from the first token to the last
- * @returns {number | null} tokens a second; null when there is nothing to measure between
- */
-export function rate(tokens, milliseconds) {
-  return tokens > 1 && milliseconds > 0 ? ((tokens - 1) * 1000) / milliseconds : null;
-}
-
-/**
  * @param {string} name e.g. "tokens_per_session 200000/day"
  * @returns {LimitWords} what is counted, for which subject, and over which time
  */

@@ -6,7 +6,7 @@
 
 import { make } from "./dom.js";
 
-/** @typedef {import("./chat/client.js").SentRequest} SentRequest */
+/** @typedef {import("../chat/client.js").SentRequest} SentRequest */
 
 /** Characters of a body, and events, that are shown: enough to see what it is. */
 const MAX_SHOWN = 6_000;

@@ -1,33 +1,32 @@
 // @ts-check
 /**
- * The page: what happens when. What it looks like is in index.html and style.css, one question and its answer in
- * turn.js, the message box in composer.js, the way to the server in chat/client.js.
+ * The page: what happens when. What it looks like is in index.html and style/, the conversation in
+ * chat/conversation.js, its turns on the screen in transcript.js, the message box in composer.js.
  *
  * Rules of this file:
- * 1. One answer at a time. `live` is its request; everything that ends it goes through its AbortController.
+ * 1. One answer at a time, from `run` to its end.
  * 2. The conversation is the turns on the screen. A reload forgets it, unless its owner has switched on storage.js.
- * 3. What broke before its first word is not sent along again: a message refused once would be refused for ever.
- * 4. A question that needs a login first is not lost: it waits in the message box, behind the login panel.
- * 5. Signing out leaves nothing on the screen, in any tab; nor does one user for the next.
+ * 3. A question that needs a login first is not lost: it waits in the message box, behind the login panel.
+ * 4. Signing out leaves nothing on the screen, in any tab; nor does one user for the next.
+ * 5. `visitor` is all that is known of who is here.
  */
 
+import { Conversation } from "../chat/conversation.js";
 import { fetchAccount, needsLogin, showAccount, signOut } from "./account.js";
-import { adviceFor } from "./error-texts.js";
-import { streamChat } from "./chat/client.js";
 import { Composer } from "./composer.js";
 import { byId, copy, make } from "./dom.js";
-import { duration, plural } from "./format.js";
+import { adviceFor } from "./error-texts.js";
 import { Follower } from "./follow.js";
-import * as storage from "./storage.js";
-import { LoginPanel, keepDraft, takeDraft, wayOut } from "./login.js";
-import { Turn } from "./turn.js";
+import { duration, plural } from "./format.js";
 import { Inspector } from "./inspector.js";
+import { LoginPanel, keepDraft, takeDraft, wayOut } from "./login.js";
+import * as storage from "./storage.js";
+import { Transcript, answerTo } from "./transcript.js";
+import { UNKNOWN, signedOut, staysOut, withAccount, withoutSession } from "./visitor.js";
 
 /** @typedef {import("./account.js").Account} Account */
-/** @typedef {import("./account.js").SessionFacts} SessionFacts */
-/** @typedef {import("./login.js").Situation} Situation */
-/** @typedef {import("./chat/client.js").ChatError} ChatError */
-/** @typedef {import("./chat/client.js").Message} Message */
+/** @typedef {import("./visitor.js").Visitor} Visitor */
+/** @typedef {import("../chat/client.js").ChatError} ChatError */
 
 const scroller = byId("scroller", HTMLElement);
 const welcome = byId("welcome", HTMLElement);
@@ -45,7 +44,7 @@ const inspector = new Inspector({
   close: byId("inspector-close", HTMLButtonElement),
   body: byId("inspector-body", HTMLElement),
 });
-const loginPanel = new LoginPanel(byId("login-panel", HTMLElement), { onEnter: entered, onLeave: () => keepDraft(composer.text, user) });
+const loginPanel = new LoginPanel(byId("login-panel", HTMLElement), { onEnter: entered, onLeave: () => keepDraft(composer.text, visitor.user) });
 const composer = new Composer(
   {
     form: byId("composer", HTMLFormElement),
@@ -54,40 +53,27 @@ const composer = new Composer(
     editing: byId("editing", HTMLElement),
     cancel: byId("edit-cancel", HTMLButtonElement),
   },
-  { onAsk: askOrEdit, onStop: stop, onEditEnd: editEnded },
+  { onAsk: askOrEdit, onStop: () => chat.stop(), onEditEnd: editEnded },
 );
 const follower = new Follower(scroller, latest);
 const tabs = new BroadcastChannel("chat-proxy signed out");
 
-/** @type {Turn[]} */
-const turns = [];
-/** @type {AbortController | null} the request under way */
-let live = null;
-/** @type {Account | null} from the latest response of the server */
-let account = null;
-let accountVersion = 0; // how often the account was asked for or set: only the latest answer counts
-let user = ""; // the last user with a name who signed in here
-let stayedSignedOut = false; // signed out by hand, where asking would sign in again
-let owner = ""; // whose kept conversation was looked for last
+const chat = new Conversation();
+const transcript = new Transcript(turnList, chat, { onRetry: askAgain, onEdit: edit, onNew: turnAdded, onShown: shown });
+
+let visitor = UNKNOWN;
+let isBusy = false; // an answer is under way
 
 // ---- asking
 
 /** @param {string} question */
 function ask(question) {
-  void run(addTurn(question));
+  void run(() => chat.send(question));
 }
 
-/**
- * @param {string} question
- * @returns {Turn} on the screen
- */
-function addTurn(question) {
-  const turn = new Turn(question, { onRetry: askAgain, onEdit: edit, onShown: shown });
-  turns.push(turn);
+function turnAdded() {
   welcome.hidden = true;
-  turnList.append(turn.element);
   follower.toEnd();
-  return turn;
 }
 
 /**
@@ -95,15 +81,27 @@ function addTurn(question) {
  * @param {boolean} edited it takes the place of the last one
  */
 function askOrEdit(question, edited) {
-  const last = turns.at(-1);
-  if (edited && last) remove(last);
+  const last = chat.snapshot().messages.findLast(({ role }) => role === "user");
+  if (edited && last) remove(last.id);
   ask(question);
 }
 
-/** @param {Turn} turn the last one, whose question is to be put differently */
-function edit(turn) {
-  if (live || loginPanel.isOpen) return;
-  composer.edit(turn.question);
+/** @param {string} id of a question, which goes away with its answer */
+function remove(id) {
+  chat.remove(id);
+  turnList.classList.remove("editing");
+  welcome.hidden = !transcript.isEmpty;
+}
+
+/** @param {string} id */
+function textOf(id) {
+  return chat.snapshot().messages.find((message) => message.id === id)?.text ?? "";
+}
+
+/** @param {string} id of the last question, which is to be put differently */
+function edit(id) {
+  if (isBusy || loginPanel.isOpen) return;
+  composer.edit(textOf(id));
   turnList.classList.add("editing");
   composer.focus();
   say("Editing. Esc cancels.");
@@ -115,65 +113,57 @@ function editEnded() {
   toMessage();
 }
 
-/** @param {Turn} turn */
-function remove(turn) {
-  turns.splice(turns.indexOf(turn), 1);
-  turn.dispose();
-  turnList.classList.remove("editing");
-  welcome.hidden = turns.length > 0;
-}
-
-/** @param {Turn} turn */
-function askAgain(turn) {
-  if (live) return;
+/** @param {string} id of a question */
+function askAgain(id) {
+  if (isBusy) return;
   if (composer.isEditing) stopEditing();
   toMessage(); // its button goes away
-  if (!loginPanel.isOpen) void run(turn);
+  if (!loginPanel.isOpen) void run(() => chat.regenerate(id));
 }
 
-/** @param {Turn} turn its answer is asked for, perhaps again */
-async function run(turn) {
-  if (live) return;
-  const controller = new AbortController();
-  setLive(controller);
-  turn.begin(performance.now());
-  keepTurns();
-  say("Waiting for the first word…");
-  shown();
-  const answer = streamChat({
-    messages: history(turn),
+/** @param {() => Promise<boolean>} begin asks, and waits for the end of the answer */
+async function run(begin) {
+  if (isBusy) return;
+  setBusy(true);
+  chat.configure({
     model: model.value || undefined,
-    signal: controller.signal,
     onRequest: (request) => inspector.sent(request),
     onResponse: (response) => inspector.answered(response),
     onEvent: ({ data }) => inspector.event(data),
     onRetry: ({ delay }) => say(`Busy. Asking again in ${duration(delay / 1000)}.`),
   });
-  try {
-    for await (const delta of answer) {
-      if (delta.type === "text") {
-        say("Answering…");
-        turn.add(delta.text, performance.now());
-      } else if (delta.type === "reasoning" && answer.text === "") {
-        say("The model is thinking…");
-      }
-    }
-    if (live !== controller) return; // it was whole when a new conversation began
-    const { finishReason, metrics } = answer;
-    turn.complete({ finishReason, metrics, now: performance.now() });
-    say(`Complete: ${plural(metrics.tokens, "token")}.`);
-  } catch (caught) {
-    const error = /** @type {ChatError} */ (caught);
-    const shutOut = live === controller && (await isShutOut(error));
-    if (live !== controller) return; // a new conversation has begun
-    if (shutOut) takeBack(turn);
-    else broke(turn, error);
-  }
-  if (live !== controller) return;
-  setLive(null);
+  const answered = begin();
+  const { question } = chat.snapshot();
+  const isOver = () => chat.snapshot().question !== question; // a new conversation has begun
+  keepTurns();
+  shown();
+  await answered;
+  if (isOver()) return;
+  const { error } = chat.snapshot();
+  const shutOut = error !== null && (await isShutOut(error));
+  if (isOver()) return;
+  if (shutOut && question) takeBack(question);
+  else settle();
+  setBusy(false);
   keepTurns();
   inspector.show();
   if (!loginPanel.isOpen) void refresh();
+}
+
+/** Says in the status line how far the answer is. */
+function sayProgress() {
+  const { messages, status, question } = chat.snapshot();
+  if (status === "submitted") say("Waiting for the first word…");
+  if (status !== "streaming") return;
+  say(answerTo(messages, question)?.text === "" ? "The model is thinking…" : "Answering…");
+}
+
+function settle() {
+  const { messages, question, error, metrics } = chat.snapshot();
+  transcript.settle();
+  if (error) say(""); // the alert says it
+  else if (answerTo(messages, question)?.state === "complete" && metrics) say(`Complete: ${plural(metrics.tokens, "token")}.`);
+  else say("Stopped.");
 }
 
 /**
@@ -181,7 +171,7 @@ async function run(turn) {
  * @param {ChatError} error
  */
 async function isShutOut({ status, code }) {
-  const mode = account?.session.mode;
+  const mode = visitor.account?.session.mode;
   if (mode === "anonymous") return false; // a session without a login is replaced without a word
   const redirected = mode === "header" && code === "network_error"; // perhaps: to the sign-in in front of the server
   if (status !== 401 && !redirected) return false;
@@ -189,51 +179,19 @@ async function isShutOut({ status, code }) {
   return loginPanel.isOpen;
 }
 
-/** @param {Turn} turn whose question goes back to where it was written */
-function takeBack(turn) {
-  remove(turn);
-  composer.putBack(turn.question);
+/** @param {string} id of a question, which goes back to where it was written */
+function takeBack(id) {
+  const question = textOf(id);
+  remove(id);
+  composer.putBack(question);
   say("Your question is kept.");
 }
 
-/** @param {AbortController | null} controller */
-function setLive(controller) {
-  live = controller;
-  document.body.classList.toggle("busy", live !== null);
-  composer.setBusy(live !== null);
-}
-
-/**
- * @param {Turn} turn
- * @param {ChatError} error
- */
-function broke(turn, error) {
-  if (error.ending === "aborted") {
-    turn.stopped(performance.now());
-    say("Stopped.");
-    return;
-  }
-  turn.failed(error, performance.now());
-  say(""); // the alert says it
-}
-
-function stop() {
-  live?.abort();
-}
-
-/**
- * @param {Turn} turn
- * @returns {Message[]} the conversation up to its question
- */
-function history(turn) {
-  const before = turns.slice(0, turns.indexOf(turn)).filter((earlier) => earlier.text !== "");
-  return [
-    ...before.flatMap(({ question, text }) => /** @type {Message[]} */ ([
-      { role: "user", content: question },
-      { role: "assistant", content: text },
-    ])),
-    { role: "user", content: turn.question },
-  ];
+/** @param {boolean} busy */
+function setBusy(busy) {
+  isBusy = busy;
+  document.body.classList.toggle("busy", busy);
+  composer.setBusy(busy);
 }
 
 function stopEditing() {
@@ -242,10 +200,10 @@ function stopEditing() {
 }
 
 function startAnew() {
-  stop();
-  setLive(null);
+  chat.reset();
+  setBusy(false);
   stopEditing();
-  for (const turn of [...turns]) remove(turn);
+  welcome.hidden = false;
   follower.reset();
   keepTurns();
   say("New conversation.");
@@ -256,24 +214,20 @@ function startAnew() {
 
 /** Writes down what is on the screen, where that is switched on. */
 function keepTurns() {
-  const now = turns.map(({ question, text, whole }) => ({ question, text, whole }));
-  if (!storage.save(owner, now)) say("This conversation is too long to be kept in this browser.");
+  if (!storage.save(visitor.owner, transcript.kept)) say("This conversation is too long to be kept in this browser.");
 }
 
-/** @param {SessionFacts} session of a user that may chat */
-function findKept(session) {
-  const mine = storage.ownerOf(session);
-  const found = storage.load(mine);
+/** @param {Visitor} before who was here before `visitor`, who may chat */
+function findKept(before) {
+  const found = storage.load(visitor.owner);
   keep.checked = found !== null;
-  if (mine === owner) return; // it was found before, and what is on the screen is newer
-  owner = mine;
-  if (turns.length > 0) return;
-  for (const { question, ...answer } of found ?? []) addTurn(question).restore(answer);
+  if (visitor.owner === before.owner) return; // it was found before, and what is on the screen is newer
+  if (transcript.isEmpty && found) transcript.restore(found);
 }
 
 function switchKeeping() {
-  if (!keep.checked) storage.switchOff(owner);
-  else if (storage.switchOn(owner, [])) keepTurns();
+  if (!keep.checked) storage.switchOff(visitor.owner);
+  else if (storage.switchOn(visitor.owner, [])) keepTurns();
   else {
     keep.checked = false;
     say("This browser keeps nothing for this site.");
@@ -283,43 +237,28 @@ function switchKeeping() {
 // ---- the account
 
 async function refresh() {
-  accountVersion += 1;
-  const mine = accountVersion;
+  const asked = (visitor = { ...visitor }); // only the latest answer counts, so only this one may be replaced by it
   let found;
   try {
-    found = await fetchAccount();
+    found = withAccount(asked, await fetchAccount());
   } catch (caught) {
-    if (mine !== accountVersion) return;
+    if (visitor !== asked) return;
     const error = /** @type {any} */ (caught);
     const advice = adviceFor(error);
-    if (error.status === 401) accept(accountWithoutSession("header")); // not from our server: from a proxy in front of it
+    if (error.status === 401) welcomeVisitor(withoutSession(asked, "header")); // from a proxy in front of our server
     else if (!model.options.length) showNotice(advice.title, advice.text, () => void refresh());
     return; // later, what is shown is good enough until the next answer
   }
-  if (mine === accountVersion) accept(found);
+  if (visitor === asked) welcomeVisitor(found);
 }
 
-/**
- * @param {string} [mode]
- * @returns {Account} the account without a session
- */
-function accountWithoutSession(mode = account?.session.mode ?? "header") {
-  return { session: { mode, user: null, expires_at: null }, models: account?.models ?? [], limits: [] };
-}
-
-/**
- * @param {Account} found is how it is from now on
- * @param {Situation} [situation] of a visitor without a session
- */
-function accept(found, situation = account && !needsLogin(account.session) ? "ended" : "new") {
-  accountVersion += 1;
-  stayedSignedOut = false;
-  const { session } = found;
-  if (session.user !== null) {
-    if (user !== "" && user !== session.user) forget();
-    user = session.user;
-  }
-  account = found;
+/** @param {Visitor} found is here from now on */
+function welcomeVisitor(found) {
+  const before = visitor;
+  if (before.user !== "" && found.user !== before.user) forget();
+  visitor = found;
+  const { account } = found;
+  if (!account) return;
   const elements = {
     card,
     tightest: byId("tightest", HTMLElement),
@@ -327,11 +266,11 @@ function accept(found, situation = account && !needsLogin(account.session) ? "en
     state: byId("session-state", HTMLElement),
     signOut: signOutButton,
   };
-  showAccount(elements, found, Date.now() / 1000);
+  showAccount(elements, account, Date.now() / 1000);
   byId("welcome-state", HTMLElement).textContent = elements.state.textContent;
-  showModels(found.models);
+  showModels(account.models);
   notice.hidden = true;
-  showDoor(session, situation);
+  showDoor(before, account);
 }
 
 /** @param {string[]} names */
@@ -346,19 +285,20 @@ function showModels(names) {
 
 /**
  * Shows the login panel in place of the message box, or hides it.
- * @param {SessionFacts} session
- * @param {Situation} situation
+ * @param {Visitor} before who was here before
+ * @param {Account} account
  */
-function showDoor(session, situation) {
+function showDoor(before, { session }) {
   const away = needsLogin(session);
   const moves = away !== loginPanel.isOpen;
   if (away) {
-    loginPanel.open(session.mode, situation);
+    const { state } = visitor;
+    loginPanel.open(session.mode, state === "left" || state === "ended" ? state : "new");
     storage.forgetNameless();
   } else {
     loginPanel.close();
     composer.fill(() => takeDraft(session.user ?? ""));
-    findKept(session);
+    findKept(before);
   }
   composer.lock(away);
   document.body.classList.toggle("locked", away);
@@ -368,9 +308,9 @@ function showDoor(session, situation) {
   if (moves) toMessage();
 }
 
-/** @param {Account} found after a password was right */
-function entered(found) {
-  accept(found);
+/** @param {Account} account after a password was right */
+function entered(account) {
+  welcomeVisitor(withAccount(visitor, account));
   say("Signed in.");
   composer.focus();
 }
@@ -388,19 +328,18 @@ async function leave() {
     signOutButton.disabled = false;
   }
   tabs.postMessage(null);
-  signedOut();
+  goodbye();
   const next = wayOut(url);
   if (next) location.assign(next);
 }
 
-/** Here, or in another tab. */
-function signedOut() {
-  if (!account) return;
+/** Signed out, here or in another tab. */
+function goodbye() {
+  if (!visitor.account) return;
   forget();
-  storage.switchOff(owner);
+  storage.switchOff(visitor.owner);
   card.open = false;
-  accept(accountWithoutSession(), "left");
-  stayedSignedOut = account.session.mode === "header";
+  welcomeVisitor(signedOut(visitor));
   say("");
 }
 
@@ -458,13 +397,13 @@ function closeCard() {
 /** @param {HTMLButtonElement} button one that copies @returns {string} what it copies */
 function textToCopy(button) {
   if (button.dataset.copy === "code") return button.closest("figure")?.querySelector("code")?.textContent ?? "";
-  return turns.find((turn) => turn.copy === button)?.text ?? "";
+  return transcript.textToCopy(button);
 }
 
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || event.isComposing) return;
   if (card.open) closeCard();
-  else if (live) stop();
+  else if (isBusy) chat.stop();
   else if (composer.isEditing) {
     stopEditing();
     editEnded();
@@ -476,7 +415,7 @@ document.addEventListener("click", (event) => {
   if (card.open && !card.contains(target)) card.open = false;
   const button = target.closest("button");
   if (!button) return;
-  if (button.dataset.prompt && !live) {
+  if (button.dataset.prompt && !isBusy) {
     ask(button.dataset.prompt);
     toMessage();
   } else if (button.dataset.copy) {
@@ -488,22 +427,23 @@ latest.addEventListener("click", toMessage);
 byId("fresh", HTMLButtonElement).addEventListener("click", startAnew);
 keep.addEventListener("change", switchKeeping);
 addEventListener("pagehide", () => {
-  if (live) keepTurns(); // with what has arrived of the answer; the rest is kept already, perhaps by another tab
+  if (isBusy) keepTurns(); // with what has arrived of the answer; the rest is kept already, perhaps by another tab
 });
 
 signOutButton.addEventListener("click", () => void leave());
-tabs.addEventListener("message", signedOut);
+tabs.addEventListener("message", goodbye);
 
 addEventListener("offline", () => say("You are offline."));
 addEventListener("online", () => {
-  if (live) return;
+  if (isBusy) return;
   say("You are online again.");
   void refresh();
 });
 
 document.addEventListener("visibilitychange", () => {
-  if (document.visibilityState === "visible" && !live && !stayedSignedOut) void refresh();
+  if (document.visibilityState === "visible" && !isBusy && !staysOut(visitor)) void refresh();
 });
 
+chat.subscribe(sayProgress);
 toMessage();
 void refresh();

@@ -3,61 +3,56 @@
  * One question and its answer on the screen.
  *
  * Rules of this file:
- * 1. It shows; what happens is decided in page.js. No request, no state of the conversation but its own text.
- * 2. Text that arrives is shown at once when it is the first, then in batches: an unseen frame costs the same.
+ * 1. It shows; what happens is decided in page.js, and what is said in the conversation.
+ * 2. A long answer is drawn less often, so that the page stays quick.
  * 3. A broken answer carries its mark as long as it stands.
  * 4. What was answered before stays until the first word of another try: a refused retry takes nothing away.
  * 5. Screen readers: the growing answer is aria-busy and no live region; errors are an alert, without the countdown.
  */
 
+import { MarkdownView } from "../markdown/markdown.js";
 import { adviceFor } from "./error-texts.js";
 import { countDown, make } from "./dom.js";
-import { elapsed, plural, rate } from "./format.js";
-import { MarkdownView } from "./markdown.js";
+import { elapsed, plural } from "./format.js";
 
-/** @typedef {import("./chat/client.js").ChatError} ChatError */
+/** @typedef {import("../chat/client.js").ChatError} ChatError */
+/** @typedef {import("../chat/client.js").Metrics} Metrics */
+/** @typedef {import("../chat/conversation.js").ShownMessage} ShownMessage */
 
-/** Milliseconds between two updates of a growing answer. */
-export const FLUSH = 50;
-/** An update may take this share of the time, so that the page stays quick on a slow device or in a long answer. */
-const FLUSH_SHARE = 0.2;
+/** Drawing may take this share of the time, so that the page stays quick on a slow device or in a long answer. */
+const DRAWING_SHARE = 0.2;
 /** Milliseconds between two updates of the running figures: faster cannot be read. */
 const FIGURES = 250;
 
 export class Turn {
-  /** What stands here of the answer. */
-  text = "";
-  /** Whether that is all of it. */
-  whole = false;
-  #pending = "";
-  /** @type {ReturnType<typeof setTimeout> | undefined} */
+  #text = ""; // what is shown of the answer, or is about to be
+  #drawn = 0; // characters of it
+  /** @type {ReturnType<typeof setTimeout> | undefined} until it may be drawn again */
   #timer;
   /** @type {ReturnType<typeof setInterval> | undefined} */
   #countdown;
-  #startedAt = 0;
-  #firstAt = 0;
-  #lastAt = 0;
-  #tokens = 0;
+  #hasBegun = false; // the answer of this try
+  #isWhole = false; // the answer that stands here
+  /** @type {Metrics | null} */
+  #metrics = null;
   #figuresAt = 0;
   #onShown;
 
   /**
    * @param {string} question
-   * @param {{onRetry: (turn: Turn) => void, onEdit: (turn: Turn) => void, onShown: () => void}} handlers `onShown`:
-   *   something has grown
+   * @param {{onRetry: () => void, onEdit: () => void, onShown: () => void}} handlers `onShown`: something has grown
    */
   constructor(question, { onRetry, onEdit, onShown }) {
-    this.question = question;
     this.#onShown = onShown;
     this.body = make("div", { class: "md" });
     this.mark = make("p", { class: "mark", hidden: "" });
     this.problem = make("div", { class: "problem", hidden: "" });
     this.figures = make("p", { class: "figures" });
     this.retry = make("button", { type: "button", class: "plain" }, "Retry");
-    this.retry.addEventListener("click", () => onRetry(this));
+    this.retry.addEventListener("click", onRetry);
     this.copy = make("button", { type: "button", class: "plain", "data-copy": "answer" }, "Copy");
     this.edit = make("button", { type: "button", class: "plain edit", "aria-label": "Edit question" }, "Edit");
-    this.edit.addEventListener("click", () => onEdit(this));
+    this.edit.addEventListener("click", onEdit);
     this.actions = make("div", { class: "actions" }, this.figures, make("div", {}, this.copy, this.retry));
     this.answer = make(
       "div",
@@ -76,28 +71,24 @@ export class Turn {
       this.answer,
     );
     this.view = new MarkdownView(this.body);
-    this.begin(performance.now());
+    this.begin();
   }
 
-  /**
-   * An answer of before, as it was kept.
-   * @param {{text: string, whole: boolean}} answer
-   */
-  restore({ text, whole }) {
-    this.text = text;
-    this.whole = whole;
-    this.view.append(text);
+  /** @param {ShownMessage} [answer] of before, as it was kept; none where the question was not answered */
+  restore(answer) {
+    this.#draw(answer?.text ?? "");
     this.#end();
-    this.#settle();
-    if (!whole) this.#showMark(text === "" ? "Not answered." : "This is a part of the answer.");
+    this.#settle(answer?.state === "complete");
+    if (!answer) this.#showMark("Not answered.");
+    else if (answer.state !== "complete") this.#showMark("This is a part of the answer.");
     this.#onShown();
   }
 
-  /** @param {number} now milliseconds: the question goes out, perhaps again */
-  begin(now) {
+  /** The question goes out, perhaps again. */
+  begin() {
     clearInterval(this.#countdown);
-    this.#startedAt = now;
-    this.#firstAt = this.#lastAt = this.#tokens = this.#figuresAt = 0;
+    this.#hasBegun = false;
+    this.#figuresAt = 0;
     this.answer.setAttribute("aria-busy", "true");
     this.answer.dataset.state = "waiting";
     this.problem.hidden = true;
@@ -106,109 +97,105 @@ export class Turn {
     this.copy.hidden = this.retry.hidden = this.edit.hidden = true;
   }
 
+  /**
+   * @param {string} text of the answer so far
+   * @param {Metrics} metrics
+   */
+  grow(text, metrics) {
+    if (!this.#hasBegun) this.#clear();
+    if (text === "") return; // the model is thinking
+    this.answer.dataset.state = "streaming";
+    this.#text = text;
+    this.#metrics = metrics;
+    if (this.#timer === undefined) this.#update();
+  }
+
   /** Nothing of an earlier try is left. */
   #clear() {
-    this.text = "";
-    this.whole = false;
+    this.#hasBegun = true;
+    this.#isWhole = false;
+    this.#text = "";
+    this.#drawn = 0;
     this.body.replaceChildren();
     this.view = new MarkdownView(this.body);
     this.mark.hidden = true;
   }
 
-  /**
-   * @param {string} text
-   * @param {number} now
-   */
-  add(text, now) {
-    if (this.#firstAt === 0) this.#clear();
-    this.text += text;
-    this.#pending += text;
-    this.#tokens += 1;
-    this.#lastAt = now;
-    if (this.#firstAt === 0) {
-      this.#firstAt = now;
-      this.answer.dataset.state = "streaming";
-      this.#flush();
-    } else if (this.#timer === undefined) {
-      this.#later(FLUSH);
-    }
-  }
-
-  /** @param {number} milliseconds */
-  #later(milliseconds) {
-    this.#timer = setTimeout(() => {
-      this.#timer = undefined;
-      this.#flush();
-    }, milliseconds);
-  }
-
-  #flush() {
-    if (this.#pending === "") return;
+  /** Draws what has come, and again after a pause that is in proportion to what it took. */
+  #update() {
+    this.#timer = undefined;
+    if (this.#drawn === this.#text.length) return;
     const began = performance.now();
-    this.view.append(this.#pending);
-    this.#pending = "";
+    this.#draw(this.#text);
     if (began - this.#figuresAt >= FIGURES) {
       this.#figuresAt = began;
-      this.#showFigures(began, this.#tokens);
+      this.#showFigures(this.#metrics);
     }
     this.#onShown();
-    const cost = performance.now() - began;
-    if (this.#timer === undefined) this.#later(Math.max(FLUSH, cost / FLUSH_SHARE));
+    this.#timer = setTimeout(() => this.#update(), (performance.now() - began) / DRAWING_SHARE);
+  }
+
+  /** @param {string} text of the answer so far */
+  #draw(text) {
+    this.#text = text;
+    this.view.append(text.slice(this.#drawn));
+    this.#drawn = text.length;
   }
 
   /** What has arrived is shown, and nothing comes any more. */
   #end() {
     clearTimeout(this.#timer);
     this.#timer = undefined;
-    if (this.#pending !== "") this.view.append(this.#pending);
-    this.#pending = "";
+    if (this.#drawn < this.#text.length) this.#draw(this.#text);
     this.view.finish();
     this.answer.removeAttribute("aria-busy");
-    this.copy.hidden = this.text === "";
+    this.copy.hidden = this.#text === "";
     this.retry.hidden = this.edit.hidden = false;
   }
 
-  /** What stands here now is how it stays. */
-  #settle() {
-    this.answer.dataset.state = this.whole ? "complete" : "stopped";
-    this.#name(this.whole ? "Regenerate" : "Ask again");
+  /** @param {boolean} whole what stands here, and stays */
+  #settle(whole) {
+    this.answer.dataset.state = whole ? "complete" : "stopped";
+    this.#name(whole ? "Regenerate" : "Ask again");
+    this.#isWhole = whole;
   }
 
   /**
-   * @param {{finishReason: string | null, metrics: import("./chat/client.js").Metrics, now: number}} facts
+   * @param {ShownMessage} answer
+   * @param {Metrics} metrics
    */
-  complete({ finishReason, metrics, now }) {
-    if (this.#firstAt === 0) this.#clear();
-    this.whole = true;
+  complete({ text, finishReason }, metrics) {
+    if (!this.#hasBegun) this.#clear();
+    this.#text = text;
     this.#end();
-    this.#settle();
-    this.#showFigures(now, metrics.tokens, metrics.tokens_per_s);
+    this.#settle(true);
+    this.#showFigures(metrics);
     if (finishReason === "length") this.#showMark("Ended at the length limit: ask it to go on for the rest.");
     else if (finishReason === "content_filter") this.#showMark("Ended by the model's content filter.");
-    else if (this.text === "") this.#showMark("The model answered with nothing.");
+    else if (text === "") this.#showMark("The model answered with nothing.");
     this.#onShown();
   }
 
-  /** @param {number} now */
-  stopped(now) {
+  /** @param {Metrics | null} metrics null: nothing had come */
+  stopped(metrics) {
     this.#end();
-    this.#settle();
-    if (this.text === "") this.#showMark("Stopped before the first word.");
-    else if (this.#firstAt !== 0) this.#showMark("Stopped: this is a part of the answer.");
-    this.#showFigures(now, this.#tokens);
+    this.#settle(this.#isWhole);
+    if (this.#text === "") this.#showMark("Stopped before the first word.");
+    else if (this.#hasBegun) this.#showMark("Stopped: this is a part of the answer.");
+    this.#showFigures(metrics);
     this.#onShown();
   }
 
   /**
    * @param {ChatError} error
-   * @param {number} now
+   * @param {Metrics | null} metrics null: nothing had come
    */
-  failed(error, now) {
+  failed(error, metrics) {
     this.#end();
     const advice = adviceFor(error);
     this.answer.dataset.state = "failed";
-    if (this.#firstAt !== 0) this.#showMark("Interrupted: this is only a part of the answer.");
-    this.#showFigures(now, this.#tokens);
+    if (this.#hasBegun && this.#text !== "") this.#showMark("Interrupted: this is only a part of the answer.");
+    this.#showFigures(metrics);
     this.problem.hidden = false;
     this.problem.dataset.tone = advice.retry ? "passing" : "lasting";
     const alert = make("div", { role: "alert" });
@@ -235,21 +222,18 @@ export class Turn {
     this.mark.hidden = false;
   }
 
-  /**
-   * @param {number} now
-   * @param {number} tokens
-   * @param {number | null} [speed]
-   */
-  #showFigures(now, tokens, speed = rate(tokens, this.#lastAt - this.#firstAt)) {
-    if (this.#firstAt === 0) {
+  /** @param {Metrics | null} metrics shown once there is text */
+  #showFigures(metrics) {
+    if (!this.#hasBegun || this.#text === "" || !metrics || metrics.ttft_ms === null) {
       this.figures.replaceChildren();
       return;
     }
+    const { ttft_ms, tokens_per_s, tokens, total_ms } = metrics;
     const parts = [
-      figure("first token", elapsed(this.#firstAt - this.#startedAt), "ttft"),
-      ...(speed === null ? [] : [figure("", `${speedWords(speed)} tokens/s`, "rate")]),
+      figure("first token", elapsed(ttft_ms), "ttft"),
+      ...(tokens_per_s === null ? [] : [figure("", `${speedWords(tokens_per_s)} tokens/s`, "rate")]),
       figure("", plural(tokens, "token"), "tokens"),
-      figure("", elapsed(now - this.#startedAt), "total"),
+      figure("", elapsed(total_ms), "total"),
     ];
     this.figures.replaceChildren(...parts);
   }
