@@ -1245,6 +1245,7 @@ def test_sessions_of_programs_post_no_revocations(store: Redis, tmp_path: Path) 
         assert client.zcard("{chat-proxy}:revoked") == 0
 
 
+@pytest.mark.process
 def test_check_tries_the_store(store: Redis, tmp_path: Path) -> None:
     """`check` reports whether the store answers."""
 

@@ -1,13 +1,13 @@
 """Which programs a test needs: each has a marker, and a test may start only those that its markers name.
 
-So `-m "not nginx"` selects tests that run on a machine without nginx. A test is held to its markers by an audit hook,
-which sees every program that this process starts.
+So `-m "not nginx"` selects tests that run on a machine without nginx. `subprocess.Popen`, through which every program is
+started, holds a test to its markers.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,16 @@ def marker_of(program: str) -> str:
 
 
 def watch_programs(is_marked: Callable[[str], bool]) -> None:
-    """Refuses, in this process and for as long as it lives, to start a program without its marker: raises Unmarked."""
+    """Refuses, in this process and for as long as it lives, to start a program without its marker: raises Unmarked.
 
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "subprocess.Popen" and not is_marked(marker := marker_of(str(arguments[0]))):
-            raise Unmarked(f"{arguments[0]} is started by a test without @pytest.mark.{marker}")
+    An audit hook would do the same, but it lets other threads run while coverage installs a trace function in one.
+    """
+    start = subprocess.Popen.__init__
 
-    sys.addaudithook(hook)
+    def checked(self: subprocess.Popen[Any], args: Sequence[Any], *more: Any, **named: Any) -> None:
+        program = str(args if isinstance(args, str) else args[0])
+        if not is_marked(marker := marker_of(program)):
+            raise Unmarked(f"{program} is started by a test without @pytest.mark.{marker}")
+        start(self, args, *more, **named)
+
+    subprocess.Popen.__init__ = checked  # type: ignore[assignment,method-assign]
