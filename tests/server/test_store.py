@@ -647,9 +647,7 @@ def test_no_live_stream_waits_for_the_store(loop: str, store: Redis, monkeypatch
 
 
 @both_loops
-def test_a_busy_machine_does_not_extend_the_deadline(
-    loop: str, store: Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_busy_machine_does_not_extend_the_deadline(loop: str, store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """A deadline that passes while the call is being sent still ends the call."""
     monkeypatch.setattr(store_module, "DEADLINE", DEADLINE)
 

@@ -948,7 +948,12 @@ PAGE_POLICY = {
 
 @pytest.mark.parametrize(
     ("path", "kind"),
-    [("/", "text/html"), ("/index.html", "text/html"), ("/page/page.js", "text/javascript"), ("/style/base.css", "text/css")],
+    [
+        ("/", "text/html"),
+        ("/index.html", "text/html"),
+        ("/page/page.js", "text/javascript"),
+        ("/style/base.css", "text/css"),
+    ],
 )
 def test_the_page(wide: Running, path: str, kind: str) -> None:
     """The page's files run nothing but themselves; HEAD says the same as GET, and no more."""

@@ -1,7 +1,7 @@
 """Which programs a test needs: each has a marker, and a test may start only those that its markers name.
 
-So `-m "not nginx"` selects tests that run on a machine without nginx. `subprocess.Popen`, through which every program is
-started, holds a test to its markers.
+So `-m "not nginx"` selects tests that run on a machine without nginx. Every program is started through
+`subprocess.Popen`, which holds a test to its markers.
 """
 
 from __future__ import annotations
