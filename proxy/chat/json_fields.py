@@ -18,7 +18,8 @@ from proxy import errors
 
 MAX_DEPTH = 64  # levels in a value that passes unread: twice what tool schemas use, half of serde_json's limit
 MAX_FIELDS = 64  # in an object that is read: OpenAI's request has about 40, and each costs time
-MAX_NAMES = 30_000  # in the whole body, 2 us each before another bound applies; its size alone would allow 130,000
+MAX_NAMES = 30_000  # and as many objects in the whole body: decoding one costs as much as 60 bytes of text
+MAX_QUOTES = 4 * MAX_NAMES  # of a body that may have more: around each name and its value
 MAX_DIGITS = 309  # in an integer: a double holds no more, and int() raises from 4,301 on
 SAFE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 TYPE_ERROR = re.compile(r"(?:Expected `([a-z| ]+)`)?.*?(?: - at `\$([\w.\[\]]+)`)?\Z")  # msgspec's message
@@ -75,7 +76,7 @@ def parse(body: bytes) -> dict[str, Raw]:
     """The body's fields by name. The values are valid JSON in valid UTF-8; nothing more has been checked."""
     try:
         body.decode()  # msgspec does not check the bytes of a Raw
-        check_number_of_names(body)
+        check_structure(body)
         members = OBJECT.decode(body)
     except UnicodeDecodeError as error:
         raise errors.InvalidJson("The request body is not UTF-8 text.", reason=str(error)) from None
@@ -86,15 +87,28 @@ def parse(body: bytes) -> dict[str, Raw]:
     return fields_by_name(members, "")
 
 
-def check_number_of_names(body: bytes) -> None:
-    if body.count(b":") > MAX_NAMES and outside_strings(body).count(b":") > MAX_NAMES:
-        raise errors.InvalidRequest(f"The request has too many fields in all: at most {MAX_NAMES}.")
+def check_structure(body: bytes) -> None:
+    """Refuses a body whose decoding would hold the event loop for much longer than its size lets expect."""
+    if most_of(body) <= MAX_NAMES:
+        return
+    bare = unescaped(body)
+    if bare.count(b'"') > MAX_QUOTES or most_of(outside_strings(bare)) > MAX_NAMES:
+        raise errors.InvalidRequest(f"The request has too many fields or objects in all: at most {MAX_NAMES}.")
 
 
-def outside_strings(value: bytes) -> bytes:
-    """The parts of a JSON text outside its strings."""
-    unescaped = value.replace(b"\\\\", b"").replace(b'\\"', b"")
-    return b"".join(unescaped.split(b'"')[::2])
+def most_of(text: bytes) -> int:
+    """The number of names or of objects in a JSON text without strings, whichever is larger; otherwise at least it."""
+    return max(text.count(b":"), text.count(b"{"))
+
+
+def unescaped(value: bytes) -> bytes:
+    """A JSON text in which each quote begins or ends a string."""
+    return value.replace(b"\\\\", b"").replace(b'\\"', b"")
+
+
+def outside_strings(bare: bytes) -> bytes:
+    """The parts outside the strings of a JSON text from `unescaped`."""
+    return b"".join(bare.split(b'"')[::2])
 
 
 def fields_by_name(members: Members, path: str) -> dict[str, Raw]:
@@ -158,6 +172,6 @@ def check_depth(raw: Raw, path: str | None) -> None:
     value = bytes(raw)
     if value[0] not in b"[{" or value.count(b"[") + value.count(b"{") <= MAX_DEPTH:
         return
-    steps = memoryview(outside_strings(value).translate(STEPS, NO_BRACKETS)).cast("b")
+    steps = memoryview(outside_strings(unescaped(value)).translate(STEPS, NO_BRACKETS)).cast("b")
     if max(accumulate(steps)) > MAX_DEPTH:
         raise errors.InvalidJson(f"{path} {TOO_DEEP}.", param=path)

@@ -20,6 +20,7 @@ import re
 from collections.abc import Set
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import cast
 
 import msgspec
 from msgspec import Raw
@@ -216,6 +217,17 @@ def unread_bytes(fields: dict[str, Raw]) -> int:
 # ---- messages --------------------------------------------------------------------------------------------
 
 
+def usual_text(members: Members) -> str | None:
+    """The text of a part that is written as {"type": "text", "text": "..."}: thousands would take the general way too
+    long. None for any other part."""
+    if len(members) != 2:
+        return None
+    (first, kind), (second, text) = members.items()
+    if first.name != "type" or second.name != "text" or bytes(kind) != b'"text"' or not bytes(text).startswith(b'"'):
+        return None
+    return cast(str, STRING.decode(text))
+
+
 class MessagesReader:
     """Reads a page's messages once, and counts characters, parts and images for the limits and the estimate."""
 
@@ -255,15 +267,18 @@ class MessagesReader:
         if isinstance(content, str):
             self.chars += len(content)
         elif content:
+            self.parts += len(content)
+            if self.parts > MAX_PARTS:
+                refuse("messages", f"may have {MAX_PARTS} content parts in all")
             for index, members in enumerate(content):
-                self.read_part(members, message.role, f"{path}.content[{index}]")
+                if (text := usual_text(members)) is not None:
+                    self.chars += len(text)
+                else:
+                    self.read_part(members, message.role, f"{path}.content[{index}]")
         elif content is not None or message.role != "assistant":
             refuse(f"{path}.content", "must be a string or a list of at least one part")
 
     def read_part(self, members: Members, role: str, path: str) -> None:
-        self.parts += 1
-        if self.parts > MAX_PARTS:
-            refuse("messages", f"may have {MAX_PARTS} content parts in all")
         fields = fields_by_name(members, path)
         kind = decode(STRING, fields.get("type"), f"{path}.type")
         if kind not in PART_FIELDS or (kind == "refusal" and role != "assistant"):

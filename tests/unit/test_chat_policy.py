@@ -464,15 +464,53 @@ def test_fields_we_read_have_their_type(case: Case) -> None:
 
 
 def test_fields_are_counted_before_they_are_read() -> None:
-    """A body full of names is refused before each of them has cost its time; no text counts as one."""
+    """A body full of names or objects is refused before each of them has cost its time; no text counts as one."""
     names = with_fields("tools", max_input_chars=10**6)
     limit = json_fields.MAX_NAMES
     for most, verdict in ((limit - 5, policy.ChatRequest), (limit, errors.InvalidRequest)):
         assert isinstance(answer(body(tools=[{"a": 1}] * most), names), verdict)
     assert refusal(parts(b'{"a":1},' * json_fields.MAX_NAMES + b"{}"), names).param is None
-    for text in (': "', '\\": \\', '{"a": 1}', ":"):
+    for full in (parts(b"{}," * limit + b"{}"), parts(b'{"a":"' + b'","a":"' * 2 * limit + b'"}')):
+        assert "in all" in refusal(full, names).message
+    for text in (': "', '\\": \\', '{"a": 1}', ":", "{}"):
         written = text * (json_fields.MAX_NAMES + 1)
         assert isinstance(answer(message(role="user", content=written), names), policy.ChatRequest)
+
+
+HOSTILE: dict[str, Callable[[int], bytes]] = {
+    "empty messages": lambda size: b'{"messages":[' + b"{}," * (size // 3) + b"{}]}",
+    "short messages": lambda size: b'{"messages":[' + b'{"role":"","content":""},' * (size // 25) + b"{}]}",
+    "empty parts": lambda size: parts(b"{}," * (size // 3) + b"{}"),
+    "short parts": lambda size: parts(b'{"type":"text","text":"a"},' * (size // 27) + b"{}"),
+    "names": lambda size: b"{" + b'"a":1,' * (size // 6) + b'"a":1}',
+    "long names": lambda size: b'{"messages":[{' + b'"role1":1,' * (size // 10) + b'"a":1}]}',
+    "objects in objects": lambda size: b'{"a":' * (size // 6) + b"1" + b"}" * (size // 6),
+    "tool calls": lambda size: body(
+        [{"role": "assistant", "content": None, "tool_calls": [{"id": "a"}] * (size // 11)}]
+    ),
+    "lists": lambda size: b'{"messages":[' + b"[]," * (size // 3) + b"[]]}",
+    "escapes": lambda size: message(role="user", content="\\" * (size // 2)),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_no_body_costs_much_more_than_its_size(kind: str) -> None:
+    """A body made to be expensive costs at most 20 times the CPU time of a plain one of its size: one call of a
+    decoder holds the event loop."""
+    size = 1 << 20
+    plain = message(role="user", content="word " * (size // 5))
+    hostile = HOSTILE[kind](len(plain))
+    assert cpu_seconds(hostile) < 20 * cpu_seconds(plain)
+
+
+def cpu_seconds(written: bytes) -> float:
+    """The CPU time for one body: the least of some runs, since a busy machine adds to the others."""
+    times = []
+    for _ in range(5):
+        before = time.thread_time()
+        answer(written, Policy(models=("m",)))
+        times.append(time.thread_time() - before)
+    return min(times)
 
 
 # ---- messages ------------------------------------------------------------------------------------------------
