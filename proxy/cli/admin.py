@@ -16,8 +16,8 @@ import uvloop
 
 from proxy import settings
 from proxy.accounts.revocation.file import ControlFile
-from proxy.accounts.revocation.redis import RedisRevocations
 from proxy.accounts.revocation.rules import RevocationRules
+from proxy.accounts.revocation.shared import SharedRevocations
 from proxy.cli.output import complain
 from proxy.limits.store.redis import open_store
 
@@ -122,7 +122,7 @@ def change_of(options: argparse.Namespace, mode: str) -> Callable[[RevocationRul
 async def revoke_in_store(chosen: settings.Settings, change: Callable[[RevocationRules], RevocationRules]) -> bool:
     shared = open_store(chosen.limits.store, time.monotonic, lambda lost: None)
     try:
-        return await RedisRevocations(shared, chosen.session.lifetime).change(change)
+        return await SharedRevocations(shared, chosen.session.lifetime).change(change)
     finally:
         await shared.aclose()
 

@@ -16,7 +16,8 @@ from proxy.chat.upstream import Upstream
 from proxy.check import prober as checkup
 from proxy.check.findings import Finding
 from proxy.errors import Refusal
-from proxy.limits.store.redis import DEADLINE, open_store
+from proxy.limits.store.redis import open_store
+from proxy.limits.store.shared import DEADLINE
 from proxy.transport.pool import Transport
 from proxy.transport.tls import upstream_ssl_context
 

@@ -14,7 +14,9 @@ from types import TracebackType
 from proxy.errors import LimitsUnavailable, Refusal, TokensExhausted, TooManyStreams
 from proxy.limits.requests import ChargeKind, RequestLimits, too_many
 from proxy.limits.status import LimitStatus, Subject, limit_headers
-from proxy.limits.store.redis import AT_ONCE, RENEW_EVERY, Charge, CounterState, RedisStore, open_store
+from proxy.limits.store.charges import Charge, CounterState
+from proxy.limits.store.redis import open_store
+from proxy.limits.store.shared import AT_ONCE, RENEW_EVERY, SharedStore
 from proxy.limits.streams import SOON, Lease, Leases
 from proxy.limits.tokens import Reservation, Tokens
 from proxy.settings import Limits
@@ -94,7 +96,7 @@ class Limiter:
         self.tokens = Tokens(limits, clock)
         self.bug = bug
         self.refuses_outage = limits.when_store_fails == "refuse"
-        self.store: RedisStore | None = None
+        self.store: SharedStore | None = None
         if limits.is_shared:
             self.store = open_store(limits.store, clock, report)
             self.store.on_found = self.merge

@@ -24,7 +24,7 @@ from slowapi.wrappers import Limit, LimitGroup
 
 from proxy.errors import TooMany, TooManySessions
 from proxy.limits.status import LimitStatus, Subject, keep_newest, limit_headers
-from proxy.limits.store.redis import Charge
+from proxy.limits.store.charges import Charge
 from proxy.settings import Limits, Rate
 
 Clock = Callable[[], float]

@@ -9,7 +9,7 @@ from collections import Counter
 
 from proxy.errors import Busy, TooManyStreams
 from proxy.limits.status import LimitStatus, Subject, limit_headers
-from proxy.limits.store.redis import Charge
+from proxy.limits.store.charges import Charge
 from proxy.settings import Limits
 
 SOON = 1.0  # seconds until a retry may find a free place; the end of an answer cannot be predicted

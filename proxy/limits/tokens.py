@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from proxy.errors import TokensExhausted
 from proxy.limits.status import LimitStatus, Subject, keep_newest, limit_headers
-from proxy.limits.store.redis import Charge
+from proxy.limits.store.charges import Charge
 from proxy.settings import Limits, Rate
 
 MOST_WINDOWS = 100_000  # about 35 MB; beyond it the oldest are forgotten

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Request, Route, expect
-from support.browser import PATIENCE, PageVisit
+from support.browser import PageVisit
 from support.commands import started, url_printed
-from support.harness import eventually
+from support.harness import STARTING, eventually
 
 from proxy import errors
 
@@ -615,6 +615,6 @@ def test_the_modules_in_node(tmp_path: Path) -> None:
         shutil.copytree(ROOT / folder, tmp_path / folder)
     (tmp_path / "package.json").write_text('{"type": "module"}')  # Debian's node does not look into a file to know
     tests = sorted(str(path) for path in (tmp_path / "tests/browser/page").glob("*.test.js"))
-    run = subprocess.run(["node", "--test", *tests], capture_output=True, text=True, timeout=3 * PATIENCE, check=False)
+    run = subprocess.run(["node", "--test", *tests], capture_output=True, text=True, timeout=2 * STARTING, check=False)
     shown = [line for line in run.stdout.splitlines() if not line.startswith(("# Sub", "ok"))]
     assert run.returncode == 0, "\n".join(shown)

@@ -206,7 +206,7 @@ def test_two_sockets_for_one_listener(tmp_path: Path) -> None:
 
 def assert_ready(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(PATIENCE)
+        client.settimeout(STARTING)  # the socket is there before the server
         eventually(lambda: client.connect_ex(str(path)) == 0, STARTING)  # the path exists before the listener
         client.sendall(b"GET /readyz HTTP/1.1\r\nhost: x\r\n\r\n")
         assert client.recv(99).startswith(b"HTTP/1.1 200 ")

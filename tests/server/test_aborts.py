@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from support.faults import fault
 from support.harness import (
+    FULL,
     GOOD,
     LOOPS,
     PATIENCE,
@@ -44,7 +45,7 @@ from proxy.chat import policy
 from proxy.server import listener as listener_module
 
 BOUND = 0.5  # seconds
-MANY = 100
+MANY = 100 if FULL else 30
 MEDIUM = 65536  # bytes of socket buffers of a client that blocks early; below a loopback segment reading takes ages
 SMALL = 16384  # of a client that blocks at once
 SO_ATTACH_FILTER = 26  # of asm-generic/socket.h; Python has no name for it

@@ -17,7 +17,7 @@ import pytest
 from support.harness import DONE, LOOPS, Peer, Running, ScriptedUpstream, delta, finish, raw_chat, running
 
 FULL = os.environ.get("CHAT_PROXY_FULL") == "1"
-STREAMS = 1000 if FULL else 60
+STREAMS = 1000 if FULL else 30
 READERS = 20
 SMALL = 8192  # bytes of socket buffers, for slow readers
 DEADLINES = {"UPSTREAM_IDLE_TIMEOUT": "0.3", "UPSTREAM_TOTAL_TIMEOUT": "0.8"}  # seconds; many streams reach one of them

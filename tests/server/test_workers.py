@@ -52,9 +52,9 @@ import sys
 from proxy.cli import main as cli
 from proxy.cli import serve
 from proxy.limits import limiter
-from proxy.limits.store import redis
-redis.HELD_SECONDS, limiter.RENEW_EVERY = {held}, {held} / 3
-redis.DEADLINE = 10  # the store is there; only this machine may be busy
+from proxy.limits.store import shared
+shared.HELD_SECONDS, limiter.RENEW_EVERY = {held}, {held} / 3
+shared.DEADLINE = 10  # the store is there; only this machine may be busy
 if "{loop}" == "asyncio":
     import asyncio
     serve.uvloop = asyncio

@@ -38,8 +38,8 @@ from proxy.limits import limiter as limiter_module
 from proxy.limits.limiter import Limiter
 from proxy.limits.requests import ChargeKind
 from proxy.limits.status import Subject
-from proxy.limits.store import redis as store_module
-from proxy.limits.store.redis import Charge, ChargeResult
+from proxy.limits.store import shared as store_module
+from proxy.limits.store.charges import Charge, ChargeResult
 from proxy.settings import from_variables
 from support.history import STORE
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from proxy.limits.store import redis as store_module
+from proxy.limits.store import shared as store_module
 from support.harness import PATIENCE, STARTING, eventually, free_port
 
 

@@ -25,7 +25,7 @@ from proxy.errors import Refusal, SessionExpired, Unauthenticated
 from proxy.web.headers import set_cookie
 from proxy.web.signing import SEPARATOR
 
-MUTANTS = 100_000 if FULL else 10_000
+MUTANTS = 100_000 if FULL else 3_000
 
 HOUR, DAY = 3600, 86_400
 LIFETIME, IDLE = 7 * DAY, DAY

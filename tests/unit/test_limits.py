@@ -872,7 +872,7 @@ def test_a_rate_has_one_name() -> None:
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
-CLIENTS = 1_000_000 if FULL else 100_000
+CLIENTS = 1_000_000 if FULL else 50_000
 MANY_CLIENTS = """
 import sys
 from proxy.limits.status import Subject

@@ -1,4 +1,4 @@
-"""Revocations in the Redis that servers share: a logout on one server takes effect on all of them within a second.
+"""Revocations in the store that servers share: a logout on one server takes effect on all of them within a second.
 
 Each server exchanges them several times a second: one call sends its own and receives the others'. No request waits
 for it. The store holds the ids of ended sessions and the names of users whose sessions the operator revoked, in clear.
@@ -8,23 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from proxy.accounts.revocation.rules import RevocationRules
-from proxy.limits.store.redis import PREFIX, RedisStore, StoreGone
+from proxy.limits.store.charges import Revoked
+from proxy.limits.store.shared import SharedStore, StoreGone
 
 OVERLAP = 5000  # ms that are read twice: for revocations posted in the millisecond of the last call, or during it
 DEADLINE = 2.0  # seconds: no request waits for it, and a long list takes its time
 PAGE = 1000  # revoked ids received in one call
 MOST_SENT = 200  # revoked ids sent in one call
-
-HERE = Path(__file__).parent
-EXCHANGE = (HERE / "exchange.lua").read_text(encoding="utf-8")
-REPLACE = (HERE / "replace.lua").read_text(encoding="utf-8")
-KEYS = [f"{PREFIX}revoked", f"{PREFIX}decree"]
 
 encode = msgspec.json.encode
 decode = msgspec.json.Decoder(RevocationRules).decode
@@ -41,14 +35,12 @@ class RevokedId(msgspec.Struct, array_like=True):
 decode_revoked = msgspec.json.Decoder(RevokedId).decode
 
 
-class RedisRevocations:
+class SharedRevocations:
     """The revocations in one store. `keep` is the lifetime of the longest session, in seconds."""
 
-    def __init__(self, store: RedisStore, keep: int) -> None:
+    def __init__(self, store: SharedStore, keep: int) -> None:
         self.store = store
         self.keep = keep
-        self.exchange_script = store.client.register_script(EXCHANGE)
-        self.replace_script = store.client.register_script(REPLACE)
         self.since = 0
         self.is_behind = False  # the last page was full
         self.unsent: list[RevokedId] = []
@@ -60,15 +52,14 @@ class RedisRevocations:
     async def exchange(self) -> tuple[list[RevokedId], RevocationRules | None]:
         """The next page of revoked ids, and the rules in force; nothing while the store is unavailable."""
         sending = self.unsent[:MOST_SENT]
-        arguments = [self.since, self.keep * 1000, PAGE, *map(encode, sending)]
-        answer = await self.ask(self.exchange_script, KEYS, arguments)
-        self.is_behind = answer is not None and len(answer[1]) >= 2 * PAGE
-        if answer is None:
+        found = await self.ask(PAGE, list(map(encode, sending)))
+        self.is_behind = found is not None and len(found.entries) >= PAGE
+        if found is None:
             return [], None
-        now, entries, rules = answer
         del self.unsent[: len(sending)]
-        self.since = int(entries[-1]) + 1 if self.is_behind else int(now) - OVERLAP
-        return [revoked_id for revoked_id in map(revoked_id_of, entries[::2]) if revoked_id], rules_of(rules)
+        self.since = found.entries[-1][1] + 1 if self.is_behind else found.now - OVERLAP
+        revoked = [revoked_id_of(written) for written, _ in found.entries]
+        return [revoked_id for revoked_id in revoked if revoked_id], rules_of(found.rules)
 
     async def send_rest(self) -> None:
         """Sends the ids that were not sent yet, as long as the store accepts them."""
@@ -80,19 +71,20 @@ class RedisRevocations:
     async def change(self, change: Callable[[RevocationRules], RevocationRules]) -> bool:
         """Replaces the rules. False when the store does not answer."""
         while True:
-            answer = await self.ask(self.exchange_script, KEYS, [self.since, self.keep * 1000, 1])
-            if answer is None:
+            found = await self.ask(1, [])
+            if found is None:
                 return False
-            before = answer[2] or b""
-            after = encode(change(rules_of(before) or RevocationRules()))
-            replaced = await self.ask(self.replace_script, KEYS[1:], [before, after])
-            if replaced != 0:
-                return replaced is not None
+            after = encode(change(rules_of(found.rules) or RevocationRules()))
+            with suppress(StoreGone):
+                if await self.store.ask(self.store.engine.replace_rules(found.rules, after), DEADLINE):
+                    return True
+                continue  # another operator was faster
+            return False
 
-    async def ask(self, script: Any, keys: list[str], arguments: list[Any]) -> Any:
-        """The script's answer; None when the store does not answer."""
+    async def ask(self, page: int, ids: list[bytes]) -> Revoked | None:
+        """A page of what the store has; None when it does not answer."""
         try:
-            return await self.store.ask(script, keys, arguments, DEADLINE)
+            return await self.store.ask(self.store.engine.exchange(self.since, self.keep * 1000, page, ids), DEADLINE)
         except StoreGone:
             return None
 
