@@ -11,9 +11,9 @@ import subprocess
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -679,6 +679,17 @@ def test_a_busy_machine_does_not_extend_the_deadline(loop: str, store: Redis, mo
         assert runner.run(story()) < 1.5
 
 
+@asynccontextmanager
+async def opened(url: str, lost: list[str | None]) -> AsyncIterator[SharedStore]:
+    """A store with its connections; `lost` receives what it reports."""
+    counter = open_store(url, time.monotonic, lost.append)
+    await counter.open()
+    try:
+        yield counter
+    finally:
+        await counter.aclose()  # or a call that its client goes on with would keep the loop from ending
+
+
 @both_loops
 def test_a_loop_that_is_held_up_loses_no_store(loop: str, store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """While our own loop is busy, the answers of a healthy store wait to be read: it is not taken for lost."""
@@ -686,16 +697,14 @@ def test_a_loop_that_is_held_up_loses_no_store(loop: str, store: Redis, monkeypa
 
     async def story() -> None:
         lost: list[str | None] = []
-        counter = open_store(store.url, time.monotonic, lost.append)
-        await counter.open()
-        charges = [Charge("moving", "per_session", "s", 1, 99, 9)]
-        asking = [asyncio.create_task(counter.take(charges)) for _ in range(8)]
-        for _ in range(8):
-            await asyncio.sleep(0)
-            time.sleep(DEADLINE * 0.7)  # noqa: ASYNC251  # a long body is decoded
-        assert None not in await asyncio.gather(*asking)
-        assert lost == []
-        await counter.aclose()
+        async with opened(store.url, lost) as counter:
+            charges = [Charge("moving", "per_session", "s", 1, 99, 9)]
+            asking = [asyncio.create_task(counter.take(charges)) for _ in range(8)]
+            for _ in range(8):
+                await asyncio.sleep(0)
+                time.sleep(DEADLINE * 0.7)  # noqa: ASYNC251  # a long body is decoded
+            assert None not in await asyncio.gather(*asking)
+            assert lost == []
 
     with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
         runner.run(story())
@@ -707,26 +716,24 @@ def test_a_missed_call_is_made_once_more(store: Redis, monkeypatch: pytest.Monke
 
     async def story(link: Link) -> None:
         lost: list[str | None] = []
-        counter = open_store(link.url, time.monotonic, lost.append)
-        await counter.open()
-        charges = [
-            Charge("moving", "per_session", "s", 1, 1, 99),
-            Charge("fixed", "tokens_total", "s", 10, 10, 99),
-            Charge("held", "streams_per_session", "s", 1, 1),
-        ]
-        link.stall(0.7)
-        result = await counter.take(charges, "one holder")
-        assert result is not None
-        assert result.booked, "its own first call does not count against it"
-        assert lost == []
-        another = await counter.take(charges, "another")
-        assert another is not None
-        assert [state.used for state in another.counters] == [1, 10, 1]
-        link.stall(30.0)
-        assert await counter.take(charges, "a third") is None
-        assert lost == ["TimeoutError"]
-        link.stall(0.0)
-        await counter.aclose()
+        async with opened(link.url, lost) as counter:
+            charges = [
+                Charge("moving", "per_session", "s", 1, 1, 99),
+                Charge("fixed", "tokens_total", "s", 10, 10, 99),
+                Charge("held", "streams_per_session", "s", 1, 1),
+            ]
+            link.stall(0.7)
+            result = await counter.take(charges, "one holder")
+            assert result is not None
+            assert result.booked, "its own first call does not count against it"
+            assert lost == []
+            another = await counter.take(charges, "another")
+            assert another is not None
+            assert [state.used for state in another.counters] == [1, 10, 1]
+            link.stall(30.0)
+            assert await counter.take(charges, "a third") is None
+            assert lost == ["TimeoutError"]
+            link.stall(0.0)
 
     with Link(store) as link:
         asyncio.run(story(link))

@@ -2,8 +2,8 @@
 
 Rules:
 1. One round trip a charge: the engine reads all its counters and charges all of them or none. Time is the store's.
-2. Each call has DEADLINE, once it has its place. A call that misses it is made once more, unless another has just missed
-   it; the second miss marks the store as unavailable. Until a probe succeeds every call returns None at once.
+2. Each call has DEADLINE, once it has its place. A call that misses it is made once more, unless another one has just
+   done so; the second miss marks the store as unavailable. Until a probe succeeds every call returns None at once.
 3. A call is late only if our event loop was not: after a loop that was held up, what has arrived is read first.
 4. A hold (a live stream, its reserved tokens) expires HELD_SECONDS after its last renewal: the holds of a worker that
    dies are released, and what it is known to have spent is charged.
