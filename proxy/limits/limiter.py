@@ -1,6 +1,7 @@
 """The facade of all limits: requests, live streams and tokens, counted in this process or in the shared store.
 
-Without a store, or during its outage where `when_store_fails` is local, the counters of this process decide. With a
+Without a store, or during its outage where `when_store_fails` is local, the counters of this process decide. In an
+outage they begin with what the store last answered, and the store receives what they counted when it is back. With a
 store each charge is one round trip; streams hold their lease and their tokens there and renew them.
 """
 
@@ -8,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from proxy.errors import LimitsUnavailable, Refusal, TokensExhausted, TooManyStreams
+from proxy.limits.heard import MOST_COUNTERS, LastHeard
 from proxy.limits.requests import ChargeKind, RequestLimits, too_many
-from proxy.limits.status import LimitStatus, Subject, limit_headers
+from proxy.limits.status import LimitStatus, Subject, keep_newest, limit_headers
 from proxy.limits.store.charges import Charge, CounterState
 from proxy.limits.store.redis import open_store
 from proxy.limits.store.shared import AT_ONCE, RENEW_EVERY, SharedStore
@@ -23,6 +26,7 @@ from proxy.settings import Limits
 
 RENEWED_AT_ONCE = AT_ONCE // 2  # one by one, a thousand would expire on a slow store; requests need places as well
 SENT_AT_ONCE = 100  # counters in one call: thousands would block the store beyond the deadline of other calls
+EVENTS_AT_ONCE = 1000  # requests in one call, for the same reason
 
 
 class Permit:
@@ -91,9 +95,10 @@ class Limiter:
         report: Callable[[str | None], None],
         bug: Callable[[BaseException], None],
     ) -> None:
-        self.requests = RequestLimits(limits, clock)
+        self.heard = LastHeard(clock)
+        self.requests = RequestLimits(limits, clock, self.heard)
         self.leases = Leases(limits, max_streams)
-        self.tokens = Tokens(limits, clock)
+        self.tokens = Tokens(limits, clock, self.heard)
         self.bug = bug
         self.refuses_outage = limits.when_store_fails == "refuse"
         self.store: SharedStore | None = None
@@ -102,6 +107,7 @@ class Limiter:
             self.store.on_found = self.merge
         self.permits: dict[str, Permit] = {}  # by holder: those in the store
         self.unsettled: dict[str, list[tuple[Charge, int]]] = {}  # by holder: charges that the store has not received
+        self.uncounted: Counter[Charge] = Counter()  # requests that the store has not received
         self._renewing: asyncio.Task[None] | None = None
 
     @property
@@ -129,7 +135,11 @@ class Limiter:
         if result is None:
             if charges:
                 self.check_outage()
-            return self.requests.charge(kind, subject)
+            statuses = self.requests.charge(kind, subject)
+            self.uncounted.update(charges)
+            keep_newest(self.uncounted, MOST_COUNTERS)
+            return statuses
+        self.heard.note(charges, result.counters, booked=result.booked)
         if not result.booked:
             raise too_many(
                 kind, [status_of(c, s) for c, s in zip(charges, result.counters, strict=True) if is_full(c, s)]
@@ -161,8 +171,10 @@ class Limiter:
         if result is None:
             permit = self.hold_in_outage(subject, amount, charges, holder, may_be_booked=was_up)
         elif not result.booked:
+            self.heard.note(charges, result.counters, booked=False)
             raise full([(c, s) for c, s in zip(charges, result.counters, strict=True) if is_full(c, s)])
         else:
+            self.heard.note(charges, result.counters, booked=True)
             try:
                 permit = Permit(self, self.leases.acquire(subject), charges, holder)
             except BaseException:
@@ -205,6 +217,9 @@ class Limiter:
             return
         del self.permits[permit.holder]
         is_settled = permit.reservation is None and await self.store.settle(permit.owed, permit.holder)
+        if is_settled:
+            for charge, used in permit.owed:
+                self.heard.correct(charge, used)
         if not is_settled and (permit.reservation is None or permit.may_be_booked):
             self.unsettled[permit.holder] = permit.owed
 
@@ -236,24 +251,37 @@ class Limiter:
             raise LimitsUnavailable
 
     async def merge(self) -> None:
-        """Moves the holds of live answers to the store that is back, and sends it what ended ones have used.
+        """Moves the holds of live answers to the store that is back, and sends it what was counted here meanwhile.
 
-        What it does not receive, since it is lost again, is sent the next time. Requests stay in the local counters:
-        they would count there in the next outage.
+        What it does not receive, since it is lost again, is sent the next time.
         """
         if self.store is None:
             return
         for permit in self.permits.values():
             permit.move_to_store()
-        used = self.tokens.used()
-        for first in range(0, len(used), SENT_AT_ONCE):
-            self.unsettled[secrets.token_hex(8)] = used[first : first + SENT_AT_ONCE]
+        for used in batches([*self.tokens.used(), *self.uncounted.items()]):
+            self.unsettled[secrets.token_hex(8)] = used
+        self.uncounted.clear()
         self.tokens.forget()  # before the first await: what is counted here after it has not been sent
         await self.renew_all()
         for holder, amounts in list(self.unsettled.items()):
             if not await self.store.add(amounts, holder):
                 return
             del self.unsettled[holder]
+
+
+def batches(used: list[tuple[Charge, int]]) -> Iterator[list[tuple[Charge, int]]]:
+    """The same in parts that the store can take at once."""
+    batch: list[tuple[Charge, int]] = []
+    events = 0
+    for charge, amount in used:
+        events += amount if charge.kind == "moving" else 0
+        if batch and (len(batch) == SENT_AT_ONCE or events > EVENTS_AT_ONCE):
+            yield batch
+            batch, events = [], amount if charge.kind == "moving" else 0
+        batch.append((charge, amount))
+    if batch:
+        yield batch
 
 
 def is_full(charge: Charge, state: CounterState) -> bool:

@@ -23,6 +23,7 @@ from slowapi.errors import RateLimitExceeded
 from slowapi.wrappers import Limit, LimitGroup
 
 from proxy.errors import TooMany, TooManySessions
+from proxy.limits.heard import LastHeard
 from proxy.limits.status import LimitStatus, Subject, keep_newest, limit_headers
 from proxy.limits.store.charges import Charge
 from proxy.settings import Limits, Rate
@@ -85,8 +86,9 @@ class Counted(NamedTuple):
 class RequestLimits:
     """The request limits of one server, counted in this process."""
 
-    def __init__(self, limits: Limits, clock: Clock) -> None:
+    def __init__(self, limits: Limits, clock: Clock, heard: LastHeard | None = None) -> None:
         self.clock = clock
+        self.heard = heard or LastHeard(clock)
         self.windows = MovingWindows(clock)
         self.limits: dict[ChargeKind, list[Limit]] = {
             ChargeKind.QUESTION: [
@@ -126,8 +128,13 @@ class RequestLimits:
     def count(self, kind: ChargeKind, subject: Subject) -> list[Counted]:
         counted = []
         for limit in self.limits.get(kind, ()):
-            key = f"{limit.scope} {limit.error_message} {key_of(limit, subject)}"
-            counted.append(Counted(limit, key, *self.windows.window(key, limit.limit.get_expiry())))
+            subject_key, seconds = key_of(limit, subject), limit.limit.get_expiry()
+            key = f"{limit.scope} {limit.error_message} {subject_key}"
+            oldest, used = self.windows.window(key, seconds)
+            heard = self.heard.of(limit.scope, seconds, subject_key)
+            if heard and (shared := heard.used + self.windows.since(key, heard.at)) > used:
+                oldest, used = heard.at, shared  # when its entries leave the window is not known: at the end, at last
+            counted.append(Counted(limit, key, oldest, used))
         return counted
 
     def status_of(self, counted: Counted, *, charged: int) -> LimitStatus:
@@ -176,6 +183,11 @@ class MovingWindows:
         if times and times[0] <= (horizon := self.clock() - expiry):
             del times[: bisect_right(times, horizon)]
         return (times[0], len(times)) if times else (self.clock(), 0)
+
+    def since(self, key: str, moment: float) -> int:
+        """The number of entries made after a moment."""
+        times = self.entries.get(key, (0, NO_TIMES))[1]
+        return len(times) - bisect_right(times, moment)
 
     def make_room(self) -> None:
         if len(self.entries) < self.sweep_at:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from proxy.errors import TokensExhausted
+from proxy.limits.heard import LastHeard
 from proxy.limits.status import LimitStatus, Subject, keep_newest, limit_headers
 from proxy.limits.store.charges import Charge
 from proxy.settings import Limits, Rate
@@ -20,10 +21,11 @@ SWEEP_AFTER = 4096  # new windows, and as many again as remain, between two swee
 
 @dataclass(slots=True)
 class Window:
-    """The tokens used in it. `ends` is in seconds of the monotonic clock."""
+    """The tokens used in it, of which the shared store knows `heard`. `ends` is in seconds of the monotonic clock."""
 
     ends: float
     used: int = 0
+    heard: int = 0
 
 
 class Reservation:
@@ -60,8 +62,9 @@ class TokenLimit:
 class Tokens:
     """The token limits of one server, counted in this process."""
 
-    def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
+    def __init__(self, limits: Limits, clock: Callable[[], float], heard: LastHeard | None = None) -> None:
         self.clock = clock
+        self.heard = heard or LastHeard(clock)
         self.limits = [
             *(
                 TokenLimit("tokens_per_session", rate, lambda subject: subject.session)
@@ -102,12 +105,12 @@ class Tokens:
         return Charge("fixed", limit.name, key[1], amount, rate.amount, rate.seconds, rate.text)
 
     def used(self) -> list[tuple[Charge, int]]:
-        """The tokens used in the windows that have not ended."""
+        """The tokens used here, and not known to the shared store, in the windows that have not ended."""
         now = self.clock()
         return [
-            (self.charge_of(self.limits[key[0]], key, 0), window.used)
+            (self.charge_of(self.limits[key[0]], key, 0), window.used - window.heard)
             for key, window in self.windows.items()
-            if window.ends > now and window.used > 0
+            if window.ends > now and window.used > window.heard
         ]
 
     def forget(self) -> None:
@@ -142,7 +145,10 @@ class Tokens:
     def window(self, limit: TokenLimit, key: tuple[int, str]) -> Window:
         """The current window of the key, or the one that would begin now."""
         window, now = self.windows.get(key), self.clock()
-        return window if window and window.ends > now else Window(now + limit.rate.seconds)
+        if window and window.ends > now:
+            return window
+        heard = self.heard.of(limit.name, limit.rate.seconds, key[1])
+        return Window(heard.ends, heard.used, heard.used) if heard else Window(now + limit.rate.seconds)
 
     def make_room(self) -> None:
         if len(self.windows) < self.sweep_at:

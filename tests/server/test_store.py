@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
@@ -991,6 +991,64 @@ def test_a_charge_whose_answer_was_lost_is_released(store: Redis, monkeypatch: p
     with store.client() as client:
         client.flushall()
     asyncio.run(story(LIMITS_WHEN_STORE_FAILS="refuse"))
+
+
+def test_an_outage_grants_no_limit_anew(store: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the store does not answer, limits begin with what it last answered; when it is back it has all that was
+    counted meanwhile. However often it is lost, a window grants its limit once."""
+
+    async def story() -> None:
+        given = {"LIMITS_PER_SESSION": "6/hour", "LIMITS_TOKENS_PER_SESSION": "", "LIMITS_TOKENS_TOTAL": "1000/day"}
+        async with limiter_on(store, **given) as limits:
+            assert limits.store is not None
+
+            async def outage(until: Callable[[], Awaitable[None]]) -> None:
+                assert limits.store is not None
+                store.freeze()
+                with monkeypatch.context() as hurried:
+                    hurried.setattr(store_module, "DEADLINE", DEADLINE)
+                    assert await limits.statuses(NO_REQUESTS, ME)
+                await is_up(limits, False)
+                await until()
+                store.thaw()
+                await is_up(limits, True)
+                assert limits.store._probing is not None
+                await limits.store._probing
+
+            async def spend(requests: int, tokens: int) -> None:
+                for _ in range(requests):
+                    await limits.charge(ChargeKind.QUESTION, ME)
+                async with await limits.hold(ME, 400) as permit:
+                    permit.settle(tokens)
+
+            async def nothing_more() -> None:
+                with pytest.raises(TooMany):
+                    await limits.charge(ChargeKind.QUESTION, ME)
+                with pytest.raises(TokensExhausted):
+                    await limits.hold(ME, 101)
+                async with await limits.hold(ME, 100):
+                    pass
+
+            await spend(2, 300)
+            await outage(lambda: spend(2, 200))
+            await spend(1, 300)
+            await outage(lambda: spend_last(limits))
+            await nothing_more()
+            await outage(nothing_more)
+            await nothing_more()
+
+    asyncio.run(story())
+
+
+async def spend_last(limits: Limiter) -> None:
+    """The last request and the last tokens but 100 of a limit of 1000, of which 800 are used."""
+    await limits.charge(ChargeKind.QUESTION, ME)
+    with pytest.raises(TooMany):
+        await limits.charge(ChargeKind.QUESTION, ME)
+    with pytest.raises(TokensExhausted):
+        await limits.hold(ME, 201)
+    async with await limits.hold(ME, 200) as permit:
+        permit.settle(100)
 
 
 def test_a_clock_that_goes_back_locks_no_client_out(store: Redis) -> None:

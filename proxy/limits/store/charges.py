@@ -26,6 +26,11 @@ class Charge:
         return replace(self, amount=amount)
 
     @property
+    def counter(self) -> tuple[str, int, str]:
+        """What identifies the counter within this process."""
+        return self.name, self.seconds, self.subject
+
+    @property
     def key(self) -> str:
         hashed = hashlib.blake2b(f"{self.seconds} {self.subject}".encode(), digest_size=12).hexdigest()
         return f"{self.name}:{hashed}"

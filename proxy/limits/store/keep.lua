@@ -5,7 +5,7 @@
 -- `settle` ends the hold and charges what was used, once: its answer may be lost and the call repeated. The mark lasts an
 -- hour: in a longer outage the few answers that were being settled at its beginning are charged twice; marks of a day
 -- would take as much memory as all else. `settle` never begins a window: an ended window no longer counts.
--- `add` does, since it charges what was used while the store was unavailable.
+-- `add` does, since it charges what was used while the store was unavailable. Events of moving windows count from now on.
 local id, hold, what = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 if what == 'renew' then
     if redis.call('EXISTS', KEYS[1]) == 1 then return 1 end
@@ -16,7 +16,10 @@ for n = 2, #KEYS do
     local key, at = KEYS[n], 4 + (n - 2) * 4
     local kind, amount, used, window = ARGV[at], tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3])
     read(kind, key, window, 0)
-    if kind == 'held' and what == 'renew' then
+    if kind == 'moving' then
+        for event = 1, used do redis.call('ZADD', key, now, id .. ':' .. event) end
+        redis.call('PEXPIRE', key, window)
+    elseif kind == 'held' and what == 'renew' then
         hold_lease(key, id, hold)
     elseif kind == 'held' then
         redis.call('ZREM', key, id)
