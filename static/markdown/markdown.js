@@ -8,18 +8,20 @@
  * 2. Links are absolute http and https addresses. Images are shown as links: fetching one would tell its server what
  *    was said here.
  * 3. Finished blocks are left alone. New text is parsed together with the last block only, and that block's nodes are
- *    patched, not replaced, so that a selection or a focused button in it survives.
+ *    patched, not replaced, so that a selection or a focused button in it survives. One thing waits for the end of the
+ *    text: a reference link that stands above its definition becomes a link.
  * 4. Every loop is linear in its input, and nesting has a bound; deeper text is shown as it is written.
  * 5. What the reader cannot know to be unfinished is shown as if finished: `**bold` is bold before its end arrives.
  *
  * The dialect is what models write: CommonMark's usual parts and tables. A line break is a line break. A formula in TeX
  * is shown as it is written, with every backslash. Left out: raw HTML (but for `<br>`, the only way to a new line in a
- * table), reference links, setext headings, indented code. tests/browser/test_commonmark.py has each deviation.
+ * table), indented code, and `---` below a heading. tests/browser/test_commonmark.py has each deviation.
  *
- * Why not marked: its lexer (18.2.1, measured in December 2026) reads 560 of CommonMark's 652 cases where this file reads
- * 386, nearly all of the difference in what is left out here. But 5,000 nested quotes or lists overflow its stack,
- * `a**b` repeated takes four times as long for twice the text, half-finished text is shown as marks, it has 52 KB where
- * this file has 12 (both minified), and a page without a build step would have to carry a copy of it.
+ * Why not marked: its lexer (18.2.1, measured in December 2026) reads 550 of CommonMark's 652 cases where this file
+ * reads 487; nearly all of the difference is what is left out here. But `> ` repeated overflows its stack at 16 KB, and
+ * `a**b` repeated takes four times as long for twice the text. While a text grows, it takes back what it has shown three
+ * times as often. It has 51 KB where this file has 15 (both minified), and a page without a build step would have to
+ * carry a copy of it.
  */
 
 /**
@@ -29,12 +31,15 @@
  * @property {VNode[]} children
  * @typedef {string | VElement} VNode a string is text
  * @typedef {{start: number, nodes: VNode[]}} Block `start` is its first line
+ * @typedef {Map<string, string>} References addresses by label
+ * @typedef {{open: boolean, depth: number, references: References}} Context `open`: more text is to come
  */
 
 const MAX_DEPTH = 12; // lists in quotes in lists: people stop reading long before
 const MAX_OPENERS = 100; // unclosed * and _ that one paragraph may keep open, and so the nesting of emphasis
 const MAX_RUN = 6; // marks in a row: three have a meaning, a line of them is an ornament
 const MAX_URL = 2048; // what every browser and server takes
+const MAX_LINK = MAX_URL + 1200; // with a label or a title
 
 /**
  * The whole of a text at once.
@@ -43,18 +48,26 @@ const MAX_URL = 2048; // what every browser and server takes
  * @returns {VNode[]}
  */
 export function parse(source, { open = false } = {}) {
-  return blocks(source.split(/\r\n?|\n/), { open, depth: 0 }).flatMap((block) => block.nodes);
+  /** @type {Context} */
+  const context = { open, depth: 0, references: new Map() };
+  const lines = source.split(/\r\n?|\n/);
+  const once = nodesOf(blocks(lines, context));
+  return context.references.size ? nodesOf(blocks(lines, context)) : once; // a link may stand above its definition
 }
 
 /** Keeps one element's content equal to a Markdown text that grows. */
 export class MarkdownView {
   #root;
   #document;
+  #source = "";
   #tail = ""; // the source of the block that may still change
   #cr = false; // it ends in a CR, which may be half of a line end
-  #settled = 0; // nodes before it
   /** @type {VNode[]} */
-  #shown = []; // what stands after them
+  #settled = []; // what stands before it
+  /** @type {VNode[]} */
+  #shown = []; // what stands after that
+  /** @type {References} */
+  #references = new Map();
 
   /**
    * @param {HTMLElement} root empty, and not changed elsewhere
@@ -69,21 +82,29 @@ export class MarkdownView {
   append(text) {
     const whole = this.#cr ? `\r${text}` : text;
     this.#cr = whole.endsWith("\r");
-    this.#tail += (this.#cr ? whole.slice(0, -1) : whole).replace(/\r\n?/g, "\n");
+    const added = (this.#cr ? whole.slice(0, -1) : whole).replace(/\r\n?/g, "\n");
+    this.#source += added;
+    this.#tail += added;
     this.#show(true);
   }
 
-  /** No more text: what was shown on credit is shown as it stands. */
+  /** No more text: what was shown on credit is shown as it stands, and links above their definitions become links. */
   finish() {
     this.#show(false);
+    if (this.#references.size === 0) return;
+    const whole = parse(this.#source);
+    patch(this.#document, this.#root, 0, [...this.#settled, ...this.#shown], whole);
+    this.#settled = [];
+    this.#shown = whole;
+    this.#tail = this.#source;
   }
 
   /** @param {boolean} open */
   #show(open) {
     const tail = this.#tail.split("\n");
-    const found = blocks(tail, { open, depth: 0 });
-    const next = found.flatMap((block) => block.nodes);
-    patch(this.#document, this.#root, this.#settled, this.#shown, next);
+    const found = blocks(tail, { open, depth: 0, references: this.#references });
+    const next = nodesOf(found);
+    patch(this.#document, this.#root, this.#settled.length, this.#shown, next);
     this.#shown = next;
     this.#settle(found, tail);
   }
@@ -97,9 +118,9 @@ export class MarkdownView {
   #settle(found, tail) {
     const last = found.findLastIndex((block) => block.start < tail.length - 2);
     if (last <= 0) return;
-    const nodes = found.slice(0, last).reduce((count, block) => count + block.nodes.length, 0);
-    this.#settled += nodes;
-    this.#shown = this.#shown.slice(nodes);
+    const settled = nodesOf(found.slice(0, last));
+    pushAll(this.#settled, settled);
+    this.#shown = this.#shown.slice(settled.length);
     this.#tail = tail.slice(found[last].start).join("\n");
   }
 }
@@ -109,19 +130,31 @@ export class MarkdownView {
 const FENCE = /^( *)(`{3,}(?=[^`]*$)|~{3,})(.*)$/;
 const HEADING = /^ {0,3}(#{1,6})(?:[ \t]+(.*))?$/;
 const RULE = /^ {0,3}(?:(?:\*[ \t]*){3,}|(?:-[ \t]*){3,}|(?:_[ \t]*){3,})$/;
+const UNDERLINE = /^ {0,3}=+[ \t]*$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?:([ \t]+)(.*))?$/;
+const INTERRUPTING_ITEM = /^ *(?:[-*+]|1[.)])[ \t]+\S/;
 const TASK = /^\[([ xX])\] (?=\S)/;
 const DELIMITER_CELL = /^:?-+:?$/;
 /** A last line that may yet become a marker: not shown until it is known. */
-const HALF_A_MARKER = /^ *(?:#{1,6}|[-*+]{1,2}|_{1,2}|\d{1,3}[.)]|`{1,2}|~{1,2}|>|\|)$/;
+const HALF_A_MARKER = /^ *(?:#{1,6}|[-*+]{1,2}|_{1,2}|=+|\d{1,3}[.)]?|\[[ xX]?\]?|`{1,2}|~{1,2}|>|\|) *$/;
+const HALF_A_DEFINITION = /^ {0,3}\[[^[\]]+\]:[ \t]*<?(?:https?:.*|h?t?t?p?s?)$/i;
+
+/** After a `[label]:`, and in parentheses after a `[text]`: an address, and perhaps a title, which is not shown. */
+const ADDRESS = String.raw`(?:<((?:[^<>\n\\]|\\.)*)>|((?!<)(?:[^\s()\\]|\\.|\((?:[^\s()\\]|\\.|\([^\s()]*\))*\))*))`;
+const TITLE = String.raw`(?:\s+(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|\((?:[^()\\]|\\.)*\)))?`;
+const LABEL = String.raw`\[((?:[^[\]\\]|\\.){0,999})\]`;
+const DEFINITION = new RegExp(String.raw`^ {0,3}${LABEL}:[ \t]*${ADDRESS}${TITLE}[ \t]*$`);
+const DESTINATION = new RegExp(String.raw`^\(\s*${ADDRESS}${TITLE}\s*\)`);
+const HALF_A_DESTINATION = /^\(\s*(?:<[^<>\n]*|\S*)(?:\s+["'(][^\n]*)?$/;
+const REFERENCE = new RegExp(LABEL, "sy");
 
 /**
  * @param {string[]} source lines; the last one has no end yet
- * @param {{open: boolean, depth: number}} context
+ * @param {Context} context
  * @returns {Block[]}
  */
-function blocks(source, { open, depth }) {
+function blocks(source, context) {
   /** @type {Block[]} */
   const found = [];
   for (let at = 0; at < source.length; ) {
@@ -129,30 +162,36 @@ function blocks(source, { open, depth }) {
       at += 1;
       continue;
     }
-    const block = blockAt(source, at, { open, depth });
+    const block = blockAt(source, at, context);
     if (block.nodes.length) found.push({ start: at, nodes: block.nodes });
     at = block.end;
   }
   return found;
 }
 
+/** @param {Block[]} found */
+function nodesOf(found) {
+  return found.flatMap((block) => block.nodes);
+}
+
 /**
  * @param {string[]} source
  * @param {number} at
- * @param {{open: boolean, depth: number}} context
+ * @param {Context} context
  * @returns {{end: number, nodes: VNode[]}}
  */
 function blockAt(source, at, context) {
   const line = source[at];
   const last = context.open && at === source.length - 1;
-  if (last && HALF_A_MARKER.test(line)) return { end: at + 1, nodes: [] };
+  if (last && (HALF_A_MARKER.test(line) || HALF_A_DEFINITION.test(line))) return { end: at + 1, nodes: [] };
   const deeper = context.depth < MAX_DEPTH;
   if (isFence(line)) return last ? { end: at + 1, nodes: [] } : fence(source, at, context.open);
-  if (HEADING.test(line)) return heading(line, at, last);
+  if (HEADING.test(line)) return heading(line, at, { ...context, open: last });
   if (RULE.test(line)) return { end: at + 1, nodes: [element("hr")] };
   if (deeper && QUOTE.test(line)) return quote(source, at, context);
   if (deeper && isItem(line)) return list(source, at, context);
-  if (isTable(source, at, context.open)) return table(source, at, context.open);
+  if (isTable(source, at, context.open)) return table(source, at, context);
+  if (defines(line, context.references)) return { end: at + 1, nodes: [] };
   return paragraph(source, at, context);
 }
 
@@ -177,8 +216,28 @@ function isItem(line) {
 function interrupts(source, at, depth) {
   const line = source[at];
   if (isFence(line) || HEADING.test(line) || RULE.test(line)) return true;
-  if (depth < MAX_DEPTH && (QUOTE.test(line) || isItem(line))) return !/^ *\d/.test(line) || /^ *1[.)]/.test(line);
+  if (depth < MAX_DEPTH && (QUOTE.test(line) || (isItem(line) && INTERRUPTING_ITEM.test(line)))) return true;
   return isTable(source, at, false);
+}
+
+/**
+ * @param {string} line
+ * @param {References} references gets what the line defines
+ * @returns {boolean} whether it does: one that no link may lead to, such as `[Alice]: hello`, is text
+ */
+function defines(line, references) {
+  if (line.length > MAX_LINK) return false;
+  const [, label = "", angled, bare] = DEFINITION.exec(line) ?? [];
+  const name = nameOf(label);
+  const url = unescaped(angled ?? bare ?? "");
+  if (name === "" || url === "" || safeUrl(url) === null) return false;
+  if (!references.has(name)) references.set(name, url);
+  return true;
+}
+
+/** @param {string} label @returns {string} the same for labels that mean the same */
+function nameOf(label) {
+  return label.trim().replace(/\s+/g, " ").toLowerCase().toUpperCase();
 }
 
 /**
@@ -197,7 +256,7 @@ function fence(source, at, open) {
   }
   const last = text.at(-1) ?? "";
   if (!closed && (last === "" || (open && half(last, mark)))) text.pop();
-  return { end, nodes: [code(text.join("\n"), info.trim().split(/\s/, 1)[0])] };
+  return { end, nodes: [code(text.join("\n"), unescaped(info.trim().split(/\s/, 1)[0]))] };
 }
 
 /**
@@ -240,32 +299,40 @@ function code(text, language) {
 /**
  * @param {string} line
  * @param {number} at
- * @param {boolean} open
+ * @param {Context} context
  */
-function heading(line, at, open) {
+function heading(line, at, context) {
   const [, marks, rest = ""] = /** @type {RegExpExecArray} */ (HEADING.exec(line));
   const words = rest.trim().split(" ");
   if (/^#+$/.test(words.at(-1) ?? "")) words.pop(); // the optional closing marks
   const tag = `h${Math.min(6, marks.length + 2)}`; // the page has h1 and h2
-  return { end: at + 1, nodes: [element(tag, { dir: "auto" }, inline(words.join(" "), { open }))] };
+  return { end: at + 1, nodes: [element(tag, { dir: "auto" }, inline(words.join(" ").trimEnd(), context))] };
 }
 
 /**
  * @param {string[]} source
  * @param {number} at
- * @param {{open: boolean, depth: number}} context
+ * @param {Context} context
  */
-function quote(source, at, { open, depth }) {
+function quote(source, at, context) {
   const inner = [];
   let end = at;
   for (; end < source.length; end += 1) {
     const marked = QUOTE.test(source[end]);
-    if (!marked && (source[end].trim() === "" || !continues(source, end, depth))) break;
+    if (!marked && (source[end].trim() === "" || !continues(source, end, context.depth))) break;
     inner.push(marked ? source[end].replace(QUOTE, "") : source[end]);
   }
-  const more = open && end === source.length;
-  const nodes = blocks(inner, { open: more, depth: depth + 1 }).flatMap((block) => block.nodes);
+  const nodes = nodesOf(blocks(inner, within(context, end === source.length)));
   return { end, nodes: [element("blockquote", { dir: "auto" }, directing(nodes))] };
+}
+
+/**
+ * @param {Context} context
+ * @param {boolean} last whether what is inside goes on to the end of the text
+ * @returns {Context} that of what is inside
+ */
+function within({ open, depth, references }, last) {
+  return { open: open && last, depth: depth + 1, references };
 }
 
 /**
@@ -282,7 +349,7 @@ function directing(nodes) {
 /**
  * @param {string[]} source
  * @param {number} at
- * @param {{open: boolean, depth: number}} context
+ * @param {Context} context
  */
 function list(source, at, context) {
   const kind = markerKind(source[at]);
@@ -309,10 +376,10 @@ function markerKind(line) {
 /**
  * @param {string[]} source
  * @param {number} at
- * @param {{open: boolean, depth: number}} context
+ * @param {Context} context
  * @returns {{end: number, item: VElement}}
  */
-function item(source, at, { open, depth }) {
+function item(source, at, context) {
   const [, indent, marker, space = " ", text = ""] = /** @type {RegExpExecArray} */ (ITEM.exec(source[at]));
   const width = indent.length + marker.length + (space.length > 4 ? 1 : space.length);
   const least = Math.min(width, indent.length + 2); // models often indent by two under "1."
@@ -321,12 +388,11 @@ function item(source, at, { open, depth }) {
   for (; end < source.length; end += 1) {
     const line = source[end];
     const blank = line.trim() === "";
-    if (!blank && indentOf(line) < least && !continues(source, end, depth)) break;
+    if (!blank && indentOf(line) < least && !continues(source, end, context.depth)) break;
     inner.push(dedent(line, width));
   }
   const kept = withoutBlankEnd(inner); // its blank lines stay in `end`: they separate nothing
-  const more = open && end === source.length;
-  const children = blocks(kept, { open: more, depth: depth + 1 }).flatMap((block) => block.nodes);
+  const children = nodesOf(blocks(kept, within(context, end === source.length)));
   return { end, item: element("li", {}, tight(children)) };
 }
 
@@ -375,9 +441,9 @@ function isTable(source, at, open) {
 /**
  * @param {string[]} source
  * @param {number} at
- * @param {boolean} open
+ * @param {Context} context
  */
-function table(source, at, open) {
+function table(source, at, { open, references }) {
   const header = cells(source[at]);
   const sides = cells(source[at + 1] ?? "").map(side);
   const rows = [];
@@ -385,9 +451,16 @@ function table(source, at, open) {
   for (; end < source.length && source[end].includes("|"); end += 1) {
     if (!(open && end === source.length - 1 && HALF_A_MARKER.test(source[end]))) rows.push(cells(source[end]));
   }
+  const growing = open && end === source.length ? rows.at(-1) : undefined;
+  /** @param {string[]} texts of a row */
+  const contents = (texts) =>
+    header.map((_, column) => {
+      const last = texts === growing && column === texts.length - 1;
+      return inline(texts[column] ?? "", { open: last, references });
+    });
   const node = element("table", { dir: "auto" }, [
-    element("thead", {}, [row("th", header, header.length, sides)]),
-    element("tbody", {}, rows.map((texts) => row("td", texts, header.length, sides))),
+    element("thead", {}, [row("th", contents(header), sides)]),
+    element("tbody", {}, rows.map((texts) => row("td", contents(texts), sides))),
   ]);
   const attrs = { class: "table", tabindex: "0", role: "group", "aria-label": "Table" };
   return { end, nodes: [element("div", attrs, [node])] };
@@ -395,20 +468,18 @@ function table(source, at, open) {
 
 /**
  * @param {"th" | "td"} tag
- * @param {string[]} texts
- * @param {number} width
+ * @param {VNode[][]} contents of its cells
  * @param {string[]} sides
  */
-function row(tag, texts, width, sides) {
-  const filled = Array.from({ length: width }, (_, column) => texts[column] ?? "");
+function row(tag, contents, sides) {
   return element(
     "tr",
     {},
-    filled.map((text, column) => {
+    contents.map((content, column) => {
       /** @type {Record<string, string>} */
       const attrs = tag === "th" ? { scope: "col" } : {};
       if (sides[column]) attrs.class = sides[column];
-      return element(tag, attrs, inline(text));
+      return element(tag, attrs, content);
     }),
   );
 }
@@ -430,16 +501,20 @@ function cells(line) {
 /**
  * @param {string[]} source
  * @param {number} at
- * @param {{open: boolean, depth: number}} context
+ * @param {Context} context
  */
-function paragraph(source, at, { open, depth }) {
+function paragraph(source, at, { open, depth, references }) {
   let end = at + 1;
-  while (end < source.length && source[end].trim() !== "" && !interrupts(source, end, depth)) end += 1;
+  while (source[end]?.trim() && !UNDERLINE.test(source[end]) && !interrupts(source, end, depth)) end += 1;
   const kept = source.slice(at, end);
-  const more = open && end === source.length;
-  if (more && HALF_A_MARKER.test(kept[kept.length - 1])) kept.pop();
-  const children = inline(kept.map((line) => line.trimStart()).join("\n"), { open: more });
-  return { end, nodes: children.length ? [element("p", { dir: "auto" }, children)] : [] };
+  const underlined = UNDERLINE.test(source[end] ?? "");
+  if (underlined) end += 1;
+  const last = open && end === source.length; // so its last line may yet become something else
+  if (last && HALF_A_MARKER.test(kept[kept.length - 1])) kept.pop();
+  const text = kept.map((line) => line.trimStart()).join("\n");
+  const children = inline(text.trimEnd(), { open: last, references });
+  const tag = underlined && !last ? "h3" : "p";
+  return { end, nodes: children.length ? [element(tag, { dir: "auto" }, children)] : [] };
 }
 
 /** @param {string} line */
@@ -473,51 +548,71 @@ const FORMULA = /** @type {Record<string, string>} */ ({ "\\(": "\\)", "\\[": "\
 /** @typedef {{char: string, count: number, opens: boolean, closes: boolean}} Run emphasis marks */
 /** @typedef {VNode | Run} Item */
 
-const TOKEN = /\\[([]|\$\$?|\\[!-/:-@[-`{-~]|`+|\*+|_+|~+|!?\[|\]|<(?=https?:)|<[bB][rR] ?\/?>|\bhttps?:\/\/|\\?\n|&(?:amp|lt|gt|quot|nbsp|#\d{1,7}|#[xX][0-9a-fA-F]{1,6});/g;
-const ENTITIES = /** @type {Record<string, string>} */ ({
-  "&amp;": "&",
-  "&lt;": "<",
-  "&gt;": ">",
-  "&quot;": '"',
-  "&nbsp;": "\u00A0",
-});
+const TOKEN = /\\[([]|\$\$?|\\[!-/:-@[-`{-~]|`+|\*+|_+|~+|!?\[|\]|<(?=https?:)|<[bB][rR] ?\/?>|\bhttps?:\/\/|\\?\n|&[#\w]{1,31};/g;
+const ANGLED = /https?:\/\/[^/\s<>][^\s<>]*(>|$)/y;
 
-/** @param {string} reference a numeric one, like &#39; @returns {string} its character */
-function character(reference) {
-  const digits = reference.slice(2, -1);
-  const code = /^x/i.test(digits) ? parseInt(digits.slice(1), 16) : parseInt(digits, 10);
-  return code === 0 || code > 0x10ffff ? "\uFFFD" : String.fromCodePoint(code);
+/** The names that people write: all 2,125 of HTML's would weigh more than this module. */
+const ENTITIES = new Map(
+  (
+    "amp& lt< gt> quot\" apos' nbsp\u00A0 copy© reg® trade™ hellip… mdash— ndash– lsquo‘ rsquo’ ldquo“ rdquo” " +
+    "laquo« raquo» bull• middot· times× divide÷ plusmn± minus− deg° micro\u00B5 sect§ para¶ euro€ pound£ yen¥ " +
+    "cent¢ frac12½ frac14¼ frac34¾ larr← rarr→ uarr↑ darr↓ harr↔ lArr⇐ rArr⇒ hArr⇔ le≤ ge≥ ne≠ asymp≈ equiv≡ " +
+    "infin∞ sum∑ radic√ alphaα betaβ gammaγ deltaδ lambdaλ muμ piπ sigmaσ omegaω DeltaΔ SigmaΣ OmegaΩ auml\u00E4 " +
+    "ouml\u00F6 uuml\u00FC Auml\u00C4 Ouml\u00D6 Uuml\u00DC szligß agrave\u00E0 eacute\u00E9 egrave\u00E8 " +
+    "ccedil\u00E7 ntilde\u00F1 check✓ cross✗"
+  )
+    .split(" ")
+    .map((pair) => [pair.slice(0, -1), pair.slice(-1)]),
+);
+
+/** @param {string} entity `&name;`, `&#10;` or `&#xA;` @returns {string} its character, or itself */
+function character(entity) {
+  const name = entity.slice(1, -1);
+  const [, hex, decimal] = /^#(?:x([\da-f]{1,6})|(\d{1,7}))$/i.exec(name) ?? [];
+  if (!hex && !decimal) return ENTITIES.get(name) ?? entity;
+  const code = hex ? parseInt(hex, 16) : Number(decimal);
+  const exists = code > 0 && code <= 0x10ffff && (code < 0xd800 || code > 0xdfff);
+  return exists ? String.fromCodePoint(code) : "\uFFFD";
+}
+
+/** @param {string} text as an address or a name of a language is written @returns {string} what it means */
+function unescaped(text) {
+  return text.replace(/\\([!-/:-@[-`{-~])|&[#\w]{1,31};/g, (found, mark) => mark ?? character(found));
 }
 
 /**
  * @param {string} source
- * @param {{open?: boolean}} [options]
+ * @param {Pick<Context, "open" | "references">} context
  * @returns {VNode[]}
  */
-function inline(source, { open = false } = {}) {
-  return emphasis(new Scanner(source, open).items(), open);
+function inline(source, context) {
+  return emphasis(new Scanner(source, context).items(), context.open);
 }
 
 /** From text to items: words, code, links and line breaks are found, emphasis marks are left to be paired. */
 class Scanner {
   #source;
   #open;
+  #references;
   #ticks;
   /** @type {Set<string>} ends of formulas that are not to come any more */
   #unclosed = new Set();
   /** @type {Item[]} */
   #items = [];
-  /** @type {{at: number, from: number, image: boolean}[]} brackets that nothing closed yet */
+  /** @type {{at: number, from: number, kind: "link" | "image"}[]} brackets that nothing closed yet */
   #brackets = [];
+  /** How many of them, from the first one, begin nothing any more: no link holds a link, and no image an image. */
+  #idle = { link: 0, image: 0 };
   #from = 0; // what is before this is in #items
 
   /**
    * @param {string} source
-   * @param {boolean} open
+   * @param {Pick<Context, "open" | "references">} context
    */
-  constructor(source, open) {
+  constructor(source, { open, references }) {
     this.#source = source;
     this.#open = open;
+    this.#references = references;
     this.#ticks = tickRuns(source);
   }
 
@@ -544,7 +639,7 @@ class Scanner {
     if (token.endsWith("\n") || /^<b/i.test(token)) this.#items.push(element("br"));
     else if (this.#formula(token, at)) return;
     else if (first === "\\") this.#items.push(token[1]);
-    else if (first === "&") this.#items.push(ENTITIES[token] ?? character(token));
+    else if (first === "&") this.#items.push(character(token));
     else if (first === "`") this.#code(token);
     else if ("*_~".includes(first)) this.#items.push(run(this.#source, at, token));
     else if (token.endsWith("[")) this.#bracket(token);
@@ -591,6 +686,7 @@ class Scanner {
       this.#unclosed.add(mark); // never looked for again
       return this.#open && token !== "$" ? this.#source.length : null;
     }
+    if (close === this.#from) return null; // nothing is in it
     const end = close + mark.length;
     // Between two sums of money there is a space before the second, or its digits come after the sign.
     const isMoney = token === "$" && !/^[^\s$]([^$]*[^\s$\\])?\$\D?$/.test(this.#source.slice(this.#from, end + 1));
@@ -599,13 +695,15 @@ class Scanner {
 
   /** @param {string} token */
   #bracket(token) {
-    this.#brackets.push({ at: this.#items.length, from: this.#from, image: token[0] === "!" });
+    this.#brackets.push({ at: this.#items.length, from: this.#from, kind: token[0] === "!" ? "image" : "link" });
     this.#items.push(token);
   }
 
   #link() {
     const bracket = this.#brackets.pop();
-    const link = bracket && destination(this.#source, this.#from, this.#open);
+    const depth = this.#brackets.length;
+    const link = bracket && depth >= this.#idle[bracket.kind] ? this.#target(bracket.from) : null;
+    this.#idle = { link: Math.min(depth, this.#idle.link), image: Math.min(depth, this.#idle.image) };
     if (!bracket || !link) {
       this.#items.push("]");
       return;
@@ -613,9 +711,17 @@ class Scanner {
     const [, ...items] = this.#items.splice(bracket.at);
     const inner = items.flatMap((item) => /** @type {Item[]} */ (isLink(item) ? item.children : [item]));
     const written = this.#source.slice(bracket.from - 1, link.end);
-    this.#items.push(...linked(link.url, emphasis(inner, false), written, bracket.image));
-    this.#brackets = []; // a link holds no link, and is in none
+    pushAll(this.#items, linked(link.url, emphasis(inner, false), written, bracket.kind === "image"));
+    this.#idle[bracket.kind] = depth;
     this.#from = link.end;
+  }
+
+  /** @param {number} from where the text in the brackets begins */
+  #target(from) {
+    return (
+      destination(this.#source, this.#from, this.#open) ??
+      reference(this.#source, { from, end: this.#from }, this.#references)
+    );
   }
 
   /**
@@ -623,15 +729,21 @@ class Scanner {
    * @param {number} at
    */
   #address(token, at) {
-    const angled = token === "<";
-    const begin = angled ? this.#from : at;
-    const url = bareUrl(this.#source, begin);
+    const begin = token === "<" ? this.#from : at;
+    const url = token === "<" ? this.#angled(begin) : bareUrl(this.#source, begin);
     if (url === "") {
       this.#items.push(token);
       return;
     }
-    this.#items.push(...linked(url, [url], url, false));
-    this.#from = begin + url.length + (angled && this.#source[begin + url.length] === ">" ? 1 : 0);
+    pushAll(this.#items, linked(url, [url], url, false));
+    this.#from = begin + url.length + (token === "<" && this.#source[begin + url.length] === ">" ? 1 : 0);
+  }
+
+  /** @param {number} begin @returns {string} the address from here to a `>` */
+  #angled(begin) {
+    ANGLED.lastIndex = begin;
+    const [all = "", end = ""] = ANGLED.exec(this.#source) ?? [];
+    return end === ">" || this.#open ? all.slice(0, all.length - end.length) : "";
   }
 }
 
@@ -675,7 +787,7 @@ function codeText(text) {
 }
 
 /**
- * What follows a `]`.
+ * The address in parentheses after a `]`.
  * @param {string} source
  * @param {number} from
  * @param {boolean} open
@@ -683,18 +795,26 @@ function codeText(text) {
  */
 function destination(source, from, open) {
   if (source[from] !== "(") return null;
-  let depth = 0;
-  const limit = Math.min(source.length, from + MAX_URL + 200); // with a title
-  for (let at = from; at < limit; at += 1) {
-    if (source[at] === "\n") return null;
-    if (source[at] === "\\") at += 1;
-    else if (source[at] === "(") depth += 1;
-    else if (source[at] === ")" && (depth -= 1) === 0) {
-      const [url = ""] = source.slice(from + 1, at).trim().split(/\s/, 1);
-      return { url: url.replace(/^<(.*)>$/, "$1"), end: at + 1 };
-    }
-  }
-  return open && limit === source.length ? { url: "", end: limit } : null; // its end is on its way: the text alone
+  const rest = source.slice(from, from + MAX_LINK);
+  const match = DESTINATION.exec(rest);
+  if (match) return { url: unescaped(match[1] ?? match[2]), end: from + match[0].length };
+  const half = open && from + rest.length === source.length && HALF_A_DESTINATION.test(rest);
+  return half ? { url: "", end: source.length } : null; // its end is on its way: the text alone
+}
+
+/**
+ * The address that another line defines, for a label after the `]` or for the text itself.
+ * @param {string} source
+ * @param {{from: number, end: number}} text with its closing bracket
+ * @param {References} references
+ * @returns {{url: string, end: number} | null}
+ */
+function reference(source, { from, end }, references) {
+  if (references.size === 0 || end - from > MAX_LINK) return null;
+  REFERENCE.lastIndex = end;
+  const [written = "", label] = REFERENCE.exec(source) ?? [];
+  const url = references.get(nameOf(label || source.slice(from, end - 1)));
+  return url === undefined ? null : { url, end: end + written.length };
 }
 
 /**
@@ -729,10 +849,8 @@ export function safeUrl(url) {
  * @returns {string} the address that begins here, without the punctuation of the sentence around it
  */
 function bareUrl(source, at) {
-  const end = /[\s<>"`*|[\]]|$/g;
-  end.lastIndex = at;
-  let url = source.slice(at, Math.min(end.exec(source)?.index ?? source.length, at + MAX_URL));
-  url = url.replace(/[.,;:!?'_~]+$/, "");
+  const [word] = source.slice(at, at + MAX_URL + 1).split(/[\s<>"`*|[\]]/, 1);
+  let url = word.replace(/[.,;:!?'_~]+$/, "");
   while (url.endsWith(")") && count(url, ")") > count(url, "(")) url = url.slice(0, -1).replace(/[.,;:!?'_~]+$/, "");
   return /^https?:\/\/[^/]/.test(url) ? url : "";
 }
@@ -774,55 +892,83 @@ function run(source, at, token) {
   };
 }
 
+/** @typedef {Run & {at: number}} Opener an open mark; `at` is where its text stands among the nodes */
+
 /**
- * Pairs the marks. One stack of open marks with what stands after each; a closing mark takes the nearest fitting one.
+ * Pairs the marks; a closing mark takes the nearest fitting one. An open mark is text until then, and stays so.
  * @param {Item[]} items
  * @param {boolean} open
  * @returns {VNode[]}
  */
 function emphasis(items, open) {
-  /** @type {{run: Run, children: VNode[]}[]} */
-  const stack = [{ run: { char: "", count: 0, opens: false, closes: false }, children: [] }];
-  const top = () => stack[stack.length - 1].children;
+  /** @type {VNode[]} */
+  const nodes = [];
+  /** @type {Opener[]} */
+  const openers = [];
   const end = items.findLastIndex((item) => item !== "");
   items.forEach((item, at) => {
     if (typeof item === "string" || "tag" in item) {
-      top().push(item);
+      nodes.push(item);
       return;
     }
-    const left = item.closes ? close(stack, item) : item.count;
+    const last = open && at === end;
+    if (last && halfCloses(openers, item)) return;
+    const left = item.closes ? close(nodes, openers, item) : item.count;
     if (left === 0) return;
-    if (item.opens && stack.length <= MAX_OPENERS) stack.push({ run: { ...item, count: left }, children: [] });
-    else if (!(open && at === end)) top().push(item.char.repeat(left));
+    const opens = item.opens && openers.length < MAX_OPENERS;
+    if (opens) openers.push({ ...item, count: left, at: nodes.length });
+    if (opens || !last) nodes.push(item.char.repeat(left));
   });
-  while (stack.length > 1) collapse(stack, open);
-  return merge(stack[0].children);
+  if (open) closeStrong(nodes, openers);
+  return merge(nodes);
 }
 
 /**
- * @param {{run: Run, children: VNode[]}[]} stack
+ * @param {Opener[]} openers
+ * @param {Run} run the last thing in a text that goes on
+ * @returns {boolean} whether it may be the first of two marks that close, as in `**bold*`
+ */
+function halfCloses(openers, run) {
+  const opener = openers.at(-1);
+  return run.closes && run.count === 1 && opener?.char === run.char && opener.count === 2;
+}
+
+/**
+ * @param {VNode[]} nodes
+ * @param {Opener[]} openers
  * @param {Run} run
  * @returns {number} marks that found no partner
  */
-function close(stack, run) {
+function close(nodes, openers, run) {
   let left = run.count;
   while (left > 0) {
-    const at = stack.findLastIndex((open) => open.run.char === run.char && pairs(open.run, run, left));
-    if (at < 0) return left;
-    while (stack.length - 1 > at) collapse(stack, false);
-    const open = stack[at];
-    const width = Math.min(2, left, open.run.count);
+    const index = openers.findLastIndex((opener) => opener.char === run.char && pairs(opener, run, left));
+    if (index < 0) return left;
+    openers.length = index + 1;
+    const opener = openers[index];
+    const width = Math.min(2, left, opener.count);
     const tag = run.char === "~" ? "del" : width === 2 ? "strong" : "em";
-    const node = element(tag, {}, merge(open.children));
+    const node = element(tag, {}, merge(nodes.splice(opener.at + 1)));
     left -= width;
-    open.run.count -= width;
-    if (open.run.count > 0) open.children = [node];
-    else {
-      stack.pop();
-      stack[at - 1].children.push(node);
-    }
+    opener.count -= width;
+    nodes[opener.at] = opener.char.repeat(opener.count);
+    if (opener.count === 0) openers.pop();
+    nodes.push(node);
   }
   return 0;
+}
+
+/**
+ * In a text that goes on, an open strong mark is taken for closed: its end is on its way.
+ * @param {VNode[]} nodes
+ * @param {Opener[]} openers
+ */
+function closeStrong(nodes, openers) {
+  for (const { at, char, count } of openers.reverse()) {
+    if (char !== "*" || count !== 2) continue;
+    const children = nodes.splice(at + 1);
+    nodes[at] = children.length ? element("strong", {}, merge(children)) : "";
+  }
 }
 
 /**
@@ -836,19 +982,6 @@ function pairs(open, close, left) {
   return (open.count + left) % 3 !== 0 || (open.count % 3 === 0 && left % 3 === 0);
 }
 
-/**
- * Takes the last open mark off the stack: nothing closes it.
- * @param {{run: Run, children: VNode[]}[]} stack
- * @param {boolean} open then a strong one is taken for closed: its end is on its way
- */
-function collapse(stack, open) {
-  const { run, children } = /** @type {{run: Run, children: VNode[]}} */ (stack.pop());
-  const parent = stack[stack.length - 1].children;
-  const strong = open && run.count === 2 && run.char === "*";
-  if (strong) parent.push(...(children.length ? [element("strong", {}, merge(children))] : []));
-  else parent.push(run.char.repeat(run.count), ...children);
-}
-
 // ---- the tree, and its nodes
 
 /**
@@ -859,6 +992,16 @@ function collapse(stack, open) {
  */
 function element(tag, attrs = {}, children = []) {
   return { tag, attrs, children };
+}
+
+/**
+ * As `list.push(...more)`, whose arguments have to fit on the stack.
+ * @template T
+ * @param {T[]} list
+ * @param {T[]} more
+ */
+function pushAll(list, more) {
+  for (const one of more) list.push(one);
 }
 
 /**
