@@ -354,7 +354,7 @@ def test_replacing_all_cuts_nobody(tmp_path: Path, store: Redis) -> None:
         await peer.head()
         await peer.chunk(GOOD[0])
         if b"wait" in seen.body:
-            await asyncio.to_thread(held.wait, 3 * PATIENCE)
+            await asyncio.to_thread(held.wait, 2 * STARTING)
         for part in GOOD[1:]:
             await peer.chunk(part)
         await peer.end()
