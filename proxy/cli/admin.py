@@ -19,7 +19,7 @@ from proxy.accounts.revocation.file import ControlFile
 from proxy.accounts.revocation.rules import RevocationRules
 from proxy.accounts.revocation.shared import SharedRevocations
 from proxy.cli.output import complain
-from proxy.limits.store.redis import open_store
+from proxy.limits.store.opening import open_store
 
 TEMPLATE = """\
 # chat-proxy: every setting is described in docs/settings.md. Secrets do not belong in this file:

@@ -16,7 +16,7 @@ from proxy.chat.upstream import Upstream
 from proxy.check import prober as checkup
 from proxy.check.findings import Finding
 from proxy.errors import Refusal
-from proxy.limits.store.redis import open_store
+from proxy.limits.store.opening import open_store
 from proxy.limits.store.shared import DEADLINE
 from proxy.transport.pool import Transport
 from proxy.transport.tls import upstream_ssl_context
@@ -133,7 +133,10 @@ async def check_upstream(chosen: settings.Settings) -> list[Finding]:
 
 
 async def check_store(chosen: settings.Settings) -> Finding:
-    store = open_store(chosen.limits.store, time.monotonic, lambda lost: None)
+    try:
+        store = open_store(chosen.limits.store, time.monotonic, lambda lost: None)
+    except settings.SettingsError as error:
+        return Finding("fault", "store", f"limits.store: {error.faults[0].message}")
     answers = await store.answers()
     await store.aclose()
     if answers:

@@ -18,7 +18,7 @@ from proxy.limits.heard import MOST_COUNTERS, LastHeard
 from proxy.limits.requests import ChargeKind, RequestLimits, too_many
 from proxy.limits.status import LimitStatus, Subject, keep_newest, limit_headers
 from proxy.limits.store.charges import Charge, CounterState
-from proxy.limits.store.redis import open_store
+from proxy.limits.store.opening import open_store
 from proxy.limits.store.shared import AT_ONCE, RENEW_EVERY, SharedStore
 from proxy.limits.streams import SOON, Lease, Leases
 from proxy.limits.tokens import Reservation, Tokens

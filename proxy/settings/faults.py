@@ -134,13 +134,13 @@ CONTRADICTIONS = (
         "server.workers",
         ("server.workers", "limits.store"),
         lambda s: s.server.workers > 1 and not s.limits.is_shared,
-        "must be limits.store on Redis when it is more than one: each worker would allow the whole of every limit, "
-        "and a logout would be known to one of them only",
+        "must be used with limits.store on Redis or SQLite when it is more than one: each worker would allow the whole "
+        "of every limit, and a logout would be known to one of them only",
     ),
     CrossRule(
         "limits.store",
         ("limits.store",),
-        lambda s: s.limits.is_shared and not is_installed("redis"),
+        lambda s: s.limits.is_on_redis and not is_installed("redis"),
         "needs packages that are not installed: pip install 'chat-proxy[redis]'",
     ),
     CrossRule(

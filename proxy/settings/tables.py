@@ -149,6 +149,10 @@ class Limits:
     def is_shared(self) -> bool:
         return self.store != "memory://"
 
+    @property
+    def is_on_redis(self) -> bool:
+        return self.is_shared and not self.store.startswith("sqlite://")
+
 
 @dataclass(frozen=True, slots=True)
 class Metrics:

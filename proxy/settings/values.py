@@ -268,9 +268,9 @@ STORES = ("redis", "rediss", "unix", "redis+unix", "redis+sentinel")
 
 
 def store(written: str) -> str:
-    """The URL of the limit store, in the notation of the `limits` package."""
+    """The URL of the limit store: a file as sqlite:///path, others in the notation of the `limits` package."""
     written = written.strip()
-    if written == "memory://":
+    if written == "memory://" or re.fullmatch(r"sqlite:///[^?#\x00]*[^/?#\x00]", written):
         return written
     try:
         url = urlsplit(written.replace(",", "."))  # sentinels stand in a list
@@ -281,7 +281,8 @@ def store(written: str) -> str:
         valid = False
     if not valid:
         raise InvalidValue(
-            "must be memory://, redis://host:6379/0, rediss://, unix:///path or redis+sentinel://host:26379/name"
+            "must be memory://, sqlite:///path, redis://host:6379/0, rediss://, unix:///path or "
+            "redis+sentinel://host:26379/name"
         )
     return written.replace("unix://", "redis+unix://", 1) if written.startswith("unix://") else written
 

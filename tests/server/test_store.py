@@ -55,7 +55,7 @@ from proxy.limits.requests import ChargeKind
 from proxy.limits.status import Subject
 from proxy.limits.store import shared as store_module
 from proxy.limits.store.charges import Charge
-from proxy.limits.store.redis import open_store
+from proxy.limits.store.opening import open_store
 from proxy.limits.store.shared import SharedStore
 from proxy.limits.streams import Lease
 from proxy.settings import from_variables
@@ -1389,3 +1389,61 @@ def test_check_tries_the_store(store: Redis, tmp_path: Path) -> None:
         store.stop()
         done = run(tmp_path, "check", **settings_for(upstream.base_url), LIMITS_STORE=store.url)
         assert (done.returncode, "fault    limits.store: no answer within 0.1 s" in done.stdout) == (1, True)
+
+
+# ---- a store in a file ----------------------------------------------------------------------------------------------
+
+
+@both_loops
+def test_servers_on_one_file_share_their_limits_and_logouts(loop: str, tmp_path: Path) -> None:
+    """Two servers of one machine count as one, and a restart forgets neither what was used nor who has logged out."""
+    given = {
+        "LIMITS_STORE": f"sqlite://{tmp_path}/chat.db",
+        "SESSION_SECRET": "s" * 40,
+        "LIMITS_PER_SESSION": "4/hour",
+        "LIMITS_TOKENS_TOTAL": "100000/day",
+    }
+    browser = {"sec-fetch-site": "same-origin"}
+    with ScriptedUpstream(streaming(*GOOD)) as upstream:
+        with (
+            running(upstream.base_url, loop=loop, **given) as one,
+            running(upstream.base_url, loop=loop, **given) as two,
+        ):
+            cookie = chat(one, headers=browser).cookie
+            other = chat(one, headers=browser).cookie
+            mine = {"cookie": cookie}
+            assert [chat(proxy, headers=mine).status for proxy in (two, one, two, one)] == [200, 200, 200, 429]
+            assert send(one, "DELETE", "/api/session", None, {"cookie": other}).status == 200
+            eventually(lambda: status_and_code(two, other) == (401, "session_required"))
+            spent = sum(
+                line["tokens"] for line in one.lines() + two.lines() if line["status"] == 200 and "tokens" in line
+            )
+            assert one.lines("limits_unavailable") == two.lines("limits_unavailable") == []
+        with running(upstream.base_url, loop=loop, **given) as three:
+            assert status_and_code(three, other) == (401, "session_required")
+            assert chat(three, headers=mine).status == 429
+            held = three.service.app.limits.tokens.charges(Subject("s", "a"), 0)[-1]
+            asked = three.service.app.limits.store
+            assert asked is not None
+            result = asyncio.run_coroutine_threadsafe(asked.take([held]), three.loop).result(PATIENCE)
+            assert result is not None
+            assert (held.name, result.counters[0].used) == ("tokens_total", spent)
+
+
+@pytest.mark.process
+def test_check_and_revoke_know_a_file(tmp_path: Path) -> None:
+    """`check` and `sessions revoke` use the file of the servers; one that is damaged is a fault."""
+
+    async def models(peer: Peer) -> None:
+        await peer.request()
+        await peer.whole(b'{"data":[]}')
+
+    with ScriptedUpstream(models) as upstream:
+        given = {**settings_for(upstream.base_url), "LIMITS_STORE": f"sqlite://{tmp_path}/chat.db"}
+        done = run(tmp_path, "check", **given)
+        assert (done.returncode, "ok       limits.store: it answers" in done.stdout) == (0, True)
+        done = run(tmp_path, "sessions", "revoke", "--all", **given)
+        assert (done.returncode, "Servers that share limits.store apply it as well." in done.stdout) == (0, True)
+        (tmp_path / "chat.db").write_bytes(b"something else" * 400)
+        done = run(tmp_path, "check", **given)
+        assert (done.returncode, "fault    limits.store: is damaged or no store" in done.stdout) == (1, True)

@@ -11,12 +11,10 @@ Kinds of counters, by their key:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 from proxy.limits.store.charges import Charge, ChargeResult, CounterState, Revoked
-from proxy.limits.store.shared import SharedStore
 
 PREFIX = "{chat-proxy}:"  # braces: one slot of a cluster, since a script needs all of its keys there
 REVOCATIONS = [f"{PREFIX}revoked", f"{PREFIX}decree"]
@@ -85,7 +83,7 @@ def mark_of(holder: str) -> str:
     return f"{PREFIX}ended:{holder}"
 
 
-def open_store(url: str, clock: Callable[[], float], report: Callable[[str | None], None]) -> SharedStore:
+def open_redis(url: str) -> RedisEngine:
     """Opens the store at a URL of the `limits` package: redis://, rediss://, redis+unix://, redis+sentinel://.
 
     The packages are imported here since only such a store needs them.
@@ -99,4 +97,4 @@ def open_store(url: str, clock: Callable[[], float], report: Callable[[str | Non
         "retry": Retry(NoBackoff(), 0),
     }
     storage: Any = storage_from_string(f"async+{url}", **options)
-    return SharedStore(RedisEngine(storage.bridge.get_connection()), clock, report)
+    return RedisEngine(storage.bridge.get_connection())

@@ -1,0 +1,462 @@
+"""Counters and revocations in a file, for the processes of one machine: they outlive a restart.
+
+Rules:
+1. One thread has the connection, so that no disk holds up the event loop. What waits for it is one transaction.
+2. The journal is a WAL with synchronous=NORMAL: the death of a process loses nothing that was answered, a power cut at
+   most the last seconds.
+3. Where the file is locked, full, slow or gone, a call raises or is late, as on an engine that does not answer. Only
+   `reconnect` opens it anew, and creates it where it was removed.
+4. Moving windows are kept in at most about 30 parts. A part counts until its last event has left the window, so a
+   window never grants more than its limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Any, TypeAlias, TypeVar
+
+import msgspec
+
+from proxy.limits.store.charges import Charge, ChargeResult, CounterState, Revoked
+from proxy.settings import Fault, SettingsError
+
+T = TypeVar("T")
+
+VERSION = 1  # of the tables; a file with a later one is left alone
+BUSY = 0.05  # seconds that a transaction waits for another process
+AT_ONCE = 256  # calls in one transaction
+PARTS = 30  # of a moving window
+ENDED_FOR = 3_600_000  # ms for which an ended holder is known: a call of it may be repeated
+PRUNE_EVERY = 60_000  # ms between two sweeps for rows that no longer count
+RECENT = 1000  # charges whose result is kept for a caller that had given up and calls once more
+
+TABLES = """
+CREATE TABLE IF NOT EXISTS counter (
+    key TEXT PRIMARY KEY, used INTEGER, held INTEGER, ends INTEGER, soon INTEGER, parts BLOB, forget INTEGER
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS hold (
+    key TEXT, holder TEXT, amount INTEGER, spent INTEGER, expires INTEGER, paid INTEGER, PRIMARY KEY (key, holder)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS ended (holder TEXT PRIMARY KEY, forget INTEGER) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS revoked (id BLOB PRIMARY KEY, stored INTEGER) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS revoked_stored ON revoked (stored);
+CREATE TABLE IF NOT EXISTS value (name TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID;
+"""
+
+Part: TypeAlias = "list[int]"  # when it began and when its last event was (ms), and the number of its events
+
+encode = msgspec.msgpack.Encoder().encode
+decode = msgspec.msgpack.Decoder(list[list[int]]).decode
+
+
+@dataclass(slots=True)
+class Row:
+    """One counter. Times are in ms; `soon` is no later than the first hold's expiry."""
+
+    key: str
+    used: int = 0
+    held: int = 0
+    ends: int = 0
+    soon: int = 0
+    parts: list[Part] = field(default_factory=list)
+
+
+class Counters:
+    """The tables within one transaction, at the time `now` (Unix ms)."""
+
+    def __init__(self, db: sqlite3.Connection, now: int) -> None:
+        self.db = db
+        self.now = now
+
+    # ---- charging ---------------------------------------------------------------------------------------------
+
+    def take(self, charges: list[Charge], holder: str, spent: int, hold: int) -> ChargeResult:
+        if self.is_ended(holder):
+            return ChargeResult(booked=False, counters=[])  # the call was delayed: its answer is no longer needed
+        rows = [self.read(charge) for charge in charges]
+        states = [self.state(charge, row) for charge, row in zip(charges, rows, strict=True)]
+        booked = all(state.used + charge.amount <= charge.limit for charge, state in zip(charges, states, strict=True))
+        if booked:
+            for charge, row in zip(charges, rows, strict=True):
+                if charge.amount:
+                    self.charge(charge, row, holder, spent, hold)
+        return ChargeResult(booked, states)
+
+    def read(self, charge: Charge) -> Row:
+        """The counter as it is now: without what has ended or expired."""
+        key, window = charge.key, charge.seconds * 1000
+        found = self.db.execute("SELECT used, held, ends, soon, parts FROM counter WHERE key = ?", (key,)).fetchone()
+        if found is None:
+            return Row(key)
+        used, held, ends, soon, parts = found
+        row = Row(key, used, held, ends, soon, decode(parts) if parts else [])
+        if charge.kind == "fixed" and row.ends <= self.now:
+            self.db.execute("DELETE FROM hold WHERE key = ?", (key,))
+            return Row(key)
+        if charge.kind != "moving" and row.soon <= self.now:
+            self.expire(row)
+        if self.is_ahead(row, window):
+            self.bring_back(row, window)
+        row.parts = [part for part in row.parts if part[1] > self.now - window]
+        return row
+
+    def is_ahead(self, row: Row, window: int) -> bool:
+        """Whether the clock has gone back since the counter was written."""
+        return row.ends > self.now + window or bool(row.parts and row.parts[-1][1] > self.now)
+
+    def bring_back(self, row: Row, window: int) -> None:
+        """What lies in the future counts as of now, or it would count for too long."""
+        row.ends = min(row.ends, self.now + window)
+        row.parts = [[min(began, self.now), min(last, self.now), count] for began, last, count in row.parts]
+        self.write(row, self.now + window)
+
+    def state(self, charge: Charge, row: Row) -> CounterState:
+        if charge.kind == "fixed":
+            return CounterState(row.used + row.held, (row.ends - self.now) / 1000 if row.ends else charge.seconds)
+        if charge.kind == "held":
+            return CounterState(row.held, 0.0)
+        used = sum(part[2] for part in row.parts)
+        over = max(0, used - charge.limit)  # a server with a higher limit may have added more
+        for _, last, count in row.parts:
+            over -= count
+            if over < 0:
+                return CounterState(used, last / 1000 + charge.seconds - self.now / 1000)
+        return CounterState(used, 0.0)
+
+    def charge(self, charge: Charge, row: Row, holder: str, spent: int, hold: int) -> None:
+        if charge.kind == "moving":
+            self.add_event(charge, row)
+            self.write(row, self.now + charge.seconds * 1000)
+            return
+        self.hold(charge, row, holder, spent, hold)
+
+    def add_event(self, charge: Charge, row: Row) -> None:
+        width = charge.seconds * 1000 / PARTS if charge.limit > PARTS else 0
+        if row.parts and self.now - row.parts[-1][0] < width:
+            row.parts[-1][1:] = self.now, row.parts[-1][2] + 1
+        else:
+            row.parts.append([self.now, self.now, 1])
+
+    # ---- holds ------------------------------------------------------------------------------------------------
+
+    def hold(self, charge: Charge, row: Row, holder: str, spent: int, hold: int) -> None:
+        """Holds the amount until `hold` seconds from now, or goes on holding it."""
+        expires = self.now + hold * 1000
+        found = self.db.execute(
+            "SELECT amount, paid FROM hold WHERE key = ? AND holder = ?", (row.key, holder)
+        ).fetchone()
+        if found is None or found[1] is not None:
+            row.held += charge.amount
+            row.used -= found[1] if found else 0  # it was alive after all
+        if charge.kind == "fixed" and not row.ends:
+            row.ends = self.now + charge.seconds * 1000
+        row.soon = min(row.soon or expires, expires)
+        values = (row.key, holder, charge.amount, spent, expires)
+        self.db.execute("INSERT OR REPLACE INTO hold VALUES (?, ?, ?, ?, ?, NULL)", values)
+        self.write(row, max(row.ends, expires))
+
+    def expire(self, row: Row) -> None:
+        """Charges what expired holders are known to have spent. Those of live streams are forgotten."""
+        query = "SELECT holder, amount, spent FROM hold WHERE key = ? AND expires <= ? AND paid IS NULL"
+        for holder, amount, spent in self.db.execute(query, (row.key, self.now)).fetchall():
+            row.held -= amount
+            if row.ends:
+                row.used += spent
+                self.db.execute("UPDATE hold SET paid = spent WHERE key = ? AND holder = ?", (row.key, holder))
+            else:
+                self.db.execute("DELETE FROM hold WHERE key = ? AND holder = ?", (row.key, holder))
+        query = "SELECT min(expires) FROM hold WHERE key = ? AND paid IS NULL"
+        row.soon = self.db.execute(query, (row.key,)).fetchone()[0] or self.now + ENDED_FOR
+        self.write(row, max(row.ends, row.soon))
+
+    def keep(self, what: str, used: list[tuple[Charge, int]], holder: str, hold: int) -> None:
+        """Renews, settles or adds, as the scripts on Redis do."""
+        if self.is_ended(holder):
+            return
+        if what != "renew":
+            self.db.execute("INSERT INTO ended VALUES (?, ?)", (holder, self.now + ENDED_FOR))
+        for charge, amount in used:
+            row = self.read(charge)
+            if charge.kind == "moving":
+                for _ in range(amount):
+                    self.add_event(charge, row)
+                self.write(row, self.now + charge.seconds * 1000)
+            elif what == "renew":
+                self.hold(charge, row, holder, amount, hold)
+            else:
+                self.release(charge, row, holder, amount, begins=what == "add")
+
+    def release(self, charge: Charge, row: Row, holder: str, used: int, *, begins: bool) -> None:
+        """Ends a hold and charges what was used; only with `begins` in a window that has not begun."""
+        query = "DELETE FROM hold WHERE key = ? AND holder = ? RETURNING amount, paid"
+        found = self.db.execute(query, (row.key, holder)).fetchone()
+        if found is not None:
+            row.held -= found[0] if found[1] is None else 0
+            row.used -= found[1] or 0
+        if charge.kind == "fixed":
+            if not row.ends and begins and used:
+                row.ends = self.now + charge.seconds * 1000
+            row.used += used if row.ends else 0
+        if row.ends or row.held or found is not None:
+            self.write(row, max(row.ends, row.soon))
+
+    def is_ended(self, holder: str) -> bool:
+        return self.db.execute("SELECT 1 FROM ended WHERE holder = ?", (holder,)).fetchone() is not None
+
+    def write(self, row: Row, forget: int) -> None:
+        parts = encode(row.parts) if row.parts else None
+        values = (row.key, row.used, row.held, row.ends, row.soon, parts, forget)
+        self.db.execute("INSERT OR REPLACE INTO counter VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+
+    # ---- revocations ------------------------------------------------------------------------------------------
+
+    def exchange(self, since: int, keep: int, page: int, ids: list[bytes]) -> Revoked:
+        self.db.executemany("INSERT OR REPLACE INTO revoked VALUES (?, ?)", [(id_, self.now) for id_ in ids])
+        query = "SELECT id, stored FROM revoked WHERE stored >= ? ORDER BY stored LIMIT ?"
+        found = self.db.execute(query, (since, page)).fetchall()
+        if len(found) == page:  # a page ends with all of its last millisecond, so that the next begins after it
+            query = "SELECT id, stored FROM revoked WHERE stored BETWEEN ? AND ? ORDER BY stored"
+            found = self.db.execute(query, (since, found[-1][1])).fetchall()
+        return Revoked(self.now, found, self.rules())
+
+    def replace_rules(self, before: bytes, after: bytes) -> bool:
+        if self.rules() != before:
+            return False
+        self.db.execute("INSERT OR REPLACE INTO value VALUES ('rules', ?)", (after,))
+        return True
+
+    def rules(self) -> bytes:
+        found = self.db.execute("SELECT value FROM value WHERE name = 'rules'").fetchone()
+        return found[0] if found else b""
+
+    def prune(self, keep: int) -> None:
+        """Deletes what no longer counts. `keep` is how long revoked ids stay, in ms."""
+        self.db.execute("DELETE FROM counter WHERE forget <= ?", (self.now,))
+        self.db.execute("DELETE FROM hold WHERE NOT EXISTS (SELECT 1 FROM counter WHERE counter.key = hold.key)")
+        self.db.execute("DELETE FROM ended WHERE forget <= ?", (self.now,))
+        self.db.execute("DELETE FROM revoked WHERE stored <= ?", (self.now - keep,))
+
+
+@dataclass(slots=True)
+class Job:
+    """One call; with `reopens` it begins with a file that is opened anew. `holder` names a charge: with `again`, the
+    result of its earlier call counts, if there is one."""
+
+    run: Callable[[Counters], Any]
+    answer: asyncio.Future[Any]
+    loop: asyncio.AbstractEventLoop
+    holder: str = ""
+    again: bool = False
+    reopens: bool = False
+    result: Any = None
+
+
+class FileReplaced(Exception):
+    """The path leads to another file than the one that was open, or to none."""
+
+
+class NotOpen(Exception):
+    """The file could not be used, and was not opened again since."""
+
+
+class SqliteEngine:
+    """One file, as `shared.Engine`. `wall` gives Unix seconds."""
+
+    def __init__(self, path: str, wall: Callable[[], float] = time.time) -> None:
+        self.path = path
+        self.wall = wall
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._recent: dict[str, Any] = {}  # results by holder
+        self._db: sqlite3.Connection | None = None
+        self._may_open = True
+        self._inode = 0
+        self._prune_at = 0
+        self._keep = 0  # ms for which revoked ids stay; 0 before the first exchange
+        self._thread = threading.Thread(target=self.work, name="store", daemon=True)
+        self._thread.start()
+
+    async def take(self, charges: list[Charge], holder: str, spent: int, *, hold: int, again: bool) -> ChargeResult:
+        return await self.call(lambda counters: counters.take(charges, holder, spent, hold), holder, again=again)
+
+    async def keep(self, what: str, used: list[tuple[Charge, int]], holder: str, *, hold: int) -> None:
+        await self.call(lambda counters: counters.keep(what, used, holder, hold))
+
+    async def exchange(self, since: int, keep: int, page: int, ids: list[bytes]) -> Revoked:
+        self._keep = keep
+        return await self.call(lambda counters: counters.exchange(since, keep, page, ids))
+
+    async def replace_rules(self, before: bytes, after: bytes) -> bool:
+        return await self.call(lambda counters: counters.replace_rules(before, after))
+
+    async def reconnect(self) -> None:
+        await self.call(lambda counters: None, reopens=True)
+
+    async def aclose(self) -> None:
+        self._jobs.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    async def call(
+        self, run: Callable[[Counters], T], holder: str = "", *, again: bool = False, reopens: bool = False
+    ) -> T:
+        loop = asyncio.get_running_loop()
+        job = Job(run, loop.create_future(), loop, holder, again, reopens)
+        self._jobs.put(job)
+        result: T = await job.answer
+        return result
+
+    # ---- in the thread ----------------------------------------------------------------------------------------
+
+    def work(self) -> None:
+        """Runs the jobs, those that wait together in one transaction, until the engine is closed."""
+        while (job := self._jobs.get()) is not None:
+            jobs: list[Job | None] = [job]
+            with suppress(Empty):
+                while len(jobs) < AT_ONCE and jobs[-1] is not None:
+                    jobs.append(self._jobs.get_nowait())
+            self.run([job for job in jobs if job is not None and not job.answer.cancelled()])
+            if jobs[-1] is None:
+                break
+        self.close()
+
+    def run(self, jobs: list[Job]) -> None:
+        if not jobs:
+            return
+        try:
+            self.commit(jobs)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the store has not answered
+            self.roll_back(error)
+            failure = error
+            tell(jobs, lambda job: job.answer.set_exception(failure))
+        else:
+            tell(jobs, lambda job: job.answer.set_result(job.result))
+
+    def commit(self, jobs: list[Job]) -> None:
+        if any(job.reopens for job in jobs):
+            self.close()
+            self._may_open = True
+        db = self.connection()
+        db.execute("BEGIN IMMEDIATE")
+        counters = Counters(db, int(self.wall() * 1000))
+        for job in jobs:
+            is_known = job.again and job.holder in self._recent
+            job.result = self._recent[job.holder] if is_known else job.run(counters)
+        if counters.now >= self._prune_at and self._keep:
+            self._prune_at = counters.now + PRUNE_EVERY
+            counters.prune(self._keep)
+        db.execute("COMMIT")
+        self._recent |= {job.holder: job.result for job in jobs if job.holder}
+        for holder in list(self._recent)[:-RECENT]:
+            del self._recent[holder]
+
+    def connection(self) -> sqlite3.Connection:
+        """The open file. Raises FileReplaced when another one has its place, or none: a probe opens that."""
+        if self._db is None:
+            if not self._may_open:
+                raise NotOpen
+            return self.open()
+        try:
+            inode = os.stat(self.path).st_ino
+        except FileNotFoundError:
+            inode = 0
+        if inode != self._inode:
+            raise FileReplaced
+        return self._db
+
+    def open(self) -> sqlite3.Connection:
+        self._db = open_file(self.path)
+        self._inode = os.stat(self.path).st_ino
+        return self._db
+
+    def roll_back(self, error: Exception) -> None:
+        """Keeps a file that was locked or full; any other is closed until `reconnect`."""
+        if isinstance(error, sqlite3.OperationalError) and self._db is not None:
+            with suppress(sqlite3.Error):  # there may be no transaction
+                self._db.execute("ROLLBACK")
+        else:
+            self.close()
+            self._may_open = False
+
+    def close(self) -> None:
+        if self._db is not None:
+            with suppress(sqlite3.Error):
+                self._db.close()
+        self._db = None
+
+
+class NewerFile(sqlite3.DatabaseError):
+    """The file was written by a later version of this program."""
+
+
+def open_file(path: str) -> sqlite3.Connection:
+    """Opens the file, and makes it where there is none, for its owner alone. Raises sqlite3.Error, OSError.
+
+    A command that root runs makes it for the owner of the folder: the server's own user must be able to open it.
+    """
+    with suppress(FileExistsError):
+        fresh = os.open(path, os.O_CREAT | os.O_EXCL, 0o600)
+        if os.geteuid() == 0:
+            folder = os.stat(os.path.dirname(path))
+            os.fchown(fresh, folder.st_uid, folder.st_gid)
+        os.close(fresh)
+    db = sqlite3.connect(path, timeout=BUSY, isolation_level=None, check_same_thread=False)
+    try:
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version > VERSION:
+            raise NewerFile
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = NORMAL")
+        if version < VERSION:
+            db.executescript(f"BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {VERSION}; COMMIT;")
+    except sqlite3.Error:
+        db.close()
+        raise
+    return db
+
+
+def check_file(path: str) -> None:
+    """Raises SettingsError for a file that cannot be used; it is left as it is."""
+    try:
+        db = open_file(path)
+        if db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+            raise sqlite3.DatabaseError
+        db.close()
+    except sqlite3.OperationalError as error:
+        if "locked" in str(error):  # by another process, which uses it
+            return
+        raise unusable(path, f"cannot be used: {error}") from error
+    except NewerFile:
+        raise unusable(path, f"was written by a newer chat-proxy; run that one, or move it: {mv(path)}") from None
+    except sqlite3.Error:
+        raise unusable(path, f"is damaged or no store; move it away to begin anew: {mv(path)}") from None
+    except OSError as error:
+        raise unusable(path, f"cannot be opened: {error.strerror}") from error
+
+
+def mv(path: str) -> str:
+    return f"mv {shlex.quote(path)} {shlex.quote(path + '.old')}"
+
+
+def unusable(path: str, what: str) -> SettingsError:
+    return SettingsError([Fault("limits.store", path, what)])
+
+
+def tell(jobs: list[Job], how: Callable[[Job], None]) -> None:
+    """Calls `how` for each job that is still waited for, on its event loop."""
+
+    def deliver(loop: asyncio.AbstractEventLoop) -> None:
+        for job in jobs:
+            if job.loop is loop and not job.answer.done():
+                how(job)
+
+    for loop in {job.loop for job in jobs}:
+        with suppress(RuntimeError):  # the loop has been closed
+            loop.call_soon_threadsafe(deliver, loop)
