@@ -555,12 +555,14 @@ def test_a_drain_while_workers_are_replaced(tmp_path: Path, store: Redis) -> Non
 # ---- as one -------------------------------------------------------------------------------------------------------
 
 
-def test_they_count_and_know_as_one(tmp_path: Path, store: Redis) -> None:
+@pytest.mark.parametrize("where", ["Redis", "a file"])
+def test_they_count_and_know_as_one(where: str, tmp_path: Path, store: Redis) -> None:
     """A session that one worker gave is good at all, its limit is one limit, and after a logout each refuses a copy of
     its cookie within a second."""
+    url = {"Redis": store.url, "a file": f"sqlite://{tmp_path}/chat.db"}[where]
     with (
         ScriptedUpstream(streaming(*GOOD)) as upstream,
-        workers(tmp_path, upstream.base_url, store, LIMITS_PER_SESSION="30/minute") as process,
+        workers(tmp_path, upstream.base_url, store, LIMITS_PER_SESSION="30/minute", LIMITS_STORE=url) as process,
         ExitStack() as stack,
     ):
         with closing(process.connect()) as connection:

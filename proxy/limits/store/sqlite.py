@@ -33,6 +33,8 @@ T = TypeVar("T")
 
 VERSION = 1  # of the tables; a file with a later one is left alone
 BUSY = 0.05  # seconds that a transaction waits for another process
+OPENING = 2.0  # seconds that opening waits: several processes may be the first to open a new file
+CLOSING = 1.0  # seconds that the end waits for a disk
 AT_ONCE = 256  # calls in one transaction
 PARTS = 30  # of a moving window
 ENDED_FOR = 3_600_000  # ms for which an ended holder is known: a call of it may be repeated
@@ -302,7 +304,7 @@ class SqliteEngine:
 
     async def aclose(self) -> None:
         self._jobs.put(None)
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, CLOSING)
 
     async def call(
         self, run: Callable[[Counters], T], holder: str = "", *, again: bool = False, reopens: bool = False
@@ -407,7 +409,7 @@ def open_file(path: str) -> sqlite3.Connection:
             folder = os.stat(os.path.dirname(path))
             os.fchown(fresh, folder.st_uid, folder.st_gid)
         os.close(fresh)
-    db = sqlite3.connect(path, timeout=BUSY, isolation_level=None, check_same_thread=False)
+    db = sqlite3.connect(path, timeout=OPENING, isolation_level=None, check_same_thread=False)
     try:
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version > VERSION:
@@ -416,6 +418,7 @@ def open_file(path: str) -> sqlite3.Connection:
         db.execute("PRAGMA synchronous = NORMAL")
         if version < VERSION:
             db.executescript(f"BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {VERSION}; COMMIT;")
+        db.execute(f"PRAGMA busy_timeout = {int(BUSY * 1000)}")
     except sqlite3.Error:
         db.close()
         raise
