@@ -51,7 +51,7 @@ export class LoginPanel {
 
   /**
    * @param {HTMLElement} element
-   * @param {{onEnter: (account: Account) => void, onLeave: () => void}} handlers `onLeave`: to sign in, somebody
+   * @param {{onEnter: (account: Account) => void, onLeave: () => void}} handlers `onLeave`: to sign in, the user
    *   goes to another page or loads this one again
    */
   constructor(element, { onEnter, onLeave }) {

@@ -8,7 +8,7 @@
  * 2. The conversation is the turns on the screen. A reload forgets it, unless its owner has switched on storage.js.
  * 3. A question that needs a login first is not lost: it waits in the message box, behind the login panel.
  * 4. Signing out leaves nothing on the screen, in any tab; nor does one user for the next.
- * 5. `visitor` is all that is known of who is here.
+ * 5. `visitor` is all that the page knows about its visitor.
  */
 
 import { Conversation } from "../chat/conversation.js";
@@ -217,7 +217,7 @@ function keepTurns() {
   if (!storage.save(visitor.owner, transcript.kept)) say("This conversation is too long to be kept in this browser.");
 }
 
-/** @param {Visitor} before who was here before `visitor`, who may chat */
+/** @param {Visitor} before the value before `visitor`, which may chat */
 function findKept(before) {
   const found = storage.load(visitor.owner);
   keep.checked = found !== null;
@@ -252,7 +252,7 @@ async function refresh() {
   if (visitor === asked) welcomeVisitor(found);
 }
 
-/** @param {Visitor} found is here from now on */
+/** @param {Visitor} found takes the place of `visitor` */
 function welcomeVisitor(found) {
   const before = visitor;
   if (before.user !== "" && found.user !== before.user) forget();
@@ -285,7 +285,7 @@ function showModels(names) {
 
 /**
  * Shows the login panel in place of the message box, or hides it.
- * @param {Visitor} before who was here before
+ * @param {Visitor} before the value that `visitor` replaced
  * @param {Account} account
  */
 function showDoor(before, { session }) {

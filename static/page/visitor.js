@@ -1,6 +1,6 @@
 // @ts-check
 /**
- * The visitor: one value for who is at the page, replaced as a whole by each answer of the server. Pure.
+ * The visitor: one value, replaced as a whole by each answer of the server. Pure.
  *
  *     unknown -> present | new;   present -> ended (the session ran out) | left (signed out here or in another tab)
  */
@@ -44,7 +44,7 @@ export function withoutSession(before, mode = before.account?.session.mode ?? "h
 
 /**
  * @param {Visitor} before
- * @returns {Visitor} who has signed out
+ * @returns {Visitor} signed out
  */
 export function signedOut(before) {
   return { ...withoutSession(before), state: "left" };
