@@ -42,10 +42,10 @@ class LastHeard:
         if len(self._counters) > MOST_COUNTERS:
             keep_newest(self._counters, MOST_COUNTERS)
 
-    def correct(self, charge: Charge, used: int) -> None:
-        """A charge was settled: its counter holds `used` in place of the charge's amount."""
+    def correct(self, charge: Charge, used: int, held_at: float) -> None:
+        """A charge that was held at that time is settled: its window has `used` in place of the charge's amount."""
         heard = self._counters.get(charge.counter)
-        if heard is not None and charge.kind == "fixed":
+        if heard is not None and charge.kind == "fixed" and heard.ends - charge.seconds <= held_at:
             self._counters[charge.counter] = heard._replace(used=heard.used + used - charge.amount)
 
     def of(self, name: str, seconds: int, subject: str) -> Heard | None:

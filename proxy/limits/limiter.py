@@ -51,6 +51,7 @@ class Permit:
         self.so_far: Callable[[], int] = lambda: 0
         self.reservation = reservation  # in the local counters; None while the store has it
         self.may_be_booked = False  # the store did not answer and may have charged it all the same
+        self.held_at = limiter.heard.clock()
         self.used = 0
 
     def settle(self, used: int) -> None:
@@ -219,7 +220,7 @@ class Limiter:
         is_settled = permit.reservation is None and await self.store.settle(permit.owed, permit.holder)
         if is_settled:
             for charge, used in permit.owed:
-                self.heard.correct(charge, used)
+                self.heard.correct(charge, used, permit.held_at)
         if not is_settled and (permit.reservation is None or permit.may_be_booked):
             self.unsettled[permit.holder] = permit.owed
 

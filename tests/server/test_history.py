@@ -456,7 +456,6 @@ async def run_in_memory(hits: int) -> Histories:
 VISITORS = 4
 REQUESTS_A_SECOND, ANSWERS_A_SECOND = 5, 3  # per visitor
 QUESTION = b'{"messages":[{"role":"user","content":"hi"}],"stream":true,"max_tokens":10}'
-PATIENT = "from proxy.limits.store import shared\nshared.DEADLINE = 1.0\n"  # for a worker that is not scheduled
 
 
 @dataclass
@@ -529,7 +528,7 @@ def test_the_limits_hold_over_http(store: Redis, tmp_path: Path) -> None:
         "LIMITS_PER_SESSION": f"{REQUESTS_A_SECOND}/second",
         "LIMITS_TOKENS_PER_SESSION": f"{ANSWERS_A_SECOND * held}/second",
     }
-    command = [sys.executable, "-W", "error", "-c", PATIENT + START.format(held=HELD, loop="uvloop")]
+    command = [sys.executable, "-W", "error", "-c", START.format(held=HELD, deadline=1.0, loop="uvloop")]
     settings = {**WIDE, **limits, "SERVER_WORKERS": "2", "LIMITS_STORE": store.url}
     with (
         ScriptedUpstream(answering(held)) as upstream,

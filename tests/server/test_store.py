@@ -1447,3 +1447,34 @@ def test_check_and_revoke_know_a_file(tmp_path: Path) -> None:
         (tmp_path / "chat.db").write_bytes(b"something else" * 400)
         done = run(tmp_path, "check", **given)
         assert (done.returncode, "fault    limits.store: is damaged or no store" in done.stdout) == (1, True)
+
+
+@pytest.mark.quiet
+@pytest.mark.parametrize("where", ["Redis", "a file"])
+def test_heavy_bodies_push_no_store_away(
+    where: str, store: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bodies made to hold the event loop cost no client its answer, and no limit is granted anew."""
+    monkeypatch.setattr(store_module, "DEADLINE", DEADLINE)
+    rounds, limit = 20, 15
+    heavy = b'{"messages":[' + b"{}," * ((1 << 20) // 3 - 10) + b"{}]}"
+    given = {
+        "LIMITS_STORE": {"Redis": store.url, "a file": f"sqlite://{tmp_path}/chat.db"}[where],
+        "LIMITS_PER_SESSION": f"{limit}/hour",
+    }
+    with (
+        ScriptedUpstream(streaming(*GOOD)) as upstream,
+        running(upstream.base_url, **given) as proxy,
+        ThreadPoolExecutor(8) as threads,
+    ):
+
+        def attack(_: int) -> int:
+            return send(proxy, "POST", "/api/chat", heavy, {"content-type": "application/json", **new_address()}).status
+
+        visitor, statuses = new_address(), []
+        for _ in range(rounds):
+            attacks = threads.map(attack, range(8))
+            statuses.append(chat(proxy, headers=visitor).status)
+            assert set(attacks) == {400}
+        assert statuses == [200] * limit + [429] * (rounds - limit)
+        assert proxy.lines("limits_unavailable") == []

@@ -314,7 +314,7 @@ def test_a_removed_file_is_reported_and_made_anew(tmp_path: Path) -> None:
             for name in os.listdir(tmp_path):
                 os.remove(tmp_path / name)
             assert await store.take([REQUESTS]) is None
-            await until(lambda: lost == ["NotOpen", None])
+            await until(lambda: lost == ["FileReplaced", None])
             result = await store.take([REQUESTS])
             assert result is not None
             assert result.booked

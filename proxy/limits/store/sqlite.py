@@ -266,10 +266,6 @@ class FileReplaced(Exception):
     """The path leads to another file than the one that was open, or to none."""
 
 
-class NotOpen(Exception):
-    """The file could not be used, and was not opened again since."""
-
-
 class SqliteEngine:
     """One file, as `shared.Engine`. `wall` gives Unix seconds."""
 
@@ -279,7 +275,7 @@ class SqliteEngine:
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._recent: dict[str, Any] = {}  # results by holder
         self._db: sqlite3.Connection | None = None
-        self._may_open = True
+        self._closed_by: Exception | None = None  # until `reconnect`
         self._inode = 0
         self._prune_at = 0
         self._keep = 0  # ms for which revoked ids stay; 0 before the first exchange
@@ -344,7 +340,7 @@ class SqliteEngine:
     def commit(self, jobs: list[Job]) -> None:
         if any(job.reopens for job in jobs):
             self.close()
-            self._may_open = True
+            self._closed_by = None
         db = self.connection()
         db.execute("BEGIN IMMEDIATE")
         counters = Counters(db, int(self.wall() * 1000))
@@ -362,8 +358,8 @@ class SqliteEngine:
     def connection(self) -> sqlite3.Connection:
         """The open file. Raises FileReplaced when another one has its place, or none: a probe opens that."""
         if self._db is None:
-            if not self._may_open:
-                raise NotOpen
+            if self._closed_by is not None:
+                raise self._closed_by.with_traceback(None)
             return self.open()
         try:
             inode = os.stat(self.path).st_ino
@@ -385,7 +381,7 @@ class SqliteEngine:
                 self._db.execute("ROLLBACK")
         else:
             self.close()
-            self._may_open = False
+            self._closed_by = error
 
     def close(self) -> None:
         if self._db is not None:
