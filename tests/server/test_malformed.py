@@ -55,7 +55,7 @@ from proxy.server.protocol import MAX_FIELDS, check_head
 from proxy.telemetry.logs import Bridge
 
 REQUESTS = 100_000 if FULL else 3_000
-EXAMPLES = 5000 if FULL else 150
+EXAMPLES = 5000 if FULL else 80
 AT_ONCE = 96
 LULL = 0.1  # seconds of silence after which a client stops waiting for an answer to a possibly incomplete request
 GAP = 5.0  # seconds between two events of another client's stream: only a stall takes so long

@@ -23,8 +23,8 @@ from proxy import errors
 from proxy.chat import json_fields, policy
 from proxy.settings import Policy
 
-EXAMPLES = 2000 if FULL else 80
-MUTANTS = 500 if FULL else 60  # of one body in one example
+EXAMPLES = 2000 if FULL else 30
+MUTANTS = 500 if FULL else 30  # of one body in one example
 SLOWEST = 2.0  # seconds for the dearest megabyte: ten times what it takes
 
 RULES = Policy(models=("small", "large"))

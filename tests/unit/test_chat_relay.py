@@ -22,7 +22,7 @@ from proxy.web.cancel import CancelScope, ClientGone, Message, Receive
 
 HEAD: Message = {"type": "http.response.start", "status": 200, "headers": []}
 FOREVER = 60.0  # seconds: a deadline that a test does not mean
-SOON = 0.05  # seconds: one that it does
+SOON = 0.2  # seconds: one that it does; a machine that stands still for less changes no result
 CUT = httpx.ReadError("cut")
 
 
@@ -773,9 +773,8 @@ async def test_idle_timeout_does_not_count_while_the_browser_is_slow() -> None:
     stage.source.say(delta("slow"))
     await asyncio.sleep(4.5 * SOON)  # at no multiple of SOON, when a timer may be due
     assert not stage.task.done()
-    stage.browser.read()
-    await ticks()
     read_at = asyncio.get_running_loop().time()
+    stage.browser.read()
     await stage.over()
     assert isinstance(stage.told, StreamTimeout)
     assert asyncio.get_running_loop().time() - read_at > SOON * 0.9
@@ -833,7 +832,7 @@ async def test_silence_is_filled_with_comments() -> None:
     stage = await Stage(comment=SOON).begun()
     stage.source.say(delta("first"), b"data: {")
     await settled(lambda: stage.browser.got.count(COMMENT) >= 3)
-    assert stage.browser.got.startswith(delta("first") + COMMENT * 2)
+    assert stage.browser.got.partition(delta("first"))[2].startswith(COMMENT * 2)
     stage.source.say(b"}\n\n", DONE).end()
     await stage.over()
     assert stage.browser.got.replace(COMMENT, b"") == delta("first") + b"data: {}\n\n" + DONE

@@ -264,7 +264,7 @@ def test_an_empty_key_is_refused(subject: Subject) -> None:
 
 # ---- requests: the memory ------------------------------------------------------------------------------------------
 
-MANY = 100_000
+MANY = 30_000
 
 
 def entered(windows: MovingWindows, key: str, limit: int, expiry: int) -> bool:

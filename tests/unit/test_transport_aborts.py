@@ -1,6 +1,6 @@
 """A stream of proxy/transport that is abandoned at any moment leaves nothing behind.
 
-CHAT_PROXY_FULL=1 runs the sizes of the promise; by default a tenth of them.
+CHAT_PROXY_FULL=1 runs the sizes of the promise; by default a twentieth of them.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from support.transport_servers import (
 from proxy.transport.connection import ResponseStream
 from proxy.transport.pool import Transport
 
-STREAMS = 20_000 if FULL else 2_000
-TLS_STREAMS = 4_000 if FULL else 400
+STREAMS = 20_000 if FULL else 800
+TLS_STREAMS = 4_000 if FULL else 200
 AT_ONCE = 60
 PAUSE = 0.02  # seconds between two parts of an answer, at most; an answer has six
 PHASES = ("connecting", "waiting", "reading", "over")
