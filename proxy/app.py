@@ -66,7 +66,7 @@ encode = msgspec.json.Encoder().encode
 
 
 class Resource:
-    """One route: its methods, and what the answers of all routes have in common."""
+    """One route: checks method and host, runs the handler, makes an answer of a Refusal or a bug, and records it."""
 
     def __init__(self, proxy: ChatProxy, route: str | None = None, **methods: Handler) -> None:
         self.proxy = proxy

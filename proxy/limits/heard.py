@@ -1,7 +1,7 @@
 """What the shared store last answered about each counter. The counters of this process begin with it in an outage.
 
-Otherwise each outage would grant every limit anew. A counter's content is known as of the last answer: it may have
-shrunk since, never grown by this process, so what is granted here stays below the limit.
+Otherwise each outage would grant every limit anew. A counter's content is known as of the last answer, and other
+processes may have added to it since.
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ class LastHeard:
                 self._counters[charge.counter] = Heard(used, now, ends)
         if len(self._counters) > MOST_COUNTERS:
             keep_newest(self._counters, MOST_COUNTERS)
+
+    def keep(self, charge: Charge, used: int, ends: float) -> None:
+        """Notes what was counted here when the store is about to receive it: it may be lost before it answers again."""
+        self._counters[charge.counter] = Heard(used, self.clock(), ends)
 
     def correct(self, charge: Charge, used: int, held_at: float) -> None:
         """A charge that was held at that time is settled: its window has `used` in place of the charge's amount."""

@@ -1,7 +1,8 @@
 """The service: runs the server until a signal, then drains it.
 
 Rules:
-1. First SIGTERM or Ctrl-C: no new requests; live answers go on for `drain_seconds`, then end with an event. Second:
+1. First SIGTERM or Ctrl-C: no new requests; live answers go on for `drain_seconds`, then end with an event. The second
+   one ends them at once.
 2. Some descriptors are kept in reserve: while they run short, new requests are refused with 503, and those under way
    are not affected.
 3. A retiring worker stops accepting, serves at most one more request per open connection, then drains.

@@ -236,7 +236,7 @@ def issuer(written: str) -> str:
 
 
 def listening_host(written: str) -> str:
-    """An address or a name to listen on, in a form that can be looked up at all."""
+    """The host to listen on, without blanks around it. Checks its characters only: it is not looked up."""
     written = written.strip()
     if re.fullmatch(r"[A-Za-z0-9._:%-]+", written) and not re.search(r"[^.]{64}|^\.|\.\.", written):
         return written

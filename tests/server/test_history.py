@@ -243,20 +243,31 @@ class Histories:
 
     def violations(self, resets: list[tuple[float, float]]) -> list[tuple[str, Violation]]:
         """The violations by the store between two resets, and by the local counters of each process: of requests in any
-        window, of tokens between two merges, since a merge moves them to the store and resets the local counters.
+        window, of tokens between two merges, since a merge moves them to the store and resets the local counters. Their
+        windows may have begun in the store.
         """
         names = {grant.by for grant in self.grants["charge", "session"] + self.grants["hold", "session"]}
         violations = []
         for name in names:
             for what, owner, check, limit in LIMITS:
                 begins_anew = resets if name == STORE else self.merges.get(name, []) if what == "hold" else []
-                granted = self.granted_by(what, owner, name) + (self.unanswered(owner, name) if what == "hold" else [])
+                granted = self.granted_by(what, owner, name)
+                if what == "hold":
+                    granted = granted + self.unanswered(owner, name) + self.begun_in_store(owner, name)
                 for part in split_at_resets(granted, begins_anew):
                     violations += [(name, one) for one in check([widened(grant) for grant in part], limit, 1.0, GRAIN)]
             for owner, limit in STREAMS.items():
                 for part in split_at_resets(self.granted_by("hold", owner, name), resets if name == STORE else []):
                     violations += [(name, one) for one in simultaneous([stream(grant) for grant in part], limit)]
         return violations
+
+    def begun_in_store(self, owner: str, name: str) -> list[Grant]:
+        """The grants of the store, for a process: each may have begun a window that its local counters go on with."""
+        if name == STORE:
+            return []
+        keys = {grant.key for grant in self.granted_by("hold", owner, name)}
+        stored = self.granted_by("hold", owner, STORE)
+        return [replace(grant, amount=0, until=0.0) for grant in stored if grant.key in keys]
 
 
 def owner_of(key: str) -> str:

@@ -1033,6 +1033,7 @@ def test_an_outage_grants_no_limit_anew(store: Redis, monkeypatch: pytest.Monkey
             await outage(lambda: spend(2, 200))
             await spend(1, 300)
             await outage(lambda: spend_last(limits))
+            await outage(nothing_more)  # lost again before it answered a charge
             await nothing_more()
             await outage(nothing_more)
             await nothing_more()

@@ -129,7 +129,10 @@ def test_the_architecture_names_what_exists() -> None:
             source = (ROOT / path).read_text(encoding="utf-8")
             for name in re.findall(r"`([\w.]+)`", names):
                 last = name.rpartition(".")[2]
-                assert re.search(rf"(?m)^ *(?:async )?(?:def|class) {last}\b|^{last}\b", source), (name, path)
+                assert re.search(rf"(?m)^ *(?:async )?(?:def|class) {last}\b|^{last}\b|^  {last}\(.*{{$", source), (
+                    name,
+                    path,
+                )
 
 
 # ---- commands and code in the documents ------------------------------------------------------------------------------

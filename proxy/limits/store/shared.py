@@ -1,10 +1,11 @@
-"""A store that processes share, and the handling of its outages. The engine behind it is Redis.
+"""A store that processes share, and the handling of its outages. The engine behind it is Redis or SQLite.
 
 Rules:
 1. One round trip a charge: the engine reads all its counters and charges all of them or none. Time is the store's.
 2. Each call has DEADLINE, once it has its place. A call that misses it is made once more, unless another one has just
    done so; the second miss marks the store as unavailable. Until a probe succeeds every call returns None at once.
-3. A call is late only if our event loop was not: after a loop that was held up, what has arrived is read first.
+3. A call is late only if our event loop was not: after a loop that was held up, what has arrived is read first. That
+   ends after LONGEST_CATCH_UP.
 4. A hold (a live stream, its reserved tokens) expires HELD_SECONDS after its last renewal: the holds of a worker that
    dies are released, and what it is known to have spent is charged.
 """
@@ -24,6 +25,7 @@ DEADLINE = 0.1  # seconds a call may take: a request makes two, one of them twic
 CALM = 1.0  # seconds after a miss in which a call that began after it is not made once more
 LATE = 0.005  # seconds by which a timer of a free event loop is late at most
 CATCH_UP = 0.02  # seconds for a loop that was held up to read what has arrived meanwhile
+LONGEST_CATCH_UP = 1.0  # seconds in all: a machine without a free moment would wait for ever
 AT_ONCE = 16  # calls under way; further ones would each open a socket, and wait in the store instead of here
 HELD_SECONDS = 30  # a hold outlives its worker by this; it is renewed three times as often
 RENEW_EVERY = HELD_SECONDS / 3
@@ -77,7 +79,9 @@ class SharedStore:
         self._places = asyncio.Semaphore(AT_ONCE)
         self._abandoned: set[asyncio.Future[Any]] = set()
         self._missed_at = -CALM
+        self._misses = 0  # since the last call that was answered
         self._reported_at = -REPORT_EVERY
+        self._unreported = ""  # why the store was lost
         self._probing: asyncio.Task[None] | None = None
 
     async def take(self, charges: list[Charge], holder: str = "", spent: int = 0) -> ChargeResult | None:
@@ -113,9 +117,13 @@ class SharedStore:
         while self.is_up:
             async with self._places:
                 try:
-                    return await self.ask(attempt(again), DEADLINE) if self.is_up else None
+                    answer = await self.ask(attempt(again), DEADLINE) if self.is_up else None
+                    self._misses = 0
+                    return answer
                 except StoreGone as gone:
-                    if again or self._missed_at <= began < self._missed_at + CALM:
+                    self._misses += 1
+                    is_second = again or self._missed_at <= began < self._missed_at + CALM
+                    if is_second or self._misses > AT_ONCE:  # many wait for their place behind those that miss
                         self.lose(gone.reason)
                     self._missed_at, again = loop.time(), True
         return None
@@ -143,11 +151,12 @@ class SharedStore:
         """Whether it is done by the deadline, which moves while the event loop is held up."""
         loop = asyncio.get_running_loop()
         due = loop.time() + deadline
+        latest = due + LONGEST_CATCH_UP
         while True:
             await asyncio.wait((asking,), timeout=max(0.0, due - loop.time()))
             if asking.done():
                 return True
-            if loop.time() - due < LATE:
+            if loop.time() - due < LATE or loop.time() > latest:
                 return False
             due = loop.time() + CATCH_UP
 
@@ -162,9 +171,8 @@ class SharedStore:
         if not self.is_up:
             return
         self.is_up = False
-        if self.clock() - self._reported_at >= REPORT_EVERY:
-            self._reported_at = self.clock()
-            self.report(reason)
+        self._unreported = reason
+        self.report_if_due()
         if self._probing is None or self._probing.done():
             self._probing = asyncio.create_task(self.probe())
 
@@ -174,8 +182,17 @@ class SharedStore:
         while not self.is_up:
             await asyncio.sleep(pause)
             pause = min(LAST_PROBE, pause * 2)
+            self.report_if_due()
             await self.try_again()
-        self.report(None)
+        if not self._unreported:
+            self.report(None)
+
+    def report_if_due(self) -> None:
+        """Reports the loss, once, and no sooner than REPORT_EVERY after another."""
+        if self._unreported and self.clock() - self._reported_at >= REPORT_EVERY:
+            self._reported_at = self.clock()
+            self.report(self._unreported)
+            self._unreported = ""
 
     async def try_again(self) -> None:
         self.is_up = await self.answers()

@@ -178,7 +178,7 @@ class Counters:
                 self.db.execute("DELETE FROM hold WHERE key = ? AND holder = ?", (row.key, holder))
         query = "SELECT min(expires) FROM hold WHERE key = ? AND paid IS NULL"
         row.soon = self.db.execute(query, (row.key,)).fetchone()[0] or self.now + ENDED_FOR
-        self.write(row, max(row.ends, row.soon))
+        self.write(row, max(row.ends, self.now + ENDED_FOR))  # later than any hold expires
 
     def keep(self, what: str, used: list[tuple[Charge, int]], holder: str, hold: int) -> None:
         """Renews, settles or adds, as the scripts on Redis do."""
@@ -209,7 +209,7 @@ class Counters:
                 row.ends = self.now + charge.seconds * 1000
             row.used += used if row.ends else 0
         if row.ends or row.held or found is not None:
-            self.write(row, max(row.ends, row.soon))
+            self.write(row, max(row.ends, self.now + ENDED_FOR))
 
     def is_ended(self, holder: str) -> bool:
         return self.db.execute("SELECT 1 FROM ended WHERE holder = ?", (holder,)).fetchone() is not None
@@ -356,7 +356,8 @@ class SqliteEngine:
             del self._recent[holder]
 
     def connection(self) -> sqlite3.Connection:
-        """The open file. Raises FileReplaced when another one has its place, or none: a probe opens that."""
+        """The file's connection; opens it if none is open. Raises FileReplaced when the path leads to another file or
+        to none, and from then on the same error until `reconnect`."""
         if self._db is None:
             if self._closed_by is not None:
                 raise self._closed_by.with_traceback(None)
@@ -381,7 +382,8 @@ class SqliteEngine:
                 self._db.execute("ROLLBACK")
         else:
             self.close()
-            self._closed_by = error
+            if not isinstance(error, sqlite3.OperationalError):  # one that could not be opened is tried again
+                self._closed_by = error
 
     def close(self) -> None:
         if self._db is not None:
