@@ -19,9 +19,10 @@ from support.redis_server import Redis
 
 from proxy.limits.store import shared
 from proxy.limits.store.charges import Charge, ChargeResult
+from proxy.limits.store.counters import PARTS
 from proxy.limits.store.opening import open_engine, open_store
 from proxy.limits.store.shared import SharedStore
-from proxy.limits.store.sqlite import PARTS, SqliteEngine
+from proxy.limits.store.sqlite import SqliteEngine
 from proxy.settings import SettingsError
 
 DAY = 86400
