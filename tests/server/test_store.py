@@ -1397,7 +1397,7 @@ def test_check_tries_the_store(store: Redis, tmp_path: Path) -> None:
 
 @both_loops
 def test_servers_on_one_file_share_their_limits_and_logouts(loop: str, tmp_path: Path) -> None:
-    """Two servers of one machine count as one, and a restart forgets neither what was used nor who has logged out."""
+    """Two servers of one machine count as one, and a restart keeps what was used and the logouts."""
     given = {
         "LIMITS_STORE": f"sqlite://{tmp_path}/chat.db",
         "SESSION_SECRET": "s" * 40,

@@ -75,11 +75,11 @@ class SharedRevocations:
             if found is None:
                 return False
             after = encode(change(rules_of(found.rules) or RevocationRules()))
-            with suppress(StoreGone):
+            try:
                 if await self.store.ask(self.store.engine.replace_rules(found.rules, after), DEADLINE):
                     return True
-                continue  # another operator was faster
-            return False
+            except StoreGone:
+                return False
 
     async def ask(self, page: int, ids: list[bytes]) -> Revoked | None:
         """A page of what the store has; None when it does not answer."""

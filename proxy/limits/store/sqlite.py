@@ -154,8 +154,8 @@ class SqliteEngine:
             counters.prune(self._keep)
         db.execute("COMMIT")
         self._recent |= {job.holder: job.result for job in jobs if job.holder}
-        for holder in list(self._recent)[:-RECENT]:
-            del self._recent[holder]
+        while len(self._recent) > RECENT:
+            del self._recent[next(iter(self._recent))]
 
     def connection(self) -> sqlite3.Connection:
         """The file's connection; opens it if none is open. Raises FileReplaced when the path leads to another file or

@@ -19,7 +19,7 @@ test("a visitor without a session is new, then present, then without it again", 
   assert.deepEqual([fresh, alice, ended].map(brief), [
     ["new", "", ""], ["present", "alice", "password alice"], ["ended", "alice", "password alice"],
   ]);
-  assert.equal(withAccount(ended, account("password")).state, "new", "asked again, nobody has just been here");
+  assert.equal(withAccount(ended, account("password")).state, "new", "asked again, no session has just ended");
   assert.equal(withAccount(ended, account("password", "bob", 9)).owner, "password bob");
   assert.equal(withAccount(ended, account("password", null, 9)).user, "alice", "a shared password names no user");
 });
